@@ -1,0 +1,1 @@
+"""UniHyperLoRA: one small adapter file that attaches to any Transformer."""

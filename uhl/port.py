@@ -1,0 +1,193 @@
+"""Port an adapter to another host: obtain the host's frame, without labels.
+
+| arm          | readers and writers of the target                                  | needs                    |
+|--------------|--------------------------------------------------------------------|--------------------------|
+| `dimension`  | the projector's network h_psi(d)                                   | a `dimension` adapter    |
+| `lineage`    | the source's own basis, as it is                                   | equal widths, the source |
+| `anchor`     | ridge regressions between the target's and the source's anchor codes | the file's anchors     |
+| `zero-atoms` | control: `anchor` for the head, no atoms                           | the file's anchors       |
+| `random-p`   | control: `anchor` for the head, atoms behind a random orthogonal P | the file's anchors       |
+| `shuffled`   | control: `anchor` with the anchors' codes permuted                 | the file's anchors       |
+
+The anchored port runs the target over the anchor texts once. The stream's reader M solves
+min ||H M^T - Z||^2 + lambda ||M||^2 between its sentence means H and the source's codes Z at matched depths; the
+writer N solves the reverse. The head's reader is the same regression from the last states to the *adapted* source's
+codes, fitted with the atoms in place. How much of the atoms to use is the scale in :data:`SCALES` whose last states
+reproduce the adapted codes best, by generalised cross-validation; 0 is allowed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from uhl.adapter import UHLAdapter
+from uhl.anchors import Anchors, final_means, stream_states
+from uhl.config import ARMS
+from uhl.errors import UHLError, one_of
+from uhl.frame import Basis, Frame, canonical_basis
+from uhl.host import Slot, find_slots
+from uhl.layer import attach
+from uhl.models import Encoder
+
+SCALES = (0.0, 0.25, 0.5, 1.0)
+PENALTIES = tuple(10.0**e for e in (-4, -3, -2, -1, 0, 1, 2))  # times the mean squared singular value
+
+
+@dataclass
+class Fit:
+    """A ridge regression Y = X B + c with its penalty and explained variance by generalised cross-validation."""
+
+    matrix: Float[Tensor, "D C"]
+    shift: Float[Tensor, " C"]
+    penalty: float
+    explained: float
+
+
+def ridge(x: Float[Tensor, "n D"], y: Float[Tensor, "n C"], centre: bool = True) -> Fit:
+    """Ridge regression in float64, the penalty chosen by generalised cross-validation (Golub et al. 1979).
+
+    GCV(l) = n ||Y - Y_l||^2 / (n - df_l)^2 with df_l the trace of the smoother. ``centre`` adds an intercept.
+    """
+    x, y = x.double(), y.double()
+    x_mean, y_mean = (t.mean(0) if centre else torch.zeros_like(t[0]) for t in (x, y))
+    left, values, right = torch.linalg.svd(x - x_mean, full_matrices=False)
+    target = left.T @ (y - y_mean)  # (r, C)
+    total = (y - y_mean).pow(2).sum()
+    inside = target.pow(2).sum()
+    best: tuple[float, float, Tensor] | None = None
+    for relative in PENALTIES:
+        penalty = relative * values.pow(2).mean()
+        shrink = values.pow(2) / (values.pow(2) + penalty)
+        residual = (total - inside) + ((1 - shrink)[:, None] * target).pow(2).sum()
+        free = len(x) - float(shrink.sum()) - float(centre)
+        gcv = float(len(x) * residual / max(free, 1e-9) ** 2)
+        if free > 0.01 * len(x) and (best is None or gcv < best[0]):
+            best = (gcv, float(penalty), values / (values.pow(2) + penalty))
+    if best is None:
+        raise UHLError(f"{len(x)} anchors are too few for a regression; use at least 16")
+    matrix = right.T @ (best[2][:, None] * target)
+    explained = 1 - best[0] / float(total / len(x))
+    return Fit(matrix.float(), (y_mean - x_mean @ matrix).float(), best[1], explained)
+
+
+@dataclass
+class Port:
+    """A ported adapter's frame and scale, and a report: weights, fits, scales tried, seconds."""
+
+    arm: str
+    frame: Frame
+    scale: float
+    report: dict[str, object] = field(default_factory=dict)
+
+
+def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | None = None) -> str | None:
+    """Why a cell is not defined, or None when it is."""
+    one_of(arm, ARMS, "arm")
+    if (arm == "dimension") != (adapter.config.projector == "dimension"):
+        return f"arm {arm} is not defined for an adapter trained under the {adapter.config.projector} projector"
+    if arm == "lineage" and source is None:
+        return "arm lineage needs the source model"
+    if arm == "lineage" and source is not None and source.width != target.width:
+        return f"arm lineage needs equal widths; the source has {source.width}, the target {target.width}"
+    if arm not in {"dimension", "lineage"} and adapter.anchors is None:
+        return f"arm {arm} needs anchors, and the adapter's file has none"
+    return None
+
+
+def port(
+    adapter: UHLAdapter, target: Encoder, task: str, arm: str = "anchor", source: Encoder | None = None, seed: int = 0
+) -> Port:
+    """The target's frame for ``adapter``. No labels are used. Raises :class:`UHLError` for an undefined cell."""
+    reason = why_not(adapter, target, arm, source)
+    if reason:
+        raise UHLError(reason)
+    begun = time.time()
+    slots = find_slots(target.model, adapter.config.types)
+    if arm == "dimension":
+        from uhl.frame import dimension_frame
+
+        with torch.no_grad():
+            done = Port(arm, dimension_frame(adapter.projector, slots, target.width), 1.0)
+    elif arm == "lineage":
+        assert source is not None
+        done = Port(arm, source_basis(adapter, source).frame(target.model, slots), 1.0)
+    else:
+        done = _anchored(adapter, target, task, arm, slots, seed)
+    done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
+    return done
+
+
+def source_basis(adapter: UHLAdapter, source: Encoder) -> Basis:
+    """The basis that a `canonical` adapter was trained in: principal directions of its source over its anchors."""
+    if adapter.anchors is None:
+        raise UHLError("the adapter has no anchor texts to take the source's basis from")
+    return basis_of(source, adapter.anchors.texts, adapter.config.width)
+
+
+def basis_of(encoder: Encoder, texts: Sequence[str], width: int) -> Basis:
+    """Canonical basis of a bare encoder over unlabelled texts."""
+    _, tokens = stream_states(encoder, texts)
+    return canonical_basis(tokens, final_means(encoder, texts), width)
+
+
+def _anchored(
+    adapter: UHLAdapter, target: Encoder, task: str, arm: str, slots: Sequence[Slot], seed: int
+) -> Port:
+    anchors = adapter.anchors
+    assert anchors is not None
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(anchors.texts), generator=generator) if arm == "shuffled" else slice(None)
+    wanted = anchors.head.table()[order]
+    basis, stream_fit = _stream_basis(anchors, target, order)
+    if arm == "random-p":
+        basis = _random_basis(basis, generator)
+    scales = (0.0,) if arm == "zero-atoms" else SCALES
+    tried: dict[float, Fit] = {}
+    for scale in scales:
+        tried[scale] = _head_fit(adapter, target, task, basis.frame(target.model, slots), scale, anchors, wanted)
+    scale = max(tried, key=lambda s: tried[s].explained)
+    best = tried[scale]
+    frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(target.model, slots)
+    report: dict[str, object] = {
+        "anchors": len(anchors.texts),
+        "stream_fit": round(stream_fit, 4),
+        "head_fit": {s: round(f.explained, 4) for s, f in tried.items()},
+    }
+    return Port(arm, frame, scale, report)
+
+
+def _stream_basis(anchors: Anchors, target: Encoder, order: object) -> tuple[Basis, float]:
+    """Reader and writer of the target's stream, from its sentence means to the source's codes and back."""
+    means, tokens = stream_states(target, anchors.texts)
+    codes = torch.cat([c.table()[order] for c in anchors.stream])
+    states = means.flatten(0, 1)
+    reader, writer = ridge(states, codes, centre=False), ridge(codes, states, centre=False)
+    rms = float(tokens.pow(2).mean().sqrt())
+    width = codes.shape[1]
+    unset = torch.zeros(width, target.width)
+    return Basis(reader.matrix.T.contiguous(), writer.matrix.T.contiguous(), unset, unset[:, 0], rms), reader.explained
+
+
+def _random_basis(like: Basis, generator: torch.Generator) -> Basis:
+    """Random orthogonal directions with the same overall gain for reading and writing as ``like``."""
+    c, d = like.read.shape
+    square = torch.linalg.qr(torch.randn(max(c, d), max(c, d), generator=generator))[0]
+    directions = square[:c, :d]
+    read = directions * (like.read.norm() / directions.norm())
+    write = directions.T * (like.write.norm() / directions.norm())
+    return replace(like, read=read, write=write)
+
+
+def _head_fit(
+    adapter: UHLAdapter, target: Encoder, task: str, frame: Frame, scale: float, anchors: Anchors, wanted: Tensor
+) -> Fit:
+    if scale == 0.0:
+        return ridge(final_means(target, anchors.texts), wanted)
+    with attach(target.model, adapter, task, frame, scale):
+        return ridge(final_means(target, anchors.texts), wanted)

@@ -1,0 +1,232 @@
+"""Training and prediction: one classifier module for every method, and the Trainer with the budget loss.
+
+    loss = cross-entropy + lambda_F E[k] + lambda_Q ||d_theta||^2
+
+The host stays frozen. Every method, ours and the baselines, reads the host's last states through a frame's head
+coordinates into the same linear head, so head capacity is equal everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from uhl.adapter import TaskPart
+from uhl.anchors import sentence_mean
+from uhl.config import TrainConfig
+from uhl.errors import UHLError
+from uhl.frame import Frame
+from uhl.layer import Attached
+from uhl.models import Encoder
+from uhl.tasks import IGNORE, Task, encode, score
+
+
+class Classifier(nn.Module):
+    """Host, frame and head. With ``attached`` the frame is the adapter's, and the loss holds its budget terms."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        part: TaskPart,
+        frame: Frame | None = None,
+        attached: Attached | None = None,
+        train_config: TrainConfig | None = None,
+    ) -> None:
+        super().__init__()
+        self.model, self.part = model, part
+        self.adapter = attached.adapter if attached else None
+        self._attached, self._frame = attached, frame
+        self._config = train_config or TrainConfig()
+
+    @property
+    def frame(self) -> Frame:
+        """The frame in use: the attached adapter's as last folded, else the given one."""
+        frame = self._attached.current if self._attached else self._frame
+        assert frame is not None
+        return frame
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **extra: Tensor
+    ) -> dict[str, Tensor]:
+        """Logits (B, labels) or (B, T, labels), and the loss where labels are given."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+        states = hidden if self.part.kind == "token" else sentence_mean(hidden, attention_mask)
+        logits = self.part.classify(self.frame.codes(states))
+        out = {"logits": logits}
+        if labels is not None:
+            out["loss"] = self.loss(logits, labels)
+        return out
+
+    def loss(self, logits: Float[Tensor, "*b labels"], labels: Tensor) -> Float[Tensor, ""]:
+        """Cross-entropy plus the budget terms where an adapter is attached."""
+        total = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
+        if self._attached is not None and self.training:
+            total = total + self._config.lambda_f * self._attached.active()
+            total = total + self._config.lambda_q * self.part.bias.pow(2).sum()
+        return total
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Trained parameters only: a checkpoint need not repeat the frozen host."""
+        wanted = {name for name, p in self.named_parameters() if p.requires_grad}
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in wanted}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what :meth:`state_dict` gave; anything else is an error."""
+        wanted = {name for name, p in self.named_parameters() if p.requires_grad}
+        if set(state) != wanted:
+            raise UHLError("the checkpoint holds other parameters than this run trains; delete its folder and run again")
+        return super().load_state_dict(state, strict=False, assign=assign)
+
+
+def parameter_groups(model: Classifier, config: TrainConfig) -> list[dict[str, Any]]:
+    """Learning rates by part: mixer and task bias, head, and everything else."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            last = name.rsplit(".", 1)[-1]
+            if last in {"head", "head_bias"}:
+                rate = config.head_rate
+            elif ".mixer." in f".{name}" or (last == "bias" and parameter is model.part.bias):
+                rate = config.mixer_rate
+            else:
+                rate = config.rate
+            groups.setdefault(rate, []).append(parameter)
+    return [{"params": params, "lr": rate} for rate, params in groups.items()]
+
+
+class BudgetTrainer(Trainer):
+    """transformers' Trainer with a learning rate for each part of the adapter, and a stop on a loss that is not finite."""
+
+    def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._train_config = train_config
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """AdamW over :func:`parameter_groups`."""
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self._train_config)  # type: ignore[arg-type]
+            self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The classifier's own loss; :class:`UHLError` when it is NaN or infinite."""
+        out = model(**inputs)
+        if not torch.isfinite(out["loss"]):
+            raise UHLError(
+                f"the loss is {out['loss'].item()} at step {self.state.global_step}; lower the learning rates "
+                f"(the last checkpoint is kept in {self.args.output_dir})"
+            )
+        return (out["loss"], out) if kwargs.get("return_outputs") else out["loss"]
+
+
+@dataclass
+class TrainLog:
+    """What a run leaves: loss by step, wall seconds, optimiser steps and the count of trained parameters."""
+
+    losses: list[tuple[int, float]]
+    seconds: float
+    steps: int
+    trained: int
+
+
+def train(
+    classifier: Classifier, encoder: Encoder, task: Task, config: TrainConfig, folder: str | Path
+) -> TrainLog:
+    """Train what ``requires_grad`` on the task's training split; resumes from a checkpoint in ``folder``.
+
+    Checkpoints are removed when the run ends. Raises :class:`UHLError` when the loss is not finite.
+    """
+    rows = encode(task.kind, task.data["train"], encoder.tokenizer, config.max_length)
+    steps = config.steps or math.ceil(len(rows) / config.batch * config.epochs)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch,
+        lr_scheduler_type="linear",
+        warmup_steps=int(config.warmup * steps),
+        max_grad_norm=1.0,
+        logging_steps=max(1, steps // 20),
+        logging_nan_inf_filter=False,
+        save_steps=max(1, math.ceil(steps / 4)),
+        save_total_limit=1,
+        train_sampling_strategy="group_by_length",
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=os.environ.get("UHL_BATCH") == "1",
+        report_to=[],
+        label_names=["labels"],
+        remove_unused_columns=False,
+    )
+    trainer = BudgetTrainer(
+        classifier, arguments, train_dataset=rows, data_collator=collator(encoder, task), train_config=config
+    )
+    checkpoint = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    for left in Path(folder).glob("checkpoint-*"):
+        shutil.rmtree(left)
+    losses = [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
+    trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
+    classifier.eval()
+    return TrainLog(losses, result.metrics["train_runtime"], trainer.state.global_step, trained)
+
+
+def collator(encoder: Encoder, task: Task) -> Any:
+    """Padding for the task's kind."""
+    kind = DataCollatorForTokenClassification if task.kind == "token" else DataCollatorWithPadding
+    return kind(encoder.tokenizer)
+
+
+def _eval_batches(rows: Dataset, size: int) -> Iterator[list[int]]:
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+@dataclass
+class Prediction:
+    """Predictions of a split in its order, their gold labels, logits, the score and the mean atoms a token used."""
+
+    labels: list[Any]
+    gold: list[Any]
+    logits: list[np.ndarray]
+    score: float
+    active: float
+
+
+@torch.no_grad()
+def predict(
+    classifier: Classifier, encoder: Encoder, task: Task, split: str, batch: int = 64, max_length: int = 64
+) -> Prediction:
+    """Predict a whole split in evaluation mode. ``active`` is 0 without an adapter."""
+    rows = encode(task.kind, task.data[split], encoder.tokenizer, max_length)
+    collate, device = collator(encoder, task), next(classifier.parameters()).device
+    labels, gold, logits = ([None] * len(rows) for _ in range(3))  # type: ignore[var-annotated]
+    atoms = tokens = 0.0
+    classifier.eval()
+    for chosen in _eval_batches(rows, batch):
+        inputs = collate([rows[i] for i in chosen]).to(device)
+        truth = inputs.pop("labels").cpu().numpy()
+        out = classifier(**inputs)["logits"].cpu().numpy()
+        if classifier._attached is not None:
+            count = float(inputs["attention_mask"].sum())
+            atoms, tokens = atoms + float(classifier._attached.active()) * count, tokens + count
+        for place, row, answer in zip(chosen, out, truth, strict=True):
+            keep = answer != IGNORE if task.kind == "token" else ...
+            logits[place] = row[keep]
+            labels[place] = row[keep].argmax(-1).tolist()
+            gold[place] = answer[keep].tolist() if task.kind == "token" else int(answer)
+    return Prediction(labels, gold, logits, score(task, labels, gold), atoms / tokens if tokens else 0.0)  # type: ignore[arg-type]
