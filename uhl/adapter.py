@@ -89,7 +89,7 @@ class UHLAdapter(nn.Module):
         return part
 
     def strengths(self, slots: Sequence[Slot], task: str, scale: float = 1.0) -> Float[Tensor, "slots A"]:
-        """alpha (scale * g + d) for every weight; ``scale`` weighs the mixer alone, so a tuned bias always acts."""
+        """Alpha (scale * g + d) for every weight; ``scale`` weighs the mixer alone, so a tuned bias always acts."""
         mixed = self.mixer(torch.stack([type_features(s.depth, s.type) for s in slots]))
         basis = torch.stack([bias_features(s.depth, s.type) for s in slots])
         return self.config.alpha * (scale * mixed + basis @ fake_quantise(self.task(task).bias, 4))

@@ -55,8 +55,11 @@ def batches(encoder: Encoder, texts: Sequence[str], size: int = 64, max_length: 
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        yield rows, encoder.tokenizer(
-            [texts[i] for i in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        yield (
+            rows,
+            encoder.tokenizer(
+                [texts[i] for i in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+            ),
         )
 
 

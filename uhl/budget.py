@@ -25,7 +25,9 @@ LIMIT_FLOPS_PCT = 10.0
 SCALE = 2  # bytes of a float16
 
 
-def part_bytes(config: UHLConfig, labels: Sequence[int] = (), anchors: int = 0, text: int = 0, depths: int = 3) -> dict[str, int]:
+def part_bytes(
+    config: UHLConfig, labels: Sequence[int] = (), anchors: int = 0, text: int = 0, depths: int = 3
+) -> dict[str, int]:
     """Bytes of each part by formula. ``labels``: label count of each task; ``text``: bytes of the packed texts."""
     a, c, h = config.atoms, config.width, config.hidden
     mixer_first, mixer_second = h * (len(WEIGHT_TYPES) + 2), a * (h + 1)
@@ -35,9 +37,7 @@ def part_bytes(config: UHLConfig, labels: Sequence[int] = (), anchors: int = 0, 
         "mixer": -(-mixer_first // 2) + -(-mixer_second // 2) + SCALE * (h + a),
         "router": a * c + SCALE * a,
     }
-    parts["tasks"] = sum(
-        -(-BASIS * a // 2) + SCALE * BASIS + a + SCALE + n * c + SCALE * n + SCALE * n for n in labels
-    )
+    parts["tasks"] = sum(-(-BASIS * a // 2) + SCALE * BASIS + a + SCALE + n * c + SCALE * n + SCALE * n for n in labels)
     parts["anchors"] = (depths + 1) * (anchors * c + 2 * SCALE * c) + text if anchors else 0
     return parts
 

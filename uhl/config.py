@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uhl.errors import UHLError
 
-WEIGHT_TYPES = ("Q", "K", "V", "O", "FFN")
 WeightType = Literal["Q", "K", "V", "O", "FFN"]
+WEIGHT_TYPES: tuple[WeightType, ...] = ("Q", "K", "V", "O", "FFN")
 ProjectorKind = Literal["dimension", "canonical"]
 ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "shuffled")
 

@@ -115,8 +115,13 @@ def canonical_basis(
     axes, deviation = principal(final.double() - centre, width)
     head = (axes / deviation.clamp_min(1e-3 * deviation.max())).T
     rms = float(tokens.double().pow(2).mean().sqrt())
-    made = (_pad(read, width, 0), _pad(write, width, 1), _pad(head, width, 0), _pad(-(head @ centre), width, 0))
-    return Basis(*(t.float() for t in made), rms)
+    return Basis(
+        _pad(read, width, 0).float(),
+        _pad(write, width, 1).float(),
+        _pad(head, width, 0).float(),
+        _pad(-(head @ centre), width, 0).float(),
+        rms,
+    )
 
 
 def principal(x: Float[Tensor, "n D"], count: int) -> tuple[Float[Tensor, "D c"], Float[Tensor, " c"]]:

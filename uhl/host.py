@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,5 +79,6 @@ def linear_flops(slots: list[Slot]) -> int:
 
 def weight(model: nn.Module, slot: Slot) -> torch.Tensor:
     """The host's weight (d_out, d_in), whether an adapter is attached or not."""
-    module = model.get_submodule(slot.path)
-    return getattr(module, "base_layer", module).weight.detach()  # type: ignore[union-attr,return-value]
+    module: Any = model.get_submodule(slot.path)
+    found: torch.Tensor = getattr(module, "base_layer", module).weight
+    return found.detach()

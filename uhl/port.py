@@ -136,13 +136,13 @@ def basis_of(encoder: Encoder, texts: Sequence[str], width: int) -> Basis:
     return canonical_basis(tokens, final_means(encoder, texts), width)
 
 
-def _anchored(
-    adapter: UHLAdapter, target: Encoder, task: str, arm: str, slots: Sequence[Slot], seed: int
-) -> Port:
+def _anchored(adapter: UHLAdapter, target: Encoder, task: str, arm: str, slots: Sequence[Slot], seed: int) -> Port:
     anchors = adapter.anchors
     assert anchors is not None
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(anchors.texts), generator=generator) if arm == "shuffled" else slice(None)
+    order: Tensor | slice = (
+        torch.randperm(len(anchors.texts), generator=generator) if arm == "shuffled" else slice(None)
+    )
     wanted = anchors.head.table()[order]
     basis, stream_fit = _stream_basis(anchors, target, order)
     if arm == "random-p":
@@ -162,7 +162,7 @@ def _anchored(
     return Port(arm, frame, scale, report)
 
 
-def _stream_basis(anchors: Anchors, target: Encoder, order: object) -> tuple[Basis, float]:
+def _stream_basis(anchors: Anchors, target: Encoder, order: Tensor | slice) -> tuple[Basis, float]:
     """Reader and writer of the target's stream, from its sentence means to the source's codes and back."""
     means, tokens = stream_states(target, anchors.texts)
     codes = torch.cat([c.table()[order] for c in anchors.stream])

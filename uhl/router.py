@@ -21,7 +21,7 @@ from uhl.quant import fake_quantise
 class Route(NamedTuple):
     """One layer's decision: atom indices and gates, both (..., T, K); gates are 0 or 1 in the forward pass."""
 
-    index: Int64[Tensor, "*b T K"]
+    index: Int64[Tensor, "*b T K"]  # type: ignore[assignment]  # hides tuple.index, which nobody calls
     gate: Float[Tensor, "*b T K"]
 
 

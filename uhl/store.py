@@ -117,7 +117,8 @@ def save(adapter: UHLAdapter, path: str | Path) -> Path:
 
 def load(path: str | Path) -> UHLAdapter:
     """Read an adapter. Raises :class:`UHLError` for a file that is missing, truncated, altered, of another version or
-    not an adapter at all."""
+    not an adapter at all.
+    """
     path = Path(path)
     if not path.is_file():
         raise UHLError(f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb")

@@ -237,7 +237,8 @@ def _assemble(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> Task:
         missing = [c for c in names.values() if c not in table.columns]
         if missing:
             raise UHLError(
-                f"{spec.path}, split {split}: missing column {missing[0]!r}; it has {', '.join(map(str, table.columns))}. "
+                f"{spec.path}, split {split}: missing column {missing[0]!r}; it has "
+                f"{', '.join(map(str, table.columns))}. "
                 f"Name the columns in TaskSpec.columns"
             )
         if table.empty:
@@ -281,7 +282,7 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
         return index[text(value)]
 
     def convert(split: str, table: pd.DataFrame) -> list[dict[str, Any]]:
-        rows = table.to_dict("records")
+        rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
         for row in rows:
             cell = row[column]
             row[column] = [number(v, split) for v in cell] if spec.kind == "token" else number(cell, split)
@@ -295,18 +296,14 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
 # --- tokenisation and metrics ----------------------------------------------------------------------------------------
 
 
-def encode(
-    task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128
-) -> Dataset:
+def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
     """Tokenise a split. Adds ``labels``: a class, or for token tasks a tag on each word's first piece, else -100."""
 
     def one(batch: dict[str, list[Any]]) -> dict[str, Any]:
         if task_kind == "token":
             out = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=max_length)
             if "tags" in batch:
-                out["labels"] = [
-                    _first_piece_labels(out.word_ids(i), tags) for i, tags in enumerate(batch["tags"])
-                ]
+                out["labels"] = [_first_piece_labels(out.word_ids(i), tags) for i, tags in enumerate(batch["tags"])]
             return dict(out)
         out = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
         if "label" in batch:
@@ -324,7 +321,7 @@ def _first_piece_labels(words: Sequence[int | None], tags: Sequence[int]) -> lis
     return labels
 
 
-def score(task: Task, predictions: np.ndarray | Sequence[Sequence[int]], gold: Sequence[Any]) -> float:
+def score(task: Task, predictions: Sequence[Any] | np.ndarray, gold: Sequence[Any] | np.ndarray) -> float:
     """Test metric in percent: accuracy of classes, or entity F1 over word-level tags (lists, aligned, no padding)."""
     if task.kind == "token":
         from seqeval.metrics import f1_score
@@ -337,12 +334,12 @@ def score(task: Task, predictions: np.ndarray | Sequence[Sequence[int]], gold: S
     return 100.0 * float(accuracy_score(list(gold), list(predictions)))
 
 
-def majority(task: Task, split: str = "test") -> tuple[np.ndarray, float]:
+def majority(task: Task, split: str = "test") -> tuple[list[Any], float]:
     """Predictions and score of the most frequent training class (a token task: ``O`` everywhere, F1 0)."""
     rows = task.data[split]
     if task.kind == "token":
-        guess = [[0] * len(tags) for tags in rows["tags"]]
-        return np.array(guess, dtype=object), score(task, guess, rows["tags"])
+        outside = [[0] * len(tags) for tags in rows["tags"]]
+        return outside, score(task, outside, rows["tags"])
     label = int(np.bincount(task.data["train"]["label"]).argmax())
-    guess = np.full(len(rows), label)
+    guess = [label] * len(rows)
     return guess, score(task, guess, rows["label"])

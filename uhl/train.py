@@ -62,13 +62,16 @@ class Classifier(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **extra: Tensor
     ) -> dict[str, Tensor]:
         """Logits (B, labels) or (B, T, labels), and the loss where labels are given."""
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
-        states = hidden if self.part.kind == "token" else sentence_mean(hidden, attention_mask)
-        logits = self.part.classify(self.frame.codes(states))
+        logits = self.part.classify(self.codes(input_ids, attention_mask, **extra))
         out = {"logits": logits}
         if labels is not None:
             out["loss"] = self.loss(logits, labels)
         return out
+
+    def codes(self, input_ids: Tensor, attention_mask: Tensor, **extra: Tensor) -> Float[Tensor, "*b C"]:
+        """What the head reads: canonical codes of each sentence (B, C), or of each token (B, T, C)."""
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+        return self.frame.codes(hidden if self.part.kind == "token" else sentence_mean(hidden, attention_mask))
 
     def loss(self, logits: Float[Tensor, "*b labels"], labels: Tensor) -> Float[Tensor, ""]:
         """Cross-entropy plus the budget terms where an adapter is attached."""
@@ -78,7 +81,7 @@ class Classifier(nn.Module):
             total = total + self._config.lambda_q * self.part.bias.pow(2).sum()
         return total
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trained parameters only: a checkpoint need not repeat the frozen host."""
         wanted = {name for name, p in self.named_parameters() if p.requires_grad}
         return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in wanted}
@@ -87,7 +90,9 @@ class Classifier(nn.Module):
         """Load what :meth:`state_dict` gave; anything else is an error."""
         wanted = {name for name, p in self.named_parameters() if p.requires_grad}
         if set(state) != wanted:
-            raise UHLError("the checkpoint holds other parameters than this run trains; delete its folder and run again")
+            raise UHLError(
+                "the checkpoint holds other parameters than this run trains; delete its folder and run again"
+            )
         return super().load_state_dict(state, strict=False, assign=assign)
 
 
@@ -108,7 +113,7 @@ def parameter_groups(model: Classifier, config: TrainConfig) -> list[dict[str, A
 
 
 class BudgetTrainer(Trainer):
-    """transformers' Trainer with a learning rate for each part of the adapter, and a stop on a loss that is not finite."""
+    """transformers' Trainer with a learning rate for each part, and a stop on a loss that is not finite."""
 
     def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -142,9 +147,7 @@ class TrainLog:
     trained: int
 
 
-def train(
-    classifier: Classifier, encoder: Encoder, task: Task, config: TrainConfig, folder: str | Path
-) -> TrainLog:
+def train(classifier: Classifier, encoder: Encoder, task: Task, config: TrainConfig, folder: str | Path) -> TrainLog:
     """Train what ``requires_grad`` on the task's training split; resumes from a checkpoint in ``folder``.
 
     Checkpoints are removed when the run ends. Raises :class:`UHLError` when the loss is not finite.
@@ -178,7 +181,7 @@ def train(
     result = trainer.train(resume_from_checkpoint=checkpoint)
     for left in Path(folder).glob("checkpoint-*"):
         shutil.rmtree(left)
-    losses = [(e["step"], e["loss"]) for e in trainer.state.log_history if "loss" in e]
+    losses = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     classifier.eval()
     return TrainLog(losses, result.metrics["train_runtime"], trainer.state.global_step, trained)
@@ -190,7 +193,8 @@ def collator(encoder: Encoder, task: Task) -> Any:
     return kind(encoder.tokenizer)
 
 
-def _eval_batches(rows: Dataset, size: int) -> Iterator[list[int]]:
+def eval_batches(rows: Dataset, size: int) -> Iterator[list[int]]:
+    """Row indices in batches of similar length."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -214,10 +218,12 @@ def predict(
     """Predict a whole split in evaluation mode. ``active`` is 0 without an adapter."""
     rows = encode(task.kind, task.data[split], encoder.tokenizer, max_length)
     collate, device = collator(encoder, task), next(classifier.parameters()).device
-    labels, gold, logits = ([None] * len(rows) for _ in range(3))  # type: ignore[var-annotated]
+    labels: list[Any] = [None] * len(rows)
+    gold: list[Any] = [None] * len(rows)
+    logits: list[Any] = [None] * len(rows)
     atoms = tokens = 0.0
     classifier.eval()
-    for chosen in _eval_batches(rows, batch):
+    for chosen in eval_batches(rows, batch):
         inputs = collate([rows[i] for i in chosen]).to(device)
         truth = inputs.pop("labels").cpu().numpy()
         out = classifier(**inputs)["logits"].cpu().numpy()

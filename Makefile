@@ -1,0 +1,60 @@
+# make run [PROFILE=offline]   set up, run the whole workbook, print the results table
+# make test                    set up, lint, types, unit tests, notebooks
+# make port TARGET=minilm-l3   one target: pre-train if needed, port
+# make lab                     JupyterLab on notebooks/
+
+PROFILE ?= offline
+TASK ?= movies
+SEED ?= 0
+PYTHON ?= python3
+CORES ?= $(shell nproc 2>/dev/null || echo 2)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SNAKE := PYTHONWARNINGS=ignore $(BIN)/snakemake --cores $(CORES) --rerun-triggers mtime --rerun-incomplete --quiet rules
+
+.PHONY: run test lint unit notebooks port lab table clean
+
+$(STAMP): pyproject.toml requirements.lock
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time) ..."
+	@$(BIN)/pip install --disable-pip-version-check -q -r requirements.lock
+	@$(BIN)/pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: $(STAMP)
+	@$(BIN)/python -m uhl fetch --profile $(PROFILE)
+	@$(SNAKE) --config profile=$(PROFILE)
+	@$(BIN)/python -m uhl table --profile $(PROFILE)
+
+port: $(STAMP)
+	@test -n "$(TARGET)" || { echo "make port needs TARGET=<name>, one of: $$(ls params/$(PROFILE) | grep -v grid | sed s/.yaml// | tr '\n' ' ')"; exit 1; }
+	@test -f "params/$(PROFILE)/$(TARGET).yaml" || { echo "no params/$(PROFILE)/$(TARGET).yaml; targets: $$(ls params/$(PROFILE) | grep -v grid | sed s/.yaml// | tr '\n' ' ')"; exit 1; }
+	@$(BIN)/python -m uhl fetch --profile $(PROFILE) --model $(TARGET)
+	@$(SNAKE) --config profile=$(PROFILE) --until port -- runs/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json
+	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
+
+test: $(STAMP) lint unit notebooks
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit notebooks: export OMP_NUM_THREADS = 2
+unit: $(STAMP)
+	$(BIN)/python -m uhl fetch --profile offline
+	$(BIN)/pytest
+
+notebooks: $(STAMP)
+	UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300 notebooks
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab notebooks
+
+table: $(STAMP)
+	$(BIN)/python -m uhl table --profile $(PROFILE) --readme
+
+clean:
+	rm -rf runs .snakemake

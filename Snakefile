@@ -1,0 +1,119 @@
+# The batch: every cell of a profile's grid is one papermill run of one notebook, resumable, in parallel over cores.
+#   snakemake --cores 2 --config profile=offline        (what `make run` calls)
+#   snakemake -n --config profile=offline-full          (what would run)
+# A cell is done when its manifest exists. Training inside a cell resumes from its last checkpoint.
+
+import os
+
+from uhl.grid import Grid
+
+configfile: "params/default.yaml"
+
+GRID = Grid.read(config["profile"])
+RUNS = os.environ.get("UHL_RUNS", "runs")
+CELL = f"{RUNS}/{GRID.profile}/{{task}}-s{{seed}}"
+SETTINGS = f"params/{GRID.profile}/settings.yaml"
+
+# One thread a job where several run at once: small models gain more from jobs side by side than from threads.
+os.environ["UHL_BATCH"] = "1"
+os.environ["PYTHONWARNINGS"] = "ignore"
+if workflow.cores and workflow.cores > 1:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+wildcard_constraints:
+    seed=r"\d+",
+    projector="canonical|dimension",
+
+
+def papermill(notebook, files=()):
+    """Run a notebook into a scratch name beside its manifest and move it when it succeeded."""
+    given = " ".join(f"-f {f}" for f in (SETTINGS, *files))
+    return (
+        "mkdir -p $(dirname {output[0]}) && "
+        f"papermill notebooks/{notebook}.ipynb $(dirname {{output[0]}})/.running.ipynb --cwd notebooks "
+        f"--execution-timeout 14400 --no-progress-bar {given} {{params.own}} > {{log}} 2>&1 && "
+        "mv $(dirname {output[0]})/.running.ipynb $(dirname {output[0]})/notebook.ipynb"
+    )
+
+
+rule all:
+    input:
+        f"{RUNS}/{GRID.profile}/analysis/manifest.json",
+    default_target: True
+
+
+rule intro:
+    output:
+        f"{RUNS}/{GRID.profile}/intro/{{notebook}}/notebook.ipynb",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/{{notebook}}.log",
+    shell:
+        "mkdir -p $(dirname {output[0]}) && papermill notebooks/{wildcards.notebook}.ipynb "
+        "$(dirname {output[0]})/.running.ipynb --cwd notebooks --no-progress-bar > {log} 2>&1 && "
+        "mv $(dirname {output[0]})/.running.ipynb {output[0]}"
+
+
+rule pretrain:
+    output:
+        f"{CELL}/pretrain-{{projector}}/manifest.json",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-pretrain-{{projector}}.log",
+    params:
+        own=lambda w: f"-p task {w.task} -p seed {w.seed} -y 'projectors: [{w.projector}]'",
+    shell:
+        papermill("02_pretrain")
+
+
+rule port:
+    input:
+        expand(f"{CELL}/pretrain-{{projector}}/manifest.json", projector=GRID.projectors, allow_missing=True),
+    output:
+        f"{CELL}/port-{{target}}/manifest.json",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-port-{{target}}.log",
+    params:
+        own=lambda w: f"-p task {w.task} -p seed {w.seed}",
+    shell:
+        papermill("03_port", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+
+
+rule tune:
+    input:
+        expand(f"{CELL}/pretrain-{{projector}}/manifest.json", projector=GRID.projectors, allow_missing=True),
+    output:
+        f"{CELL}/tune-{{target}}/manifest.json",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-tune-{{target}}.log",
+    params:
+        own=lambda w: f"-p task {w.task} -p seed {w.seed}",
+    shell:
+        papermill("04_tune", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+
+
+rule baselines:
+    output:
+        f"{CELL}/baselines-{{model}}/manifest.json",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{model}}.log",
+    params:
+        own=lambda w: f"-p task {w.task} -p seed {w.seed} " + (
+            "-p host source"
+            if w.model == GRID.source
+            else f"-f params/{GRID.profile}/{w.model}.yaml -p host target"
+        ),
+    shell:
+        papermill("05_baselines")
+
+
+rule analysis:
+    input:
+        cells=[f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()],
+        intro=expand(f"{RUNS}/{GRID.profile}/intro/{{notebook}}/notebook.ipynb", notebook=GRID.intro),
+    output:
+        f"{RUNS}/{GRID.profile}/analysis/manifest.json",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/analysis.log",
+    params:
+        own="",
+    shell:
+        papermill("06_analysis")

@@ -1,0 +1,66 @@
+"""Command line: ``python -m uhl fetch | table``. Errors of the package print one line, without a traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from uhl import report, runs
+from uhl.errors import UHLError
+from uhl.grid import Grid
+from uhl.models import OFFLINE, resolve
+from uhl.tasks import OFFLINE as OFFLINE_TASKS
+
+HERE = Path(__file__).parent.parent
+
+
+def fetch(options: argparse.Namespace) -> None:
+    """Fetch the offline weights and text that a profile needs, so that parallel jobs find them."""
+    grid = Grid.read(options.profile)
+    names = [grid.source, *([options.model] if options.model else grid.targets)]
+    for name in names:
+        if name in OFFLINE:
+            resolve(name)
+    if set(grid.tasks) & set(OFFLINE_TASKS):
+        from uhl.sources import vader_text
+
+        vader_text()
+
+
+def table(options: argparse.Namespace) -> None:
+    """Print the results table and where everything lies; with ``--readme`` put it into the README."""
+    print(report.markdown(options.profile, options.target))
+    left = report.missing_cells(options.profile)
+    if left and not options.target:
+        print(f"not complete: {len(left)} cells are missing, first {left[0]}")
+    folder = runs.root() / options.profile
+    print(f"results    {folder / 'results.csv'}\nfigures    {folder / 'analysis'}")
+    print(f"notebooks  {folder}/*/*/notebook.ipynb")
+    if options.readme:
+        report.update_readme(options.profile, HERE / "README.md", HERE / "figures")
+
+
+def main() -> None:
+    """Parse and run; exit status 1 on an error of the package."""
+    parser = argparse.ArgumentParser(prog="uhl", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("fetch", help=fetch.__doc__)
+    one.add_argument("--profile", default="offline")
+    one.add_argument("--model", help="only this model beside the source")
+    one.set_defaults(run=fetch)
+    two = commands.add_parser("table", help=table.__doc__)
+    two.add_argument("--profile", default="offline")
+    two.add_argument("--target", help="only this target's rows")
+    two.add_argument("--readme", action="store_true", help="write the README's table and figures/")
+    two.set_defaults(run=table)
+    options = parser.parse_args()
+    try:
+        runs.quiet()
+        options.run(options)
+    except UHLError as error:
+        sys.exit(f"uhl: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""A profile's grid: which cells a batch runs, read from ``params/<profile>/grid.yaml``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from pydantic import Field
+
+from uhl.config import ProjectorKind, _Strict
+from uhl.errors import UHLError
+from uhl.runs import read_yaml
+
+PARAMS = Path(__file__).parent.parent / "params"
+
+
+class Grid(_Strict):
+    """Targets x tasks x seeds. ``intro`` lists notebooks that run once, with their stored parameters."""
+
+    profile: str
+    source: str
+    targets: tuple[str, ...] = Field(min_length=1)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    projectors: tuple[ProjectorKind, ...] = ("canonical", "dimension")
+    intro: tuple[str, ...] = ("00_quickstart", "01_build_adapter")
+
+    @classmethod
+    def read(cls, profile: str) -> Grid:
+        """The grid of a profile; its settings and its targets' files are checked too."""
+        folder = PARAMS / profile
+        if not (folder / "grid.yaml").is_file():
+            known = ", ".join(sorted(p.parent.name for p in PARAMS.glob("*/grid.yaml")))
+            raise UHLError(f"unknown profile {profile!r}; profiles: {known}")
+        grid = cls(**yaml.safe_load((folder / "grid.yaml").read_text(encoding="utf-8")))
+        if grid.profile != profile:
+            raise UHLError(f"params/{profile}/grid.yaml names profile {grid.profile!r}")
+        for name in ("settings", *grid.targets):
+            read_yaml(folder / f"{name}.yaml")
+        return grid
+
+    def cells(self) -> list[str]:
+        """Folders of all cells, relative to the profile's run folder."""
+        stages = [f"pretrain-{p}" for p in self.projectors] + [f"baselines-{self.source}"]
+        stages += [f"{stage}-{t}" for t in self.targets for stage in ("port", "tune", "baselines")]
+        return [f"{task}-s{seed}/{stage}" for seed in self.seeds for task in self.tasks for stage in stages]

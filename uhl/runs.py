@@ -1,0 +1,233 @@
+"""Runs: checked parameters, one folder and one manifest a cell, and the results table made from the manifests.
+
+A *cell* is one notebook run for one task, seed and, where it has one, target. Its folder holds the executed notebook,
+its files and `manifest.json` (parameters, seed, versions, model revisions, result rows, artefacts with bytes and
+sha256). The manifest is written last, so a cell without one is not done. `results.csv` is the rows of all manifests
+of a profile, in a fixed order; it is made again whenever a manifest is written.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+import transformers
+import yaml
+from pydantic import Field
+
+from uhl.config import ProjectorKind, TrainConfig, UHLConfig, _Strict
+from uhl.errors import UHLError
+from uhl.files import sha256, write_atomic, write_text
+
+COLUMNS = (
+    *("profile", "source", "target", "task", "arm", "phase", "seed", "split", "metric", "score", "n"),
+    *("adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"),
+)
+PHASES = ("source", "zero-shot", "tuned", "retrained")
+VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "scikit-learn")
+LITERALS = (str, int, float, bool, list, tuple, dict, type(None))
+
+
+class Settings(_Strict):
+    """Parameters of the workbook's notebooks: every name that a parameter file or papermill may set."""
+
+    profile: str = Field("demo", description="names the folder under runs/")
+    source: str = Field("minilm-l6", description="model that the adapter is trained on")
+    target: str = Field("minilm-l3", description="model that the adapter is ported to")
+    host: Literal["source", "target"] = Field("source", description="which of the two the baselines run on")
+    projectors: tuple[ProjectorKind, ...] = Field(("canonical", "dimension"), description="adapters to pre-train")
+    task: str = Field("movies", description="task, by name, hub id or path")
+    seed: int = Field(0, ge=0)
+    train_size: int | None = Field(None, ge=8, description="labelled examples; None: all")
+    eval_size: int | None = Field(None, ge=8, description="examples of dev and test; None: all (demo only)")
+    anchors: int = Field(512, ge=16)
+    anchor_text: str = Field("in-domain", description="in-domain (the task's unlabelled split) or generic")
+    epochs: float = Field(2.0, gt=0)
+    batch: int = Field(32, ge=1)
+    max_length: int = Field(64, ge=8)
+    rate: float = Field(5e-4, gt=0)
+    mixer_rate: float = Field(1e-2, gt=0)
+    head_rate: float = Field(1e-2, gt=0)
+    lora_rate: float = Field(1e-3, gt=0)
+    full_rate: float = Field(5e-5, gt=0)
+    lambda_f: float = Field(0.01, ge=0)
+    lambda_q: float = Field(1e-5, ge=0)
+    alpha: float = Field(1.0, gt=0)
+    top_k: int = Field(2, ge=1)
+    tune_steps: int = Field(500, ge=1)
+    tune_batch: int = Field(16, ge=1)
+    tune_rate: float = Field(1e-2, gt=0, description="learning rate of the task bias")
+
+    def adapter_config(self, projector: str) -> UHLConfig:
+        """Sizes of an adapter trained under these settings."""
+        return UHLConfig(projector=projector, seed=self.seed, alpha=self.alpha, top_k=self.top_k)
+
+    def train_config(self, **changes: object) -> TrainConfig:
+        """Training settings; ``changes`` override single ones."""
+        shared = {k: getattr(self, k) for k in TrainConfig.model_fields if hasattr(self, k)}
+        return TrainConfig(**{**shared, **changes})
+
+
+def read_parameters(namespace: Mapping[str, object]) -> Settings:
+    """Check a notebook's parameters: its global variables that hold plain values, as papermill injects them.
+
+    Raises :class:`UHLError` for a name that is no setting (papermill itself only warns) and for a wrong value.
+    """
+    found = {
+        k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, LITERALS) and k not in _IPYTHON
+    }
+    return Settings(**found)
+
+
+_IPYTHON = {"In", "Out"}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A parameter file as a dictionary, its settings checked."""
+    path = Path(path)
+    if not path.is_file():
+        raise UHLError(f"parameter file {path} does not exist; see the folder params/")
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise UHLError(f"{path} must map settings to values")
+    Settings(**values)
+    return values
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def root() -> Path:
+    """The folder of all runs: ``UHL_RUNS`` where it is set, else ``runs/`` beside the package."""
+    return Path(os.environ.get("UHL_RUNS") or Path(__file__).parent.parent / "runs")
+
+
+def cell_dir(settings: Settings, stage: str) -> Path:
+    """Folder of a cell: runs/<profile>/<task>-s<seed>/<stage>."""
+    return root() / settings.profile / f"{slug(settings.task)}-s{settings.seed}" / stage
+
+
+def slug(name: str) -> str:
+    """The last part of a model's or a task's name, as cells are named."""
+    return Path(name).name
+
+
+def row(settings: Settings, **values: object) -> dict[str, object]:
+    """A result row with every column of the contract; unknown columns and phases are errors."""
+    made: dict[str, object] = dict.fromkeys(COLUMNS)
+    made |= {"profile": settings.profile, "source": settings.source, "task": settings.task, "seed": settings.seed}
+    made |= values
+    unknown = set(made) - set(COLUMNS)
+    if unknown or made["phase"] not in PHASES:
+        raise UHLError(f"result row: unknown column {unknown or ''} or phase {made['phase']!r}; phases: {PHASES}")
+    return made
+
+
+def write_manifest(
+    settings: Settings,
+    stage: str,
+    rows: Sequence[Mapping[str, object]],
+    artefacts: Sequence[str | Path] = (),
+    **extra: object,
+) -> Path:
+    """Finish a cell: write its manifest, then make the profile's results.csv again."""
+    folder = cell_dir(settings, stage)
+    files = {Path(a).name: {"bytes": Path(a).stat().st_size, "sha256": sha256(a)} for a in artefacts}
+    entry = {
+        "stage": stage,
+        "parameters": settings.model_dump(),
+        "seed": settings.seed,
+        "versions": {name: version(name) for name in VERSIONED},
+        "hardware": hardware(),
+        "commit": commit(),
+        "rows": list(rows),
+        "artefacts": files,
+        **extra,
+    }
+    path = write_text(folder / "manifest.json", json.dumps(entry, indent=1))
+    update_results(settings.profile)
+    return path
+
+
+def read_manifest(settings: Settings, stage: str) -> dict[str, Any]:
+    """Manifest of a finished cell; :class:`UHLError` says which notebook makes it."""
+    path = cell_dir(settings, stage) / "manifest.json"
+    if not path.is_file():
+        raise UHLError(f"{stage} was not run for task {settings.task}, seed {settings.seed}: {path} is missing")
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
+def update_results(profile: str) -> Path:
+    """Make ``results.csv`` of a profile from its manifests, under a lock, and return its path."""
+    folder = root() / profile
+    with _locked(folder / ".results.lock"):
+        rows = [r for m in sorted(folder.glob("*/*/manifest.json")) for r in json.loads(m.read_text())["rows"]]
+        frame = pd.DataFrame(rows, columns=list(COLUMNS))
+        return write_atomic(folder / "results.csv", lambda tmp: frame.to_csv(tmp, index=False, float_format="%.6g"))
+
+
+def load_results(profile: str) -> pd.DataFrame:
+    """The results table of a profile, checked: all columns, one profile, no repeated cell."""
+    path = root() / profile / "results.csv"
+    if not path.is_file():
+        raise UHLError(f"{path} does not exist; run the profile first: make run PROFILE={profile}")
+    frame = pd.read_csv(path)
+    missing = [c for c in COLUMNS if c not in frame.columns]
+    if missing:
+        raise UHLError(f"{path} misses columns {', '.join(missing)}; delete it and run the profile again")
+    keys = ["target", "task", "arm", "phase", "seed", "split"]
+    repeated = frame[frame.duplicated(keys)]
+    if len(repeated) or frame["profile"].nunique() > 1:
+        raise UHLError(f"{path} holds repeated rows or several profiles; delete it and run the profile again")
+    return frame
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def hardware() -> str:
+    """The processor or accelerator and the number of threads, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].split(":", 1)[1].strip() if lines else name
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    """Short hash of the checked-out commit, `-dirty` where files differ, or `unknown` outside a checkout."""
+    call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    done = subprocess.run(call, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def quiet() -> None:
+    """No progress bars and no chatter from libraries, for batch runs and for notebooks whose output is compared."""
+    import datasets
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def batch() -> bool:
+    """Whether this is a batch run (``UHL_BATCH=1``): no widgets, no progress bars."""
+    return os.environ.get("UHL_BATCH") == "1"

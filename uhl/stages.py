@@ -1,0 +1,307 @@
+"""The workbook's stages as functions: pre-train, port, tune, baselines. Each returns result rows and what to plot.
+
+Every score is that of an adapter read back from its file. Test labels are used for the reported score alone.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+
+from uhl import budget, runs, store, tasks
+from uhl.adapter import UHLAdapter
+from uhl.anchors import Anchors, Codes, final_means, stream_states
+from uhl.baselines import run_baseline
+from uhl.config import ARMS
+from uhl.errors import UHLError, one_of
+from uhl.files import write_atomic
+from uhl.frame import Basis, Frame
+from uhl.head import fit_head
+from uhl.host import find_slots
+from uhl.layer import attach
+from uhl.models import Encoder, load_encoder
+from uhl.port import Port, basis_of, port, why_not
+from uhl.runs import Settings
+from uhl.tasks import Task
+from uhl.train import Classifier, Prediction, TrainLog, predict, train
+
+TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p")
+EVALUATED = ("dev", "test")
+
+
+@dataclass
+class Outcome:
+    """What a stage leaves: result rows, predictions by arm and split, and details for figures."""
+
+    rows: list[dict[str, object]]
+    predictions: dict[str, Prediction]
+    details: dict[str, Any]
+
+
+def load_data(settings: Settings) -> Task:
+    """The task with the training subset of the settings' size and seed."""
+    task = tasks.load_task(settings.task).subset(settings.train_size, settings.seed)
+    if settings.eval_size is None:
+        return task
+    small = {s: d.select(range(min(settings.eval_size, len(d)))) if s in EVALUATED else d for s, d in task.data.items()}
+    return Task(task.name, task.kind, task.labels, DatasetDict(small), task.licence)
+
+
+def anchor_texts(settings: Settings, task: Task) -> list[str]:
+    """Anchor texts: the task's unlabelled split (in-domain, opt-in) or sentences of no task (generic); seeded."""
+    one_of(settings.anchor_text, ("in-domain", "generic"), "anchor_text")
+    if settings.anchor_text == "in-domain":
+        if "unlabelled" not in task.data:
+            raise UHLError(f"task {task.name} has no unlabelled text; set anchor_text to generic")
+        pool = list(task.data["unlabelled"]["text"])
+    else:
+        pool = tasks.generic_text()
+    pool = sorted({" ".join(text.split()) for text in pool})
+    if settings.anchors > len(pool):
+        raise UHLError(f"{settings.anchors} anchors wanted, {len(pool)} texts there; lower `anchors`")
+    return random.Random(settings.seed).sample(pool, settings.anchors)
+
+
+def freeze(encoder: Encoder) -> Encoder:
+    """Freeze the host."""
+    for p in encoder.model.parameters():
+        p.requires_grad_(False)
+    return encoder
+
+
+def flops_pct(adapter: UHLAdapter, encoder: Encoder) -> float:
+    """The adapter's FLOPs on a host in percent of the host's linear layers."""
+    used, every = find_slots(encoder.model, adapter.config.types), find_slots(encoder.model)
+    return budget.extra_flops_pct(adapter.config, used, every, encoder.width)
+
+
+def make_anchors(
+    encoder: Encoder, adapter: UHLAdapter, task: str, basis: Basis, frame: Frame | None, texts: list[str], origin: str
+) -> Anchors:
+    """Codes of a trained source: the head's input with the adapter at work, the bare stream's at a few depths."""
+    bare, _ = stream_states(encoder, texts)
+    stream = [Codes.of(means @ basis.read.T) for means in bare]
+    with attach(encoder.model, adapter, task, frame) as attached:
+        head = Codes.of(attached.frame.codes(final_means(encoder, texts)))
+    return Anchors(texts, origin, head, stream)
+
+
+def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
+    """Train an adapter on the source under one projector, write its file, and score the file read back."""
+    task, encoder = load_data(settings), freeze(load_encoder(settings.source))
+    texts = anchor_texts(settings, task)
+    basis = basis_of(encoder, texts, settings.adapter_config(projector).width)
+    slots = find_slots(encoder.model)
+    frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
+    adapter = UHLAdapter(settings.adapter_config(projector))
+    part = adapter.add_task(settings.task, task.labels, task.kind)
+    part.bias.requires_grad_(False)  # the task bias is the target's to tune
+    for p in adapter.projector.parameters():
+        p.requires_grad_(projector == "dimension")
+    config, folder = settings.train_config(), runs.cell_dir(settings, f"pretrain-{projector}")
+    torch.manual_seed(settings.seed)
+    with attach(encoder.model, adapter, settings.task, frame) as attached:
+        classifier = Classifier(encoder.model, part, None, attached, config)
+        fit_head(classifier, encoder, task, config.max_length)
+        log = train(classifier, encoder, task, config, folder / "trainer")
+    if projector == "canonical":
+        adapter.anchors = make_anchors(
+            encoder, adapter, settings.task, basis, frame, texts, f"{settings.anchor_text}, {task.licence}"
+        )
+    adapter.info = {"source": encoder.name, "revision": encoder.revision, "shape": encoder.shape}
+    path = store.save(adapter, folder / "adapter.safetensors")
+    found = store.load(path)
+    frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
+    outcome = Outcome([], {}, {"log": log, "path": path})
+    arm = f"uhl-{projector}"
+    trained = log.trained
+    _score(settings, outcome, found, encoder, task, frame, 1.0, arm, "source", log.seconds, trained, path)
+    return found, outcome
+
+
+def _score(
+    settings: Settings,
+    outcome: Outcome,
+    adapter: UHLAdapter,
+    encoder: Encoder,
+    task: Task,
+    frame: Frame | None,
+    scale: float,
+    arm: str,
+    phase: str,
+    seconds: float,
+    trained: int,
+    path: Path,
+) -> None:
+    """Score dev and test and add the rows; a control without atoms pays no FLOPs."""
+    bare = arm == "zero-atoms"
+    with nullcontext() if bare else attach(encoder.model, adapter, settings.task, frame, scale) as attached:
+        classifier = Classifier(encoder.model, adapter.task(settings.task), frame, attached)
+        for split in EVALUATED:
+            found = predict(classifier, encoder, task, split, max_length=settings.max_length)
+            outcome.predictions[f"{arm}/{split}"] = found
+            outcome.rows.append(
+                runs.row(
+                    settings,
+                    target=encoder.name,
+                    arm=arm,
+                    phase=phase,
+                    split=split,
+                    metric=task.metric,
+                    score=found.score,
+                    n=len(found.gold),
+                    adapter_bytes=path.stat().st_size,
+                    trainable_params=trained,
+                    extra_flops_pct=0.0 if bare else flops_pct(adapter, encoder),
+                    active_atoms=0.0 if bare else found.active,
+                    seconds=seconds,
+                )
+            )
+
+
+def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
+    """Port the trained adapters to the target by every arm and control, and score without any label of the target."""
+    task, target = load_data(settings), freeze(load_encoder(settings.target))
+    source = freeze(load_encoder(settings.source))
+    outcome = Outcome([], {}, {"reports": {}, "undefined": {}})
+    _majority_rows(settings, outcome, task, target)
+    for arm in arms:
+        adapter, path = adapter_for(settings, arm)
+        reason = why_not(adapter, target, arm, source)
+        if reason:
+            outcome.details["undefined"][arm] = reason
+            continue
+        check_labels(adapter, settings.task, task)
+        ported = port(adapter, target, settings.task, arm, source, settings.seed)
+        outcome.details["reports"][arm] = ported.report
+        seconds = float(ported.report["seconds"])  # type: ignore[arg-type]
+        _score(settings, outcome, adapter, target, task, ported.frame, ported.scale, arm, "zero-shot", seconds, 0, path)
+    return outcome
+
+
+def _majority_rows(settings: Settings, outcome: Outcome, task: Task, target: Encoder) -> None:
+    for split in EVALUATED:
+        guess, value = tasks.majority(task, split)
+        rows = task.data[split]
+        gold = list(rows["tags" if task.kind == "token" else "label"])
+        outcome.predictions[f"no-adapter/{split}"] = Prediction(guess, gold, [], value, 0.0)
+        shared = {"target": target.name, "arm": "no-adapter", "phase": "zero-shot", "split": split}
+        zeros = dict.fromkeys(("adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"), 0)
+        outcome.rows.append(runs.row(settings, **shared, metric=task.metric, score=value, n=len(gold), **zeros))
+
+
+def adapter_for(settings: Settings, arm: str) -> tuple[UHLAdapter, Path]:
+    """The trained adapter whose projector the arm needs, read from its file."""
+    projector = "dimension" if arm == "dimension" else "canonical"
+    path = runs.cell_dir(settings, f"pretrain-{projector}") / "adapter.safetensors"
+    return store.load(path), path
+
+
+def check_labels(adapter: UHLAdapter, name: str, task: Task) -> None:
+    """Raise :class:`UHLError` when the task's kind or labels differ from those of the adapter's head."""
+    part = adapter.task(name)
+    if (part.kind, part.labels) != (task.kind, task.labels):
+        raise UHLError(
+            f"the adapter's head for {name!r} is a {part.kind} head with labels {', '.join(part.labels)}; the task is "
+            f"a {task.kind} task with labels {', '.join(task.labels)}. Add a task of its own to the adapter"
+        )
+
+
+def tune(settings: Settings, arm: str) -> Outcome | None:
+    """Tune the 4-bit task bias and the head on the target for ``tune_steps`` steps; None where an arm is undefined.
+
+    `zero-atoms` tunes the ported head alone. Scores are those of the tuned adapter's file, ported again.
+    """
+    one_of(arm, TUNED_ARMS, "arm to tune")
+    task, target = load_data(settings), freeze(load_encoder(settings.target))
+    source = freeze(load_encoder(settings.source))
+    adapter, _ = adapter_for(settings, arm)
+    if why_not(adapter, target, arm, source):
+        return None
+    check_labels(adapter, settings.task, task)
+    ported = port(adapter, target, settings.task, arm, source, settings.seed)
+    folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
+    log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
+    adapter.info = {**adapter.info, "tuned_on": target.name, "arm": arm}
+    path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
+    outcome = Outcome([], {}, {"log": log, "path": path, "scale": ported.scale})
+    again = store.load(path)
+    trained, seconds = log.trained, log.seconds
+    _score(settings, outcome, again, target, task, ported.frame, ported.scale, arm, "tuned", seconds, trained, path)
+    return outcome
+
+
+def tune_task(
+    settings: Settings, adapter: UHLAdapter, target: Encoder, task: Task, ported: Port, folder: Path
+) -> TrainLog:
+    """The tuning itself: everything but the task bias and the head is frozen."""
+    for p in adapter.parameters():
+        p.requires_grad_(False)
+    part = adapter.task(settings.task)
+    part.head.requires_grad_(True)
+    part.head_bias.requires_grad_(True)
+    part.bias.requires_grad_(ported.arm != "zero-atoms")
+    config = settings.train_config(
+        steps=settings.tune_steps, batch=settings.tune_batch, mixer_rate=settings.tune_rate, lambda_f=0.0
+    )
+    torch.manual_seed(settings.seed)
+    if ported.arm == "zero-atoms":
+        return train(Classifier(target.model, part, ported.frame, None, config), target, task, config, folder)
+    with attach(target.model, adapter, settings.task, ported.frame, ported.scale) as attached:
+        classifier = Classifier(target.model, part, None, attached, config)
+        return train(classifier, target, task, config, folder)
+
+
+def baseline(settings: Settings, method: str) -> Outcome:
+    """Train one baseline on ``settings.model`` with the same labels and head; phase `source` or `retrained`."""
+    name = settings.source if settings.host == "source" else settings.target
+    task, encoder = load_data(settings), load_encoder(name)
+    folder = runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
+    rate = {"head": settings.rate, "lora-r8": settings.lora_rate, "full": settings.full_rate}[method]
+    config = settings.train_config(rate=rate)
+    made = run_baseline(method, encoder, task, anchor_texts(settings, task), config, folder / f"trainer-{method}")
+    outcome = Outcome([], {}, {"log": made.log})
+    for split in EVALUATED:
+        found = predict(made.classifier, encoder, task, split, max_length=settings.max_length)
+        outcome.predictions[f"{method}/{split}"] = found
+        outcome.rows.append(
+            runs.row(
+                settings,
+                target=encoder.name,
+                arm=method,
+                phase="source" if settings.host == "source" else "retrained",
+                split=split,
+                metric=task.metric,
+                score=found.score,
+                n=len(found.gold),
+                adapter_bytes=made.bytes,
+                trainable_params=made.log.trained,
+                extra_flops_pct=made.extra_flops_pct,
+                active_atoms=0.0,
+                seconds=made.log.seconds,
+            )
+        )
+    return outcome
+
+
+def save_predictions(path: Path, predictions: dict[str, Prediction]) -> Path:
+    """Predictions and gold labels of a cell, compressed, so that scores can be recomputed without a model."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, found in predictions.items():
+        flat = [np.atleast_1d(x) for x in found.labels], [np.atleast_1d(x) for x in found.gold]
+        arrays[f"{name}/labels"] = np.concatenate(flat[0]).astype(np.int16)
+        arrays[f"{name}/gold"] = np.concatenate(flat[1]).astype(np.int16)
+        arrays[f"{name}/length"] = np.array([len(x) for x in flat[1]], dtype=np.int32)
+
+    def write(tmp: Path) -> None:
+        with open(tmp, "wb") as handle:
+            np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
+
+    return write_atomic(path, write)

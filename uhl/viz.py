@@ -1,0 +1,221 @@
+"""Figures as pure functions of data, and the routing explorer. One palette, one size, readable in print.
+
+Every figure is saved with the numbers that it shows: :func:`save_fig` writes a PNG and a CSV of the same name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from uhl.config import WEIGHT_TYPES
+from uhl.files import write_atomic
+from uhl.mixer import type_features
+from uhl.report import CONTROLS, NAMES
+
+if TYPE_CHECKING:
+    from uhl.adapter import UHLAdapter
+    from uhl.layer import Attached
+    from uhl.models import Encoder
+
+OURS, CONTROL, BASELINE = "#0b6e99", "#b0b0b0", "#d98032"
+ROUTE_COLUMNS = ["layer", "position", "token", "rank", "atom", "gate"]
+
+
+def style() -> None:
+    """The workbook's look; call it once a notebook."""
+    sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
+    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": 11, "axes.titleweight": "bold"})
+
+
+def save_fig(fig: Figure, path: str | Path, data: pd.DataFrame) -> Path:
+    """Write ``path`` as PNG and its numbers as CSV beside it."""
+    path = Path(path).with_suffix(".png")
+    write_atomic(path, lambda tmp: fig.savefig(tmp, bbox_inches="tight"))
+    write_atomic(path.with_suffix(".csv"), lambda tmp: data.to_csv(tmp, index=False, float_format="%.6g"))
+    return path
+
+
+def heat(matrix: np.ndarray, title: str, x: str, y: str, ax: Axes | None = None) -> Figure:
+    """A signed matrix as a picture, zero white."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 3))
+    limit = float(np.abs(matrix).max()) or 1.0
+    picture = ax.imshow(matrix, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
+    ax.set(title=title, xlabel=x, ylabel=y)
+    ax.grid(False)
+    ax.figure.colorbar(picture, ax=ax, shrink=0.8)
+    return ax.figure  # type: ignore[return-value]
+
+
+def mixer_table(adapter: UHLAdapter, atoms: Sequence[int], points: int = 41) -> pd.DataFrame:
+    """Mixer strengths g(depth, type) of some atoms over depth: columns depth, type, atom, strength."""
+    rows = []
+    with torch.no_grad():
+        for kind in WEIGHT_TYPES:
+            for depth in np.linspace(0, 1, points):
+                values = adapter.mixer(type_features(float(depth), kind))
+                rows += [{"depth": depth, "type": kind, "atom": a, "strength": float(values[a])} for a in atoms]
+    return pd.DataFrame(rows)
+
+
+def mixer_curves(table: pd.DataFrame) -> Figure:
+    """Strength of a few atoms over relative depth, a panel a weight type."""
+    grid = sns.relplot(
+        table, x="depth", y="strength", hue="atom", col="type", kind="line", height=2.4, aspect=0.95, palette="viridis"
+    )
+    grid.set_axis_labels("relative depth", "strength g")
+    return grid.figure
+
+
+def loss_curves(table: pd.DataFrame) -> Figure:
+    """Training loss over steps, a line a run: columns step, loss, run."""
+    fig, ax = plt.subplots(figsize=(6, 3))
+    sns.lineplot(table, x="step", y="loss", hue="run", ax=ax)
+    ax.set(title="Training loss", xlabel="step", ylabel="loss")
+    ax.legend(title=None)
+    return fig
+
+
+def _colour(arm: str) -> str:
+    if arm in CONTROLS:
+        return CONTROL
+    return BASELINE if arm in {"head", "lora-r8", "full"} else OURS
+
+
+def arm_bars(table: pd.DataFrame, title: str, ax: Axes | None = None) -> Figure:
+    """Scores by arm with intervals: ours blue, baselines orange, controls grey. Columns arm, score, low, high."""
+    if ax is None:
+        _, ax = plt.subplots(figsize=(6, 0.4 * len(table) + 1))
+    y = np.arange(len(table))[::-1]
+    errors = np.abs(np.stack([table["score"] - table["low"], table["high"] - table["score"]]))
+    ax.barh(y, table["score"], color=[_colour(a) for a in table["arm"]], height=0.7)
+    ax.errorbar(table["score"], y, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    ax.set_yticks(y, [NAMES.get(a, a) for a in table["arm"]])
+    floor = max(0.0, float(table["low"].min()) - 5)
+    ax.set(title=title, xlabel="test score, %", xlim=(floor, min(100.0, float(table["high"].max()) + 2)))
+    ax.grid(axis="y", visible=False)
+    return ax.figure  # type: ignore[return-value]
+
+
+def panels(table: pd.DataFrame, phases: Sequence[str]) -> Figure:
+    """:func:`arm_bars` for every task (row) and target (column) of some phases of a summary."""
+    table = table[table["phase"].isin(phases)]
+    tasks, targets = (list(dict.fromkeys(table[c])) for c in ("task", "target"))
+    most = int(table.groupby(["task", "target"]).size().max())
+    size = (5.2 * len(targets), (0.32 * most + 1) * len(tasks))
+    fig, axes = plt.subplots(len(tasks), len(targets), figsize=size, squeeze=False)
+    for i, task in enumerate(tasks):
+        for j, target in enumerate(targets):
+            cell = table[(table["task"] == task) & (table["target"] == target)]
+            if cell.empty:
+                axes[i, j].set_axis_off()
+            else:
+                arm_bars(cell, f"{task} on {target}", axes[i, j])
+    fig.tight_layout()
+    return fig
+
+
+def gap_heat(table: pd.DataFrame) -> Figure:
+    """Gap recovered by arm (rows) and phase, target, task (columns): 0 is no adapter, 1 is LoRA retrained there."""
+    wide = table.assign(arm=table["arm"].map(lambda a: NAMES.get(a, a))).pivot_table(
+        index="arm", columns=["phase", "task", "target"], values="gap", sort=False
+    )
+    fig, ax = plt.subplots(figsize=(1.1 * wide.shape[1] + 3, 0.45 * wide.shape[0] + 2))
+    sns.heatmap(wide, annot=True, fmt=".2f", cmap="vlag_r", center=0.5, vmin=0, vmax=1.1, cbar=False, ax=ax)
+    ax.set_xticklabels([f"{p}\n{t}\n{m}" for p, t, m in wide.columns], rotation=0, fontsize=8)
+    ax.set(title="Gap recovered (1: rank-8 LoRA retrained there with labels)", xlabel="", ylabel="")
+    return fig
+
+
+def score_against_bytes(table: pd.DataFrame) -> Figure:
+    """Score over bytes (log scale), a panel a task; the 1 MB line."""
+    tasks = list(dict.fromkeys(table["task"]))
+    fig, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.6), squeeze=False)
+    marks = dict(zip(dict.fromkeys(table["phase"]), ("o", "s", "D", "^"), strict=False))
+    for ax, task in zip(axes[0], tasks, strict=True):
+        for _, cell in table[(table["task"] == task) & (table["adapter_bytes"] > 0)].iterrows():
+            error = [[cell["score"] - cell["low"]], [cell["high"] - cell["score"]]]
+            colour, mark = _colour(cell["arm"]), marks[cell["phase"]]
+            ax.errorbar(cell["adapter_bytes"], cell["score"], yerr=np.abs(error), fmt=mark, color=colour, alpha=0.8)
+        ax.axvline(1e6, color="black", linestyle=":", linewidth=1)
+        ax.set(title=task, xscale="log", xlabel="bytes added to the host", ylabel="test score, %")
+    handles = [plt.Line2D([], [], marker=m, linestyle="", color="grey", label=p) for p, m in marks.items()]
+    axes[0, 0].legend(handles=handles, fontsize=8, loc="lower right")
+    fig.tight_layout()
+    return fig
+
+
+# --- routing ---------------------------------------------------------------------------------------------------------
+
+
+def routing_table(attached: Attached, encoder: Encoder, text: str) -> pd.DataFrame:
+    """Which atoms each token takes in each layer: columns layer, position, token, rank, atom, gate."""
+    inputs = encoder.tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
+    with torch.no_grad():
+        encoder.model.eval()(**inputs)
+    tokens = encoder.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
+    rows: list[dict[str, Any]] = []
+    for layer, made in sorted(attached.routes.items()):
+        for position, token in enumerate(tokens):
+            for rank in range(made.index.shape[-1]):
+                atom, gate = int(made.index[0, position, rank]), float(made.gate[0, position, rank])
+                rows.append(dict(zip(ROUTE_COLUMNS, (layer, position, token, rank, atom, gate), strict=True)))
+    return pd.DataFrame(rows, columns=ROUTE_COLUMNS)
+
+
+def routing_map(table: pd.DataFrame, layers: Sequence[int] | None = None) -> Figure:
+    """Tokens by layers; a cell names its open atoms and is coloured by the first one, blank where none is open."""
+    shown = sorted(table["layer"].unique()) if layers is None else list(layers)
+    tokens = table.drop_duplicates("position").sort_values("position")["token"].tolist()
+    colours = np.full((len(shown), len(tokens)), np.nan)
+    names = np.full(colours.shape, "", dtype=object)
+    opened = table[(table["gate"] > 0.5) & table["layer"].isin(shown)].sort_values("rank")
+    for key, rows in opened.groupby(["layer", "position"]):
+        layer, position = (int(k) for k in key)  # type: ignore[attr-defined]
+        place = shown.index(layer), position
+        colours[place], names[place] = rows["atom"].iloc[0], "\n".join(map(str, rows["atom"]))
+    fig, ax = plt.subplots(figsize=(0.52 * len(tokens) + 1.5, 0.5 * len(shown) + 1.2))
+    ax.imshow(np.mod(colours * 0.618, 1.0), cmap="Pastel1" if len(shown) == 1 else "Pastel2", aspect="auto")
+    for (i, j), name in np.ndenumerate(names):
+        ax.text(j, i, name, ha="center", va="center", fontsize=7)
+    ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
+    ax.set_yticks(range(len(shown)), [f"layer {n}" for n in shown])
+    ax.set_title("Atoms that each token takes")
+    ax.grid(False)
+    return fig
+
+
+def routing_explorer(attached: Attached, encoder: Encoder, text: str) -> Any:
+    """A text box and a layer slider over :func:`routing_map`, for a live notebook."""
+    import ipywidgets as widgets
+
+    layers = sorted({s.layer for s in attached.slots})
+    box = widgets.Text(value=text, description="text", layout=widgets.Layout(width="90%"), continuous_update=False)
+    slider = widgets.IntSlider(min=layers[0], max=layers[-1], value=layers[0], description="layer")
+    every = widgets.Checkbox(value=True, description="all layers")
+    out = widgets.Output()
+
+    def draw(_change: object = None) -> None:
+        table = routing_table(attached, encoder, box.value or " ")
+        fig = routing_map(table, None if every.value else [slider.value])
+        with out:
+            from IPython.display import clear_output, display
+
+            clear_output(wait=True)
+            display(fig)
+        plt.close(fig)
+
+    for control in (box, slider, every):
+        control.observe(draw, names="value")
+    draw()
+    return widgets.VBox([box, widgets.HBox([slider, every]), out])
