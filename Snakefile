@@ -97,9 +97,9 @@ rule baselines:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{model}}.log",
     params:
         own=lambda w: f"-p task {w.task} -p seed {w.seed} " + (
-            "-p host source"
+            "-y 'hosts: [source]'"
             if w.model == GRID.source
-            else f"-f params/{GRID.profile}/{w.model}.yaml -p host target"
+            else f"-f params/{GRID.profile}/{w.model}.yaml -y 'hosts: [target]'"
         ),
     shell:
         papermill("05_baselines")

@@ -13,17 +13,13 @@ from uhl.quant import fake_quantise
 
 
 class AtomDictionary(nn.Module):
-    """Parameters ``u`` and ``v``, both (A, C), drawn as unit rows."""
+    """Parameters ``u`` and ``v``, both (A, C): V starts as unit rows, U at zero, so a new adapter changes nothing."""
 
     def __init__(self, atoms: int, width: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.u = nn.Parameter(_unit_rows(atoms, width, generator))
-        self.v = nn.Parameter(_unit_rows(atoms, width, generator))
+        self.u = nn.Parameter(torch.zeros(atoms, width))
+        self.v = nn.Parameter(nn.functional.normalize(torch.randn(atoms, width, generator=generator), dim=1))
 
     def forward(self) -> tuple[Float[Tensor, "A C"], Float[Tensor, "A C"]]:
         """U and V as the file gives them back."""
         return fake_quantise(self.u, 8), fake_quantise(self.v, 8)
-
-
-def _unit_rows(rows: int, columns: int, generator: torch.Generator) -> Float[Tensor, "rows columns"]:
-    return nn.functional.normalize(torch.randn(rows, columns, generator=generator), dim=1)

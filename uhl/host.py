@@ -50,6 +50,7 @@ def find_slots(model: nn.Module, types: tuple[str, ...] = WEIGHT_TYPES) -> list[
     """
     found = []
     for path, module in model.named_modules():
+        path = path.removesuffix(".base_layer")  # a weight that carries an adapter is still that weight
         match = _LAYER.match(path) if isinstance(module, nn.Linear) else None
         if match and isinstance(module, nn.Linear):
             kind = _classify(match[3])

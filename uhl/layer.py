@@ -55,6 +55,8 @@ class Attached:
         self._fixed = frame
         self._stamp: tuple[object, ...] = ()
         self._handles: list[Any] = []
+        if any(isinstance(model.get_submodule(s.path), AdaptedLinear) for s in self.slots):
+            raise UHLError("the host already carries an adapter; detach it first")
         self._width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
         self.refold()
         self._install()
@@ -104,9 +106,6 @@ class Attached:
             self._handles.append(layer.register_forward_pre_hook(self._before_layer(number), with_kwargs=True))
         for slot in self.slots:
             base = self.model.get_submodule(slot.path)
-            if isinstance(base, AdaptedLinear):
-                self.detach()
-                raise UHLError("the host already carries an adapter; detach it first")
             assert isinstance(base, nn.Linear)
             _put(self.model, slot.path, AdaptedLinear(base, slot, self))
 

@@ -3,7 +3,8 @@
     g(depth, type) = W2 sin(W1 [depth, one-hot type] + b1) + b2      (A,), 2,018 parameters at A = 128, 4-bit
     d(depth, type) = B^T [one-hot type, cos(pi k depth) for k = 1..3] (A,), 8 x A values a task, 4-bit
 
-Sine activations as in SIREN (Sitzmann et al. 2020). W2 and b2 start at zero: an untrained adapter changes nothing.
+Sine activations as in SIREN (Sitzmann et al. 2020). W2 starts at random, so that layers and types differ from the first
+step on; the task bias starts at zero.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from uhl.config import WEIGHT_TYPES
 from uhl.quant import fake_quantise
 
 BASIS = len(WEIGHT_TYPES) + 3
+SPREAD = 0.3  # standard deviation of W2 at the start
 
 
 def type_features(depth: float, kind: str) -> Float[Tensor, " features"]:
@@ -38,7 +40,9 @@ class Mixer(nn.Module):
         super().__init__()
         features = 1 + len(WEIGHT_TYPES)
         self.first = nn.Parameter(torch.randn(hidden, features + 1, generator=generator))
-        self.second = nn.Parameter(torch.zeros(atoms, hidden + 1))
+        second = torch.randn(atoms, hidden + 1, generator=generator) * SPREAD
+        second[:, -1] = 0.0
+        self.second = nn.Parameter(second)
 
     def forward(self, features: Float[Tensor, "*n features"]) -> Float[Tensor, "*n A"]:
         """Strength of every atom for each row of features."""

@@ -5,8 +5,9 @@ t = (i + 1/2) / d for row i and a side (0: read, 1: write),
 
     P(d)[i, c] = sqrt(2 / max(d, C)) * gain_c * cos(pi c t + W2_c . sin(W1 [t, log10 d, side] + b1) + b2_c)
 
-W2, b2 start at zero and the gains at one, so P(d) starts as the first C columns of the cosine transform: orthonormal
-columns for d >= C, unit gain through P^T P, full rank. Stored at 8 bits a weight: under 4,096 bytes.
+W2, b2 start at zero and the gains at one (stored as their distance from one), so P(d) starts as the first C columns of
+the cosine transform: orthonormal columns for d >= C, unit gain through P^T P, full rank. Stored at 8 bits a weight:
+under 4,096 bytes.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ class Projector(nn.Module):
         super().__init__()
         self.width = width
         self.first = nn.Parameter(torch.randn(HIDDEN, FEATURES + 1, generator=generator) * math.pi)
-        second = torch.zeros(width, HIDDEN + 2)
-        second[:, -1] = 1.0
-        self.second = nn.Parameter(second)
+        self.second = nn.Parameter(torch.zeros(width, HIDDEN + 2))
 
     def forward(self, dim: int, write: bool) -> Float[Tensor, "d C"]:
         """P(d), shape (d, C), for the read side or the write side of a weight."""
@@ -46,4 +45,4 @@ class Projector(nn.Module):
         index = torch.arange(self.width, device=first.device)
         phase = math.pi * t[:, None] * index + shift  # (d, C)
         wave = torch.where(index == 0, math.sqrt(0.5), 1.0) * torch.cos(phase)
-        return math.sqrt(2 / max(dim, self.width)) * second[:, -1] * wave
+        return math.sqrt(2 / max(dim, self.width)) * (1 + second[:, -1]) * wave

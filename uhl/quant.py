@@ -32,12 +32,12 @@ def dequantise(q: Int8[Tensor, "*rows n"], scale: Float[Tensor, "*rows"]) -> Flo
 def fake_quantise(x: Float[Tensor, "*rows n"], bits: int) -> Float[Tensor, "*rows n"]:
     """What the file would give back, with the gradient of the identity (straight-through; Bengio et al. 2013)."""
     stored = dequantise(*quantise(x.detach(), bits))
-    return x + (stored - x).detach()
+    return stored + (x - x.detach())
 
 
 def fake_half(x: Tensor) -> Tensor:
     """``x`` rounded to float16, with the gradient of the identity."""
-    return x + (x.detach().half().float() - x).detach()
+    return x.detach().half().float() + (x - x.detach())
 
 
 def pack4(q: Int8[Tensor, "*shape"]) -> UInt8[Tensor, " bytes"]:

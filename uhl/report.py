@@ -9,30 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
-from uhl import runs, stats
+from uhl import runs, stats, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.errors import UHLError
-from uhl.files import write_text
+from uhl.files import sha256, write_atomic, write_text
 from uhl.grid import Grid
+from uhl.viz import CONTROLS, NAMES, ORDER
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
-NAMES = {
-    "head": "head only",
-    "lora-r8": "LoRA r8 (q, v)",
-    "full": "full fine-tune",
-    "uhl-canonical": "UHL, canonical",
-    "uhl-dimension": "UHL, dimension",
-    "no-adapter": "no adapter (majority)",
-    "zero-atoms": "ported head, no atoms",
-    "random-p": "ported head, random P",
-    "shuffled": "shuffled anchors",
-}
-ORDER = (
-    *("no-adapter", "head", "uhl-dimension", "uhl-canonical", "lora-r8", "full"),
-    *("dimension", "lineage", "anchor", "zero-atoms", "random-p", "shuffled"),
-)
-CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled")
 START, END = "<!-- results: made by make table -->", "<!-- end of results -->"
 
 
@@ -111,6 +97,63 @@ def gap_recovered(table: pd.DataFrame) -> pd.DataFrame:
                 share = (cell["score"] - floor.iloc[0]) / (ceiling.iloc[0] - floor.iloc[0])
                 rows.append({"task": task, "target": target, "phase": cell["phase"], "arm": cell["arm"], "gap": share})
     return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "gap"])
+
+
+PAIRS = (
+    ("source", "uhl-canonical", "source", "head"),
+    ("source", "uhl-dimension", "source", "head"),
+    ("source", "uhl-canonical", "source", "lora-r8"),
+    ("source", "uhl-dimension", "source", "lora-r8"),
+    ("zero-shot", "dimension", "zero-shot", "no-adapter"),
+    ("zero-shot", "lineage", "zero-shot", "no-adapter"),
+    ("zero-shot", "anchor", "zero-shot", "shuffled"),
+    ("zero-shot", "anchor", "zero-shot", "zero-atoms"),
+    ("zero-shot", "anchor", "zero-shot", "random-p"),
+    ("zero-shot", "anchor", "retrained", "head"),
+    ("tuned", "anchor", "tuned", "zero-atoms"),
+    ("tuned", "anchor", "tuned", "random-p"),
+    ("tuned", "dimension", "tuned", "zero-atoms"),
+    ("tuned", "anchor", "retrained", "lora-r8"),
+)
+
+
+def paired(tables: dict[tuple[str, str, str, str], np.ndarray]) -> pd.DataFrame:
+    """Paired differences of :data:`PAIRS` for every task and target that has both, from :func:`gather`."""
+    rows = []
+    for task, target in dict.fromkeys((key[0], key[1]) for key in tables):
+        for phase_a, a, phase_b, b in PAIRS:
+            first, second = tables.get((task, target, phase_a, a)), tables.get((task, target, phase_b, b))
+            if first is not None and second is not None and first.shape == second.shape:
+                made = stats.difference(first, second)
+                verdict = "better" if made.low > 0 else "worse" if made.high < 0 else "undecided"
+                rows.append((task, target, f"{phase_a} {a}", f"{phase_b} {b}", *made, verdict))
+    return pd.DataFrame(rows, columns=["task", "target", "first", "second", "difference", "low", "high", "verdict"])
+
+
+def findings(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """One sentence a comparison, over all tasks and targets, with the counts of each verdict and the range."""
+    lines = []
+    for key, group in pairs.groupby(["first", "second"], sort=False):
+        first, second = map(str, key)
+        tally = ", ".join(f"{count} {verdict}" for verdict, count in group["verdict"].value_counts().items())
+        low, high = group["difference"].min(), group["difference"].max()
+        lines.append(f"{first} against {second}: {tally} of {len(group)} cells; {low:+.1f} to {high:+.1f} points")
+    sizes = table[table["arm"].str.startswith("uhl-")]["adapter_bytes"]
+    if len(sizes):
+        lines.append(f"adapter files: {sizes.min():,.0f} to {sizes.max():,.0f} bytes")
+    return lines
+
+
+def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables: dict[str, pd.DataFrame]) -> Path:
+    """Write the analysis's figures, tables and manifest."""
+    folder = runs.root() / profile / "analysis"
+    for name, (fig, data) in figures.items():
+        viz.save_fig(fig, folder / name, data)
+    for name, data in tables.items():
+        write_atomic(folder / f"{name}.csv", lambda tmp, data=data: data.to_csv(tmp, index=False))  # type: ignore[misc]
+    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.glob("*.*"))}
+    entry = {"stage": "analysis", "profile": profile, "commit": runs.commit(), "artefacts": files}
+    return write_text(folder / "manifest.json", json.dumps(entry, indent=1))
 
 
 def missing_cells(profile: str) -> list[str]:

@@ -46,4 +46,4 @@ def route(
     top, index = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
     soft = torch.sigmoid(top)
     hard = (soft > 0.5).to(soft.dtype)
-    return Route(index, hard + soft - soft.detach())
+    return Route(index, hard + (soft - soft.detach()))

@@ -44,7 +44,7 @@ class Settings(_Strict):
     profile: str = Field("demo", description="names the folder under runs/")
     source: str = Field("minilm-l6", description="model that the adapter is trained on")
     target: str = Field("minilm-l3", description="model that the adapter is ported to")
-    host: Literal["source", "target"] = Field("source", description="which of the two the baselines run on")
+    hosts: tuple[Literal["source", "target"], ...] = Field(("source",), description="where the baselines run")
     projectors: tuple[ProjectorKind, ...] = Field(("canonical", "dimension"), description="adapters to pre-train")
     task: str = Field("movies", description="task, by name, hub id or path")
     seed: int = Field(0, ge=0)

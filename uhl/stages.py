@@ -6,16 +6,19 @@ Every score is that of an adapter read back from its file. Test labels are used 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from datasets import DatasetDict
+from matplotlib.figure import Figure
 
-from uhl import budget, runs, store, tasks
+from uhl import budget, runs, store, tasks, viz
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes, final_means, stream_states
 from uhl.baselines import run_baseline
@@ -259,9 +262,9 @@ def tune_task(
         return train(classifier, target, task, config, folder)
 
 
-def baseline(settings: Settings, method: str) -> Outcome:
-    """Train one baseline on ``settings.model`` with the same labels and head; phase `source` or `retrained`."""
-    name = settings.source if settings.host == "source" else settings.target
+def baseline(settings: Settings, host: str, method: str) -> Outcome:
+    """Train one baseline on the `source` or the `target` with the same labels and head."""
+    name = settings.source if host == "source" else settings.target
     task, encoder = load_data(settings), load_encoder(name)
     folder = runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
     rate = {"head": settings.rate, "lora-r8": settings.lora_rate, "full": settings.full_rate}[method]
@@ -276,7 +279,7 @@ def baseline(settings: Settings, method: str) -> Outcome:
                 settings,
                 target=encoder.name,
                 arm=method,
-                phase="source" if settings.host == "source" else "retrained",
+                phase="source" if host == "source" else "retrained",
                 split=split,
                 metric=task.metric,
                 score=found.score,
@@ -305,3 +308,35 @@ def save_predictions(path: Path, predictions: dict[str, Prediction]) -> Path:
             np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
 
     return write_atomic(path, write)
+
+
+def merge(outcomes: Iterable[Outcome]) -> Outcome:
+    """Several outcomes of one cell as one."""
+    merged = Outcome([], {}, {"paths": []})
+    for outcome in outcomes:
+        merged.rows += outcome.rows
+        merged.predictions |= outcome.predictions
+        merged.details["paths"] += [outcome.details["path"]] if "path" in outcome.details else []
+    return merged
+
+
+def tag_names(settings: Settings) -> tuple[str, ...] | None:
+    """Label names where the task is a token task, else None: what :func:`uhl.stats.counts` takes."""
+    task = tasks.load_task(settings.task)
+    return task.labels if task.kind == "token" else None
+
+
+def finish(
+    settings: Settings,
+    stage: str,
+    outcome: Outcome,
+    figures: Mapping[str, tuple[Figure, pd.DataFrame]] | None = None,
+    **extra: object,
+) -> Path:
+    """Write a cell's predictions, figures and, last, its manifest."""
+    folder = runs.cell_dir(settings, stage)
+    written = [save_predictions(folder / "predictions.npz", outcome.predictions)]
+    written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
+    written += [outcome.details["path"]] if "path" in outcome.details else outcome.details.get("paths", [])
+    labels = load_data(settings).labels
+    return runs.write_manifest(settings, stage, outcome.rows, written, labels=list(labels), **extra)

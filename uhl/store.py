@@ -11,7 +11,7 @@
 | `anchors.text`                          | uint8, zlib of the texts joined by newline |
 | `anchors.head`, `anchors.stream.<i>`    | int8 (C, N), `.scale`, `.centre` float16 (C) |
 
-The header's metadata holds the format, its version, the configuration, the tasks, free information and the sha256 of
+The header's metadata is one JSON object with the format, its version, the configuration, the tasks, free information and the sha256 of
 all tensor bytes in order of name.
 """
 
@@ -36,7 +36,7 @@ from uhl.errors import UHLError
 from uhl.files import write_atomic
 from uhl.quant import dequantise, pack4, quantise, unpack4
 
-FORMAT, VERSION = "uhl-adapter", "1"
+FORMAT, VERSION, KEY = "uhl-adapter", "1", "uhl"
 MAX_TEXT = 8 << 20  # bytes of anchor text after decompression
 
 
@@ -93,18 +93,19 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def to_metadata(adapter: UHLAdapter, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The header's text fields."""
+    """The header's metadata: one JSON object under :data:`KEY`."""
     tasks = {n: {"labels": adapter.task(n).labels, "kind": adapter.task(n).kind} for n in adapter.tasks}
     anchors = {"count": len(adapter.anchors.texts), "origin": adapter.anchors.origin} if adapter.anchors else None
-    return {
+    entry = {
         "format": FORMAT,
         "version": VERSION,
-        "config": adapter.config.model_dump_json(),
-        "tasks": json.dumps(tasks, sort_keys=True),
-        "anchors": json.dumps(anchors, sort_keys=True),
-        "info": json.dumps(adapter.info, sort_keys=True),
+        "config": adapter.config.model_dump(mode="json"),
+        "tasks": tasks,
+        "anchors": anchors,
+        "info": adapter.info,
         "sha256": digest(tensors),
     }
+    return {KEY: json.dumps(entry, sort_keys=True)}  # one key: safetensors writes several in no fixed order
 
 
 def save(adapter: UHLAdapter, path: str | Path) -> Path:
@@ -124,7 +125,7 @@ def load(path: str | Path) -> UHLAdapter:
         raise UHLError(f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb")
     try:
         with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
+            meta = json.loads((file.metadata() or {}).get(KEY, "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError) as error:
         raise UHLError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
@@ -143,9 +144,9 @@ def load(path: str | Path) -> UHLAdapter:
         raise UHLError(f"{path} does not have the layout of version {VERSION} ({error}); write it again") from error
 
 
-def _build(meta: dict[str, str], tensors: dict[str, Tensor]) -> UHLAdapter:
-    adapter = UHLAdapter(UHLConfig(**json.loads(meta["config"])))
-    for name, task in json.loads(meta["tasks"]).items():
+def _build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> UHLAdapter:
+    adapter = UHLAdapter(UHLConfig(**meta["config"]))
+    for name, task in meta["tasks"].items():
         adapter.add_task(name, task["labels"], task["kind"])
     with torch.no_grad():
         for name, (parameter, bits) in _parameters(adapter).items():
@@ -156,9 +157,9 @@ def _build(meta: dict[str, str], tensors: dict[str, Tensor]) -> UHLAdapter:
             parameter.copy_(dequantise(integers, tensors[name + ".scale"]))
         for name in adapter.tasks:
             adapter.task(name).head_bias.copy_(tensors[f"task.{name}.head_bias"].float())
-    adapter.info = json.loads(meta["info"])
+    adapter.info = meta["info"]
     if "anchors.text" in tensors:
-        adapter.anchors = _read_anchors(json.loads(meta["anchors"]), tensors)
+        adapter.anchors = _read_anchors(meta["anchors"], tensors)
     return adapter
 
 

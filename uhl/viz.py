@@ -20,13 +20,28 @@ from matplotlib.figure import Figure
 from uhl.config import WEIGHT_TYPES
 from uhl.files import write_atomic
 from uhl.mixer import type_features
-from uhl.report import CONTROLS, NAMES
 
 if TYPE_CHECKING:
     from uhl.adapter import UHLAdapter
     from uhl.layer import Attached
     from uhl.models import Encoder
 
+NAMES = {
+    "head": "head only",
+    "lora-r8": "LoRA r8 (q, v)",
+    "full": "full fine-tune",
+    "uhl-canonical": "UHL, canonical",
+    "uhl-dimension": "UHL, dimension",
+    "no-adapter": "no adapter (majority)",
+    "zero-atoms": "ported head, no atoms",
+    "random-p": "ported head, random P",
+    "shuffled": "shuffled anchors",
+}
+ORDER = (
+    *("no-adapter", "head", "uhl-dimension", "uhl-canonical", "lora-r8", "full"),
+    *("dimension", "lineage", "anchor", "zero-atoms", "random-p", "shuffled"),
+)
+CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled")
 OURS, CONTROL, BASELINE = "#0b6e99", "#b0b0b0", "#d98032"
 ROUTE_COLUMNS = ["layer", "position", "token", "rank", "atom", "gate"]
 
@@ -132,7 +147,7 @@ def gap_heat(table: pd.DataFrame) -> Figure:
     )
     fig, ax = plt.subplots(figsize=(1.1 * wide.shape[1] + 3, 0.45 * wide.shape[0] + 2))
     sns.heatmap(wide, annot=True, fmt=".2f", cmap="vlag_r", center=0.5, vmin=0, vmax=1.1, cbar=False, ax=ax)
-    ax.set_xticklabels([f"{p}\n{t}\n{m}" for p, t, m in wide.columns], rotation=0, fontsize=8)
+    ax.set_xticklabels(["\n".join(map(str, column)) for column in wide.columns.tolist()], rotation=0, fontsize=8)
     ax.set(title="Gap recovered (1: rank-8 LoRA retrained there with labels)", xlabel="", ylabel="")
     return fig
 
@@ -181,7 +196,7 @@ def routing_map(table: pd.DataFrame, layers: Sequence[int] | None = None) -> Fig
     names = np.full(colours.shape, "", dtype=object)
     opened = table[(table["gate"] > 0.5) & table["layer"].isin(shown)].sort_values("rank")
     for key, rows in opened.groupby(["layer", "position"]):
-        layer, position = (int(k) for k in key)  # type: ignore[attr-defined]
+        layer, position = (int(str(k)) for k in tuple(key))  # type: ignore[arg-type]
         place = shown.index(layer), position
         colours[place], names[place] = rows["atom"].iloc[0], "\n".join(map(str, rows["atom"]))
     fig, ax = plt.subplots(figsize=(0.52 * len(tokens) + 1.5, 0.5 * len(shown) + 1.2))

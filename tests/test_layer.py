@@ -1,0 +1,116 @@
+"""Attaching: identity, folding against the unfolded equation, gradients, E[k]."""
+
+import pytest
+import torch
+
+from uhl.adapter import UHLAdapter
+from uhl.errors import UHLError
+from uhl.frame import dimension_frame
+from uhl.host import find_slots, weight
+from uhl.layer import attach
+from uhl.port import basis_of
+
+IDS = torch.randint(5, 20, (2, 6), generator=torch.Generator().manual_seed(3))
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+
+
+def run(encoder):
+    return encoder.model(input_ids=IDS, attention_mask=MASK).last_hidden_state
+
+
+def test_a_new_adapter_changes_nothing(encoder, config):
+    adapter = UHLAdapter(config)
+    adapter.add_task("mood", ("a", "b"), "sentence")
+    before = run(encoder)
+    with attach(encoder.model, adapter, "mood"):
+        assert torch.equal(run(encoder), before)
+
+
+def test_paths_agree_inside_a_host(encoder, adapter):
+    outputs = []
+    for path in ("dense", "reference"):
+        with attach(encoder.model, adapter, "mood", path=path):
+            outputs.append(run(encoder))
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+def test_folded_update_is_the_unfolded_equation(encoder, adapter):
+    """One weight, one layer, by the formula in canonical coordinates, against the difference that attaching makes."""
+    slots = find_slots(encoder.model)
+    slot = slots[0]
+    x = torch.randn(1, 4, slot.d_in)
+    with attach(encoder.model, adapter, "mood") as attached:
+        run(encoder)
+        hidden = torch.randn(1, 4, slot.d_in)
+        attached._before_layer(slot.layer)(encoder.model, (hidden,), {})
+        chosen = attached.routes[slot.layer]
+        layer = encoder.model.get_submodule(slot.path)
+        delta = layer(x) - layer.base_layer(x)
+    u, v = adapter.dictionary()
+    p_in, p_out = dimension_frame(adapter.projector, slots, encoder.width).slots[slot.path]
+    m = adapter.strengths(slots, "mood")[0]
+    wanted = torch.zeros_like(delta)
+    for t in range(4):
+        for j, s in zip(chosen.index[0, t], chosen.gate[0, t], strict=True):
+            wanted[0, t] += s * m[j] * (p_out @ u[j]) * (v[j] @ (p_in @ x[0, t]))
+    torch.testing.assert_close(delta, wanted, atol=1e-5, rtol=1e-4)
+    assert wanted.abs().max() > 1e-3
+
+
+def test_gradients_reach_every_trained_part(encoder, adapter):
+    with attach(encoder.model, adapter, "mood") as attached:
+        (run(encoder).pow(2).sum() + attached.active()).backward()
+    part = adapter.task("mood")
+    for name, p in adapter.named_parameters():
+        if p is not part.head and p is not part.head_bias:
+            assert p.grad is not None, name
+            assert p.grad.abs().sum() > 0, name
+
+
+def test_active_counts_gates_of_real_tokens_only(encoder, adapter):
+    with torch.no_grad():
+        adapter.task("mood").embedding.sub_(1.2)  # so that some gates are closed
+    with attach(encoder.model, adapter, "mood") as attached:
+        run(encoder)
+        gates = torch.stack([attached.routes[n].gate.sum(-1) for n in range(3)])
+        by_hand = (gates * MASK).sum() / (3 * MASK.sum())
+        assert attached.active().item() == pytest.approx(by_hand.item())
+        assert attached.active().item() != pytest.approx(gates.mean().item())
+        assert 0 < attached.active() <= 2
+
+
+def test_refolds_exactly_when_parameters_change(encoder, adapter):
+    with torch.no_grad(), attach(encoder.model, adapter, "mood") as attached:
+        first = run(encoder)
+        folded = attached.folded
+        run(encoder)
+        assert attached.folded is folded
+        adapter.mixer.second.add_(0.5)
+        assert not torch.equal(run(encoder), first)
+        assert attached.folded is not folded
+
+
+def test_residual_frame_is_an_edit_of_the_stream(encoder, adapter):
+    """A reader's update W N u (v . M x) is W applied to an edited input; a writer's is an edit of its output."""
+    slots = find_slots(encoder.model)
+    frame = basis_of(encoder, ["good film", "bad plot", "the cast was fine"], 16).frame(encoder.model, slots)
+    reader, writer = slots[0], next(s for s in slots if s.writer)
+    (m_read, wn), (mw, n) = frame.slots[reader.path], frame.slots[writer.path]
+    torch.testing.assert_close(wn, weight(encoder.model, reader) @ n)
+    torch.testing.assert_close(mw, m_read @ weight(encoder.model, writer))
+    assert not torch.allclose(wn, n, atol=1e-2)
+
+
+def test_two_adapters_at_once_are_an_error_and_leave_the_first(encoder, adapter):
+    with attach(encoder.model, adapter, "mood") as first:
+        inside = run(encoder)
+        with pytest.raises(UHLError, match="detach it first"):
+            attach(encoder.model, adapter, "mood")
+        assert torch.equal(run(encoder), inside)
+        first.detach()
+        first.detach()
+
+
+def test_unknown_task(encoder, adapter):
+    with pytest.raises(UHLError, match="no task 'other'; it has mood"):
+        attach(encoder.model, adapter, "other")

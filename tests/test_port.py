@@ -1,0 +1,172 @@
+"""Porting: the regression, the identity on the source itself, and exactness under a change of basis."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import sentences
+from sklearn.linear_model import Ridge
+
+from uhl.adapter import UHLAdapter
+from uhl.anchors import batches, final_means, stream_states
+from uhl.config import ARMS, UHLConfig
+from uhl.errors import UHLError
+from uhl.host import find_slots
+from uhl.layer import attach
+from uhl.models import Encoder
+from uhl.port import PENALTIES, basis_of, port, ridge, why_not
+from uhl.stages import make_anchors
+
+
+def trained(source, projector="canonical", width=16):
+    """An adapter with anchors on a source, its parts filled at random."""
+    from conftest import fill
+
+    adapter = UHLAdapter(UHLConfig(atoms=12, width=width, hidden=6, projector=projector))
+    adapter.add_task("mood", ("negative", "positive"), "sentence")
+    fill(adapter)
+    texts = sorted(set(sentences(200)))
+    basis = basis_of(source, texts, width)
+    frame = basis.frame(source.model, find_slots(source.model))
+    adapter.anchors = make_anchors(source, adapter, "mood", basis, frame, texts, "test")
+    return adapter, frame
+
+
+def logits(encoder, adapter, ported):
+    with attach(encoder.model, adapter, "mood", ported.frame, ported.scale) as attached:
+        return adapter.task("mood").classify(attached.frame.codes(final_means(encoder, sentences(20, 9))))
+
+
+def test_ridge_equals_scikit_learn_and_chooses_by_gcv():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(60, 8)), rng.normal(size=(60, 3))
+    y += x @ rng.normal(size=(8, 3))
+    fit = ridge(torch.from_numpy(x), torch.from_numpy(y))
+    theirs = Ridge(alpha=fit.penalty).fit(x, y)
+    np.testing.assert_allclose(fit.matrix.numpy().T, theirs.coef_, atol=1e-5)
+    np.testing.assert_allclose(fit.shift.numpy(), theirs.intercept_, atol=1e-5)
+    values = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
+
+    def gcv(penalty):
+        model = Ridge(alpha=penalty).fit(x, y)
+        free = 60 - (values / (values + penalty)).sum() - 1
+        return 60 * ((y - model.predict(x)) ** 2).sum() / free**2
+
+    tried = [p * values.mean() for p in PENALTIES]
+    assert fit.penalty == pytest.approx(min(tried, key=gcv))
+
+
+def test_ridge_does_not_call_noise_explained():
+    g = torch.Generator().manual_seed(0)
+    fit = ridge(torch.randn(80, 20, generator=g), torch.randn(80, 5, generator=g))
+    assert fit.explained < 0.1
+
+
+def test_lineage_to_the_source_itself_is_the_identity(encoder):
+    adapter, frame = trained(encoder)
+    ported = port(adapter, encoder, "mood", "lineage", encoder)
+    assert torch.equal(ported.frame.head, frame.head)
+    for path, pair in frame.slots.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, ported.frame.slots[path], strict=True))
+
+
+def permuted(encoder, order):
+    """The same function with the residual stream's coordinates relabelled."""
+    model = copy.deepcopy(encoder.model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            stream_in = any(
+                k in name for k in ("query.weight", "key.weight", "value.weight", "intermediate.dense.weight")
+            )
+            stream_out = name.endswith("output.dense.weight")
+            if stream_in or "embeddings.weight" in name:
+                p.copy_(p[:, order])
+            elif stream_out or "LayerNorm" in name or name.endswith("output.dense.bias"):
+                p.copy_(p[order])
+    return Encoder("permuted", model, encoder.tokenizer, "none")
+
+
+def permuted_neurons(encoder):
+    """The same function with the feed-forward neurons of every layer relabelled."""
+    model = copy.deepcopy(encoder.model)
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            order = torch.randperm(layer.intermediate.dense.out_features, generator=torch.Generator().manual_seed(2))
+            layer.intermediate.dense.weight.copy_(layer.intermediate.dense.weight[order])
+            layer.intermediate.dense.bias.copy_(layer.intermediate.dense.bias[order])
+            layer.output.dense.weight.copy_(layer.output.dense.weight[:, order])
+    return Encoder("neurons", model, encoder.tokenizer, "none")
+
+
+def test_an_anchored_port_does_not_see_the_basis_and_dimension_does(encoder):
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    for other in (permuted(encoder, order), permuted_neurons(encoder)):
+        inputs = encoder.tokenizer(sentences(3), return_tensors="pt")
+        plain, same = (e.model(**inputs).last_hidden_state for e in (encoder, other))
+        if other.name == "permuted":
+            plain = plain[..., order]
+        torch.testing.assert_close(plain, same, atol=1e-4, rtol=1e-4)  # the same function indeed
+        adapter, _ = trained(encoder)
+        first, second = (port(adapter, e, "mood", "anchor") for e in (encoder, other))
+        assert first.scale == second.scale
+        a, b = logits(encoder, adapter, first), logits(other, adapter, second)
+        assert (a - b).norm() / a.norm() < 1e-3
+        blind, _ = trained(encoder, "dimension")
+        a, b = (logits(e, blind, port(blind, e, "mood", "dimension")) for e in (encoder, other))
+        assert (a - b).norm() / a.norm() > 1e-2
+
+
+def test_anchor_explains_codes_better_than_shuffled_anchors(encoder, make_encoder):
+    adapter, _ = trained(encoder)
+    target = make_encoder(layers=2, width=32, seed=0)
+    fits = {arm: max(port(adapter, target, "mood", arm).report["head_fit"].values()) for arm in ("anchor", "shuffled")}
+    assert fits["anchor"] > fits["shuffled"] + 0.1
+
+
+@pytest.mark.parametrize("arm", ["anchor", "zero-atoms", "random-p", "shuffled"])
+def test_every_arm_gives_a_whole_frame(encoder, make_encoder, arm):
+    adapter, _ = trained(encoder)
+    target = make_encoder(layers=2, width=12)
+    before = {k: v.clone() for k, v in target.model.state_dict().items()}
+    ported = port(adapter, target, "mood", arm)
+    assert torch.isfinite(logits(target, adapter, ported)).all()
+    assert (ported.scale == 0.0) or arm != "zero-atoms"
+    assert set(ported.frame.slots) == {s.path for s in find_slots(target.model)}
+    assert all(torch.equal(v, before[k]) for k, v in target.model.state_dict().items())
+
+
+def test_port_needs_no_labels_and_repeats(encoder, make_encoder):
+    adapter, _ = trained(encoder)
+    target = make_encoder(layers=2, width=12)
+    one, two = (port(adapter, target, "mood", "random-p", seed=3) for _ in range(2))
+    assert torch.equal(one.frame.route, two.frame.route)
+    assert not torch.equal(one.frame.route, port(adapter, target, "mood", "random-p", seed=4).frame.route)
+
+
+def test_undefined_cells_say_why(encoder, make_encoder):
+    adapter, _ = trained(encoder)
+    narrow = make_encoder(width=12)
+    assert "equal widths" in why_not(adapter, narrow, "lineage", encoder)
+    assert "needs the source model" in why_not(adapter, encoder, "lineage")
+    assert "not defined" in why_not(adapter, encoder, "dimension")
+    adapter.anchors = None
+    assert "needs anchors" in why_not(adapter, encoder, "anchor")
+    with pytest.raises(UHLError, match="needs anchors"):
+        port(adapter, encoder, "mood", "anchor")
+    with pytest.raises(UHLError, match="choose one of: " + ", ".join(ARMS)):
+        port(adapter, encoder, "mood", "magic")
+
+
+def test_batches_cover_every_text_once(encoder):
+    texts = sentences(70)
+    seen = sorted(i for rows, _ in batches(encoder, texts, size=16) for i in rows)
+    assert seen == list(range(70))
+
+
+def test_sentence_means_ignore_padding(encoder):
+    short, both = final_means(encoder, ["good"]), final_means(encoder, ["good", "the cast was not very good a joy"])
+    torch.testing.assert_close(short[0], both[0], atol=1e-5, rtol=1e-4)
+    means, tokens = stream_states(encoder, ["good", "bad plot"], (0.0, 1.0))
+    assert means.shape == (2, 2, 24)
+    assert tokens.shape == (4 * (3 + 4), 24)
