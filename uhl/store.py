@@ -11,8 +11,8 @@
 | `anchors.text`                          | uint8, zlib of the texts joined by newline |
 | `anchors.head`, `anchors.stream.<i>`    | int8 (C, N), `.scale`, `.centre` float16 (C) |
 
-The header's metadata is one JSON object with the format, its version, the configuration, the tasks, free information and the sha256 of
-all tensor bytes in order of name.
+The header's metadata is one JSON object with the format, its version, the configuration, the tasks, free information
+and the sha256 of all tensor bytes in order of name.
 """
 
 from __future__ import annotations

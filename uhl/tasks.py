@@ -13,7 +13,7 @@ what tables report. ``unlabelled`` is text without labels, disjoint from dev and
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -299,7 +299,7 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
 def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
     """Tokenise a split. Adds ``labels``: a class, or for token tasks a tag on each word's first piece, else -100."""
 
-    def one(batch: dict[str, list[Any]]) -> dict[str, Any]:
+    def one(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         if task_kind == "token":
             out = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=max_length)
             if "tags" in batch:

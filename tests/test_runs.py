@@ -1,0 +1,107 @@
+import json
+
+import pandas as pd
+import pytest
+
+from uhl import grid, report, runs
+from uhl.errors import UHLError
+from uhl.files import build_folder, write_text
+from uhl.runs import Settings
+
+
+def test_an_unknown_or_mistyped_parameter_is_an_error():
+    with pytest.raises(UHLError, match="sede: Extra inputs are not permitted; settings are: profile, source"):
+        runs.read_parameters({"sede": 3, "_private": 1, "function": len})
+    with pytest.raises(UHLError, match="seed"):
+        runs.read_parameters({"seed": "three"})
+    assert runs.read_parameters({"seed": 3, "In": [], "pd": pd}).seed == 3
+
+
+def test_rows_follow_the_contract():
+    assert tuple(runs.row(Settings(), phase="tuned")) == runs.COLUMNS
+    with pytest.raises(UHLError, match="unknown column"):
+        runs.row(Settings(), phase="tuned", colour="red")
+    with pytest.raises(UHLError, match="phase 'later'"):
+        runs.row(Settings(), phase="later")
+
+
+def write(seed, **values):
+    settings = Settings(profile="p", seed=seed)
+    made = runs.row(
+        settings, target="x", arm="a", phase="tuned", split="test", metric="accuracy", score=50, n=2, **values
+    )
+    return runs.write_manifest(settings, "tune-x", [made], labels=["n", "p"])
+
+
+def test_results_are_made_from_the_manifests_and_never_repeat():
+    for seed in (1, 0, 1):
+        path = write(seed)
+    assert runs.load_results("p")["seed"].tolist() == [0, 1]
+    entry = json.loads(path.read_text())
+    assert {"parameters", "versions", "hardware", "commit", "rows", "artefacts"} <= set(entry)
+    assert entry["versions"]["torch"].startswith("2.13.0")
+
+
+def test_results_that_are_missing_repeated_or_incomplete():
+    with pytest.raises(UHLError, match="make run PROFILE=p"):
+        runs.load_results("p")
+    write(0)
+    path = runs.root() / "p" / "results.csv"
+    frame = pd.read_csv(path)
+    pd.concat([frame, frame]).to_csv(path, index=False)
+    with pytest.raises(UHLError, match="repeated rows"):
+        runs.load_results("p")
+    frame.drop(columns="score").to_csv(path, index=False)
+    with pytest.raises(UHLError, match="misses columns score"):
+        runs.load_results("p")
+
+
+def test_missing_manifest_names_the_cell():
+    with pytest.raises(UHLError, match="pretrain-canonical was not run for task movies, seed 0"):
+        runs.read_manifest(Settings(), "pretrain-canonical")
+
+
+@pytest.mark.parametrize("profile", ["offline", "offline-full", "paper", "demo"])
+def test_every_profile_is_whole(profile):
+    made = grid.Grid.read(profile)
+    folder = grid.PARAMS / profile
+    assert len(made.cells()) == len(made.seeds) * len(made.tasks) * (2 + 1 + 3 * len(made.targets))
+    for name in made.targets:
+        path = folder / f"{name}.yaml"
+        first = path.read_text().splitlines()[0]
+        assert first.startswith("# make port TARGET=" + name), path
+        assert runs.slug(runs.read_yaml(path)["target"]) == name
+    assert len(report.missing_cells(profile)) == len(made.cells())
+
+
+def test_unknown_profile_and_bad_parameter_file(tmp_path):
+    with pytest.raises(UHLError, match="profiles: demo, offline, offline-full, paper"):
+        grid.Grid.read("online")
+    with pytest.raises(UHLError, match="does not exist"):
+        runs.read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "x.yaml").write_text("targt: minilm-l3")
+    with pytest.raises(UHLError, match="targt"):
+        runs.read_yaml(tmp_path / "x.yaml")
+
+
+def test_the_readme_is_not_written_from_an_incomplete_profile(tmp_path):
+    with pytest.raises(UHLError, match="14|18|cells are missing"):
+        report.update_readme("offline", tmp_path / "README.md", tmp_path)
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    path = write_text(tmp_path / "a.txt", "old")
+
+    def interrupt(tmp):
+        tmp.write_text("half")
+        raise KeyboardInterrupt
+
+    from uhl.files import write_atomic
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomic(path, interrupt)
+    assert path.read_text() == "old"
+    with pytest.raises(RuntimeError, match="boom"), build_folder(tmp_path / "f") as folder:
+        (folder / "x").write_text("x")
+        raise RuntimeError("boom")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt"]

@@ -1,0 +1,153 @@
+"""Readers for every format, fixed splits, tokenised labels, and an error for each kind of bad input."""
+
+import gzip
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from uhl import tasks
+from uhl.errors import UHLError
+from uhl.tasks import IGNORE, TaskSpec, encode, load_task
+
+ROWS = [{"sentence": f"film {i}", "label": i % 2} for i in range(40)]
+
+
+def write_jsonl(path, rows):
+    text = "\n".join(json.dumps(r) for r in rows)
+    path.write_bytes(gzip.compress(text.encode())) if path.suffix == ".gz" else path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.csv.gz", "train.tsv"])
+def test_plain_files(tmp_path, name):
+    path = tmp_path / name
+    if "jsonl" in name:
+        write_jsonl(path, ROWS)
+    else:
+        pd.DataFrame(ROWS).to_csv(path, index=False, sep="\t" if name.endswith("tsv") else ",")
+    task = load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
+    assert task.labels == ("0", "1")
+    assert {s: len(d) for s, d in task.data.items()} == {"train": 33, "dev": 3, "test": 4}
+    texts = [set(task.data[s]["text"]) for s in ("train", "dev", "test")]
+    assert len(set.union(*texts)) == 40  # no sentence stands in two splits
+
+
+def test_splits_are_fixed_and_a_given_dev_becomes_the_test(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "validation.jsonl", [{"sentence": "held out", "label": 1}])
+    spec = TaskSpec(str(tmp_path), "sentence", {"text": "sentence"})
+    one, two = load_task(spec), load_task(spec)
+    assert one.data["test"]["text"] == ["held out"]
+    assert one.data["dev"]["text"] == two.data["dev"]["text"]
+
+
+def test_boolq_layout(tmp_path, tokenizer):
+    rows = [{"question": "is it good", "passage": "the film was fine", "answer": bool(i % 2)} for i in range(20)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    columns = {"text": "question", "text_pair": "passage", "label": "answer"}
+    task = load_task(TaskSpec(str(tmp_path), "pair", columns, ("False", "True")))
+    first = encode(task.kind, task.data["train"], tokenizer)[0]
+    assert tokenizer.decode(first["input_ids"]).count("[SEP]") == 2
+    assert first["labels"] == task.data["train"][0]["label"]
+
+
+CONLL = "-DOCSTART- -X- O O\n\ngood NN I-PER\njoy NN I-PER\nfilm NN O\n\nbad NN I-LOC\nplot NN B-LOC\n" * 6
+
+
+def test_conll_columns_become_bio_on_first_pieces(tmp_path, tokenizer):
+    (tmp_path / "train.conll").write_text(CONLL)
+    task = load_task(TaskSpec(str(tmp_path), "token", labels=("O", "B-PER", "I-PER", "B-LOC", "I-LOC")))
+    rows = [r for split in task.data.values() for r in split]
+    assert len(rows) == 12
+    by_first = {r["tokens"][0]: r["tags"] for r in rows}
+    assert by_first == {"good": [1, 2, 0], "bad": [3, 3]}
+    from datasets import Dataset
+
+    split = Dataset.from_dict({"tokens": [["goodjoy", "film"]], "tags": [[1, 0]]})
+    made = encode("token", split, tokenizer)[0]
+    pieces = tokenizer.convert_ids_to_tokens(made["input_ids"])
+    assert pieces == ["[CLS]", "good", "##joy", "film", "[SEP]"]
+    assert made["labels"] == [IGNORE, 1, IGNORE, 0, IGNORE]
+
+
+def test_scores(task):
+    assert tasks.score(task, [1, 0, 1, 1], [1, 1, 1, 0]) == 50.0
+    token = tasks.Task("ner", "token", ("O", "B-X", "I-X"), task.data)
+    gold, guess = [[1, 2, 0, 1]], [[1, 2, 0, 0]]
+    assert tasks.score(token, guess, gold) == pytest.approx(200 / 3)
+    assert tasks.score(token, [[1, 0, 0, 0]], gold) == 0.0  # half an entity is no entity
+
+
+def test_majority_never_looks_at_the_scored_split(task):
+    labels, value = tasks.majority(task)
+    commonest = int(np.bincount(task.data["train"]["label"]).argmax())
+    assert set(labels) == {commonest}
+    assert value == pytest.approx(100 * np.mean(np.array(task.data["test"]["label"]) == commonest))
+
+
+def test_subset_is_seeded_and_leaves_dev_and_test(task):
+    a, b, c = (task.subset(8, seed).data["train"]["text"] for seed in (0, 0, 1))
+    assert a == b
+    assert a != c
+    assert len(task.subset(8, 0).data["test"]) == 16
+
+
+def test_missing_column(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(UHLError, match=r"missing column 'text'; it has sentence, label.*TaskSpec.columns"):
+        load_task(TaskSpec(str(tmp_path), "sentence"))
+
+
+def test_unknown_label(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "test.jsonl", [{"sentence": "x", "label": 7}])
+    with pytest.raises(UHLError, match="split test: unknown label 7; expected one of 0, 1"):
+        load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
+
+
+def test_empty_split(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "test.csv").write_text("sentence,label\n")
+    with pytest.raises(UHLError, match="split test is empty"):
+        load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
+
+
+def test_folder_without_train(tmp_path):
+    with pytest.raises(UHLError, match="holds no train file"):
+        load_task(TaskSpec(str(tmp_path), "sentence"))
+
+
+def test_broken_file(tmp_path):
+    (tmp_path / "train.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(UHLError, match="could not be read"):
+        load_task(TaskSpec(str(tmp_path), "sentence"))
+
+
+def test_unknown_name_lists_the_choices():
+    with pytest.raises(UHLError, match="offline names: movies, amazon; hub names: sst2, conll2003"):
+        load_task("moovies")
+
+
+def test_hub_without_a_network(monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def refuse(*_args, **_kwargs):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(tasks, "load_dataset", refuse)
+    with pytest.raises(UHLError, match="nor could it be loaded from the hub .*use movies, amazon or a local folder"):
+        load_task("sst2")
+
+
+@pytest.mark.parametrize("name", ["movies", "amazon"])
+def test_offline_tasks_keep_reviews_apart(name):
+    task = load_task(name)
+    table = tasks.rated_sentences(name).set_index("text")["group"]
+    groups = {s: {table[t] for t in d["text"]} for s, d in task.data.items()}
+    for a, b in (("train", "dev"), ("train", "test"), ("dev", "test"), ("unlabelled", "test"), ("unlabelled", "dev")):
+        assert not groups[a] & groups[b], (a, b)
+    assert 0.4 < np.mean(task.data["train"]["label"]) < 0.62
+    assert len(task.data["unlabelled"]) > 512
