@@ -38,23 +38,28 @@ def logits(encoder, adapter, ported):
         return adapter.task("mood").classify(attached.frame.codes(final_means(encoder, sentences(20, 9))))
 
 
-def test_ridge_equals_scikit_learn_and_chooses_by_gcv():
+def test_ridge_equals_scikit_learn_and_chooses_each_penalty_by_gcv():
     rng = np.random.default_rng(0)
-    x, y = rng.normal(size=(60, 8)), rng.normal(size=(60, 3))
+    x, y = rng.normal(size=(60, 8)), rng.normal(size=(60, 3)) * [0.1, 1, 10]
     y += x @ rng.normal(size=(8, 3))
     fit = ridge(torch.from_numpy(x), torch.from_numpy(y))
-    theirs = Ridge(alpha=fit.penalty).fit(x, y)
-    np.testing.assert_allclose(fit.matrix.numpy().T, theirs.coef_, atol=1e-5)
-    np.testing.assert_allclose(fit.shift.numpy(), theirs.intercept_, atol=1e-5)
     values = np.linalg.svd(x - x.mean(0), compute_uv=False) ** 2
 
-    def gcv(penalty):
-        model = Ridge(alpha=penalty).fit(x, y)
+    def gcv(penalty, column):
+        model = Ridge(alpha=penalty).fit(x, column)
         free = 60 - (values / (values + penalty)).sum() - 1
-        return 60 * ((y - model.predict(x)) ** 2).sum() / free**2
+        return 60 * ((column - model.predict(x)) ** 2).sum() / free**2
 
     tried = [p * values.mean() for p in PENALTIES]
-    assert fit.penalty == pytest.approx(min(tried, key=gcv))
+    for c in range(3):
+        best = min(tried, key=lambda p, c=c: gcv(p, y[:, c]))
+        assert float(fit.penalty[c]) == pytest.approx(best, rel=1e-5)
+        theirs = Ridge(alpha=best).fit(x, y[:, c])
+        np.testing.assert_allclose(fit.matrix[:, c].numpy(), theirs.coef_, atol=1e-5)
+        np.testing.assert_allclose(fit.shift[c].numpy(), theirs.intercept_, atol=1e-5)
+    assert fit.penalty[0] < fit.penalty[2]
+    with pytest.raises(UHLError, match="at least 16"):
+        ridge(torch.zeros(3, 2), torch.zeros(3, 2))
 
 
 def test_ridge_does_not_call_noise_explained():

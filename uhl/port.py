@@ -10,7 +10,7 @@
 | `shuffled`   | control: `anchor` with the anchors' codes permuted                 | the file's anchors       |
 
 The anchored port runs the target over the anchor texts once. The stream's reader M solves
-min ||H M^T - Z||^2 + lambda ||M||^2 between its sentence means H and the source's codes Z at matched depths; the
+min ||H M^T - Z||^2 + ||Lambda M||^2 between its sentence means H and the source's codes Z at matched depths; the
 writer N solves the reverse. The head's reader is the same regression from the last states to the *adapted* source's
 codes, fitted with the atoms in place. How much of the atoms to use is the scale in :data:`SCALES` whose last states
 reproduce the adapted codes best, by generalised cross-validation; 0 is allowed.
@@ -36,44 +36,47 @@ from uhl.layer import attach
 from uhl.models import Encoder
 
 SCALES = (0.0, 0.25, 0.5, 1.0)
-PENALTIES = tuple(10.0**e for e in (-4, -3, -2, -1, 0, 1, 2))  # times the mean squared singular value
+PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squared singular value
 
 
 @dataclass
 class Fit:
-    """A ridge regression Y = X B + c with its penalty and explained variance by generalised cross-validation."""
+    """A ridge regression Y = X B + c, a penalty for each column of Y, and what it explains of Y's variance.
+
+    ``explained`` is 1 - (sum over columns of GCV) / (sum of variances): an estimate for unseen rows.
+    """
 
     matrix: Float[Tensor, "D C"]
     shift: Float[Tensor, " C"]
-    penalty: float
+    penalty: Float[Tensor, " C"]
     explained: float
 
 
 def ridge(x: Float[Tensor, "n D"], y: Float[Tensor, "n C"], centre: bool = True) -> Fit:
-    """Ridge regression in float64, the penalty chosen by generalised cross-validation (Golub et al. 1979).
+    """Ridge regression in float64; generalised cross-validation chooses each column's penalty (Golub et al. 1979).
 
-    GCV(l) = n ||Y - Y_l||^2 / (n - df_l)^2 with df_l the trace of the smoother. ``centre`` adds an intercept.
+    GCV_c(l) = n ||y_c - y_c,l||^2 / (n - df_l)^2 with df_l the trace of the smoother. Columns differ in how well they
+    can be predicted (leading directions well, the tail hardly), so one penalty for all would fit neither. ``centre``
+    adds an intercept. Raises :class:`UHLError` for fewer than 16 rows.
     """
+    if len(x) < 16:
+        raise UHLError(f"{len(x)} anchors are too few for a regression; use at least 16")
     x, y = x.double(), y.double()
     x_mean, y_mean = (t.mean(0) if centre else torch.zeros_like(t[0]) for t in (x, y))
     left, values, right = torch.linalg.svd(x - x_mean, full_matrices=False)
     target = left.T @ (y - y_mean)  # (r, C)
-    total = (y - y_mean).pow(2).sum()
-    inside = target.pow(2).sum()
-    best: tuple[float, float, Tensor] | None = None
-    for relative in PENALTIES:
-        penalty = relative * values.pow(2).mean()
-        shrink = values.pow(2) / (values.pow(2) + penalty)
-        residual = (total - inside) + ((1 - shrink)[:, None] * target).pow(2).sum()
-        free = len(x) - float(shrink.sum()) - float(centre)
-        gcv = float(len(x) * residual / max(free, 1e-9) ** 2)
-        if free > 0.01 * len(x) and (best is None or gcv < best[0]):
-            best = (gcv, float(penalty), values / (values.pow(2) + penalty))
-    if best is None:
-        raise UHLError(f"{len(x)} anchors are too few for a regression; use at least 16")
-    matrix = right.T @ (best[2][:, None] * target)
-    explained = 1 - best[0] / float(total / len(x))
-    return Fit(matrix.float(), (y_mean - x_mean @ matrix).float(), best[1], explained)
+    total = (y - y_mean).pow(2).sum(0)  # (C,)
+    outside = total - target.pow(2).sum(0)
+    power = values.pow(2)
+    penalties = torch.tensor(PENALTIES, dtype=x.dtype) * power.mean()
+    shrink = power / (power + penalties[:, None])  # (penalties, r)
+    residual = outside + (1 - shrink).pow(2) @ target.pow(2)  # (penalties, C)
+    free = (len(x) - shrink.sum(1) - float(centre)).clamp_min(1e-2 * len(x))
+    gcv, best = (len(x) * residual / free[:, None] ** 2).min(0)  # (C,)
+    inverse = values[:, None] / (power[:, None] + penalties[best])  # (r, C)
+    matrix = right.T @ (inverse * target)
+    explained = 1 - float(gcv.sum() / (total.sum() / len(x)).clamp_min(1e-12))
+    return Fit(matrix.float(), (y_mean - x_mean @ matrix).float(), penalties[best].float(), explained)
 
 
 @dataclass

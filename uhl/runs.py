@@ -49,7 +49,7 @@ class Settings(_Strict):
     task: str = Field("movies", description="task, by name, hub id or path")
     seed: int = Field(0, ge=0)
     train_size: int | None = Field(None, ge=8, description="labelled examples; None: all")
-    eval_size: int | None = Field(None, ge=8, description="examples of dev and test; None: all (demo only)")
+    eval_size: int | None = Field(None, ge=8, description="most examples of dev and of test; None: all")
     anchors: int = Field(512, ge=16)
     anchor_text: str = Field("in-domain", description="in-domain (the task's unlabelled split) or generic")
     epochs: float = Field(2.0, gt=0)
@@ -67,6 +67,7 @@ class Settings(_Strict):
     tune_steps: int = Field(500, ge=1)
     tune_batch: int = Field(16, ge=1)
     tune_rate: float = Field(1e-2, gt=0, description="learning rate of the task bias")
+    tune_head_rate: float = Field(5e-3, gt=0, description="learning rate of the head while tuning")
 
     def adapter_config(self, projector: str) -> UHLConfig:
         """Sizes of an adapter trained under these settings."""

@@ -252,7 +252,11 @@ def tune_task(
     part.head_bias.requires_grad_(True)
     part.bias.requires_grad_(ported.arm != "zero-atoms")
     config = settings.train_config(
-        steps=settings.tune_steps, batch=settings.tune_batch, mixer_rate=settings.tune_rate, lambda_f=0.0
+        steps=settings.tune_steps,
+        batch=settings.tune_batch,
+        mixer_rate=settings.tune_rate,
+        head_rate=settings.tune_head_rate,
+        lambda_f=0.0,
     )
     torch.manual_seed(settings.seed)
     if ported.arm == "zero-atoms":
