@@ -4,6 +4,7 @@
 # A cell is done when its manifest exists. Training inside a cell resumes from its last checkpoint.
 
 import os
+import sys
 
 from uhl.grid import Grid
 
@@ -16,6 +17,7 @@ SETTINGS = f"params/{GRID.profile}/settings.yaml"
 
 # One thread a job where several run at once: small models gain more from jobs side by side than from threads.
 os.environ["UHL_BATCH"] = "1"
+os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # papermill of this environment
 os.environ["PYTHONWARNINGS"] = "ignore"
 if workflow.cores and workflow.cores > 1:
     os.environ["OMP_NUM_THREADS"] = "1"

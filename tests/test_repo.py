@@ -1,0 +1,144 @@
+"""The repository itself: versions in step, notebooks whole and tidy, real data where a folder is named."""
+
+import json
+import os
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def pins():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    return dict(entry.lower().split("==") for group in groups for entry in group)
+
+
+def test_lock_environment_and_project_agree():
+    lock = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text().split())
+    lock = {name.replace("_", "-"): version for name, version in lock.items()}
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    assert dict(entry.lower().split("==") for entry in environment) == pins()
+    assert {name: lock.get(name) for name in pins()} == pins()
+    assert lock["torch"] == "2.13.0"
+
+
+def test_what_is_installed_is_what_is_locked():
+    from importlib.metadata import version
+
+    for name, wanted in pins().items():
+        assert version(name).split("+")[0] == wanted, name
+
+
+def code_cells(path):
+    book = json.loads(path.read_text())
+    return [c for c in book["cells"] if c["cell_type"] == "code"], book
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook_is_whole_and_tidy(path):
+    cells, book = code_cells(path)
+    tags = [c["metadata"].get("tags", []) for c in cells]
+    assert sum("parameters" in t for t in tags) == 1
+    assert all(c["execution_count"] for c in cells), "stored without execution counts, so nbval compares nothing"
+    compared = [c for c, t in zip(cells, tags, strict=True) if c["outputs"] and "nbval-ignore-output" not in t]
+    assert len(compared) >= 3, "too little output that nbval compares"
+    assert not any(o["output_type"] == "error" for c in cells for o in c["outputs"])
+    assert "widgets" not in book["metadata"]
+    assert "papermill" not in book["metadata"]
+    lengths = sorted(len("".join(c["source"]).splitlines()) for c in cells)
+    assert lengths[-1] <= 25
+    assert lengths[len(lengths) // 2] <= 8
+    assert 20 <= len(book["cells"]) <= 45
+    text = path.read_text()
+    assert not re.search(r'"/(home|root|tmp|work|Users)/', text)
+    assert "class " not in "".join("".join(c["source"]) for c in cells)
+    assert "What we saw" in text
+
+
+def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
+    import papermill
+
+    monkeypatch.setenv("UHL_RUNS", str(tmp_path))
+    with pytest.raises(papermill.PapermillExecutionError, match="taks: Extra inputs are not permitted"):
+        papermill.execute_notebook(
+            str(ROOT / "notebooks" / "06_analysis.ipynb"),
+            str(tmp_path / "out.ipynb"),
+            parameters={"taks": "movies"},
+            cwd=str(ROOT / "notebooks"),
+            progress_bar=False,
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]
+
+
+def test_snakemake_plans_the_whole_grid(tmp_path):
+    import subprocess
+    import sys
+
+    snakemake = Path(sys.executable).parent / "snakemake"
+    command = [snakemake, "-n", "--quiet", "--cores", "2", "--config", "profile=offline-full"]
+    environment = {**os.environ, "UHL_RUNS": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = dict(re.findall(r"^(\w+)\s+(\d+)$", done.stdout + done.stderr, re.M))
+    assert counts["pretrain"] == "12"
+    assert counts["port"] == counts["tune"] == "12"
+    assert counts["baselines"] == "18"
+
+
+# --- real data, where UHL_DATA names a folder of it --------------------------------------------------------------------
+
+DATA = Path(os.environ.get("UHL_DATA", "/nonexistent"))
+REAL = {
+    "sst2": ("sst2", "sentence", {"text": "sentence"}, (), 67_349),
+    "conll2003": ("conll2003", "token", {"tags": "ner_tags"}, (), 14_000),
+    "amazon_cells": ("amazon_cells", "sentence", {"text": "sentence"}, (), 500),
+    "boolq": ("boolq", "pair", {"text": "question", "text_pair": "passage", "label": "answer"}, (), 1_000),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.is_dir(), reason="UHL_DATA names no folder with sst2/, conll2003/, boolq/, amazon_cells/")
+@pytest.mark.parametrize("name", REAL)
+def test_real_data_trains_above_its_trivial_baseline(name, tmp_path):
+    import torch
+
+    from uhl import stages, tasks
+    from uhl.adapter import UHLAdapter
+    from uhl.config import TrainConfig, UHLConfig
+    from uhl.head import fit_head
+    from uhl.layer import attach
+    from uhl.models import load_encoder
+    from uhl.train import Classifier, predict, train
+
+    folder, kind, columns, labels, least = REAL[name]
+    source = DATA / folder
+    if name == "boolq":  # the folder's own split has other names
+        source = tmp_path / "boolq"
+        source.mkdir()
+        for split in ("train", "test"):
+            (source / f"{split}.jsonl.gz").symlink_to((DATA / folder / f"derived_{split}.jsonl.gz").resolve())
+    whole = tasks.load_task(tasks.TaskSpec(str(source), kind, columns, labels))
+    assert len(whole.data["train"]) > 0.8 * least
+    few = {"sentence": 1500, "pair": 1200, "token": 400}[kind]
+    task = whole.subset(few, 0)
+    small = {s: d.select(range(min(400, len(d)))) if s != "train" else d for s, d in task.data.items()}
+    task = tasks.Task(task.name, task.kind, task.labels, type(task.data)(small))
+    encoder = stages.freeze(load_encoder("minilm-l6"))
+    adapter = UHLAdapter(UHLConfig(projector="dimension"))
+    part = adapter.add_task("t", task.labels, task.kind)
+    part.bias.requires_grad_(False)
+    torch.manual_seed(0)
+    config = TrainConfig(steps=40, max_length=128 if kind == "pair" else 64)
+    with attach(encoder.model, adapter, "t") as attached:
+        classifier = Classifier(encoder.model, part, None, attached, config)
+        fit_head(classifier, encoder, task, config.max_length)
+        train(classifier, encoder, task, config, tmp_path / "trainer")
+        found = predict(classifier, encoder, task, "test", max_length=config.max_length)
+    _, trivial = tasks.majority(task)
+    assert found.score > trivial, (found.score, trivial)
