@@ -32,7 +32,7 @@ port: $(STAMP)
 	@test -n "$(TARGET)" || { echo "make port needs TARGET=<name>, one of: $$(ls params/$(PROFILE) | grep -v grid | sed s/.yaml// | tr '\n' ' ')"; exit 1; }
 	@test -f "params/$(PROFILE)/$(TARGET).yaml" || { echo "no params/$(PROFILE)/$(TARGET).yaml; targets: $$(ls params/$(PROFILE) | grep -v grid | sed s/.yaml// | tr '\n' ' ')"; exit 1; }
 	@$(BIN)/python -m uhl fetch --profile $(PROFILE) --model $(TARGET)
-	@$(SNAKE) --config profile=$(PROFILE) --until port -- runs/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json
+	@$(SNAKE) --config profile=$(PROFILE) -- runs/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
 
 test: $(STAMP) lint unit notebooks

@@ -31,7 +31,7 @@ def papermill(notebook, files=()):
     """Run a notebook into a scratch name beside its manifest and move it when it succeeded."""
     given = " ".join(f"-f {f}" for f in (SETTINGS, *files))
     return (
-        "mkdir -p $(dirname {output[0]}) && "
+        "mkdir -p $(dirname {output[0]}) && echo \"$(date +%H:%M:%S)  started  $(dirname {output[0]})\" && "
         f"papermill notebooks/{notebook}.ipynb $(dirname {{output[0]}})/.running.ipynb --cwd notebooks "
         f"--execution-timeout 14400 --no-progress-bar {given} {{params.own}} > {{log}} 2>&1 && "
         "mv $(dirname {output[0]})/.running.ipynb $(dirname {output[0]})/notebook.ipynb"
@@ -50,7 +50,8 @@ rule intro:
     log:
         f"{RUNS}/{GRID.profile}/logs/{{notebook}}.log",
     shell:
-        "mkdir -p $(dirname {output[0]}) && papermill notebooks/{wildcards.notebook}.ipynb "
+        "mkdir -p $(dirname {output[0]}) && echo \"$(date +%H:%M:%S)  started  $(dirname {output[0]})\" && "
+        "papermill notebooks/{wildcards.notebook}.ipynb "
         "$(dirname {output[0]})/.running.ipynb --cwd notebooks --no-progress-bar > {log} 2>&1 && "
         "mv $(dirname {output[0]})/.running.ipynb {output[0]}"
 

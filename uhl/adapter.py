@@ -90,22 +90,22 @@ class UHLAdapter(nn.Module):
 
     def strengths(self, slots: Sequence[Slot], task: str, scale: float = 1.0) -> Float[Tensor, "slots A"]:
         """Alpha (scale * g + d) for every weight; ``scale`` weighs the mixer alone, so a tuned bias always acts."""
-        mixed = self.mixer(torch.stack([type_features(s.depth, s.type) for s in slots]))
-        basis = torch.stack([bias_features(s.depth, s.type) for s in slots])
+        device = self.mixer.first.device
+        mixed = self.mixer(torch.stack([type_features(s.depth, s.type) for s in slots]).to(device))
+        basis = torch.stack([bias_features(s.depth, s.type) for s in slots]).to(device)
         return self.config.alpha * (scale * mixed + basis @ fake_quantise(self.task(task).bias, 4))
 
     def fold(self, frame: Frame, slots: Sequence[Slot], task: str, scale: float = 1.0) -> Folded:
         """Fold the atoms and the router into a host's frame. Weights that share a P share the product."""
         u, v = self.dictionary()
-        done: dict[int, Tensor] = {}
-
-        def once(p: Tensor, product: Tensor) -> Tensor:
-            return done.setdefault(id(p), product)
-
+        reads: dict[int, Tensor] = {}
+        writes: dict[int, Tensor] = {}
         atoms = {}
         for slot, strength in zip(slots, self.strengths(slots, task, scale), strict=True):
             p_in, p_out = frame.slots[slot.path]
-            v_host = done[id(p_in)] if id(p_in) in done else once(p_in, v @ p_in)
-            u_host = done[id(p_out)] if id(p_out) in done else once(p_out, u @ p_out.T)
-            atoms[slot.path] = (v_host, u_host, strength)
+            if id(p_in) not in reads:
+                reads[id(p_in)] = v @ p_in
+            if id(p_out) not in writes:
+                writes[id(p_out)] = u @ p_out.T
+            atoms[slot.path] = (reads[id(p_in)], writes[id(p_out)], strength)
         return Folded(atoms, self.router() @ frame.route, self.task(task).route_embedding())

@@ -55,12 +55,9 @@ def batches(encoder: Encoder, texts: Sequence[str], size: int = 64, max_length: 
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        yield (
-            rows,
-            encoder.tokenizer(
-                [texts[i] for i in rows], padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-            ),
-        )
+        chosen = [texts[i] for i in rows]
+        batch = encoder.tokenizer(chosen, padding=True, truncation=True, max_length=max_length, return_tensors="pt")
+        yield rows, batch.to(next(encoder.model.parameters()).device)
 
 
 def sentence_mean(hidden: Float[Tensor, "B T D"], mask: Tensor) -> Float[Tensor, "B D"]:
@@ -75,7 +72,7 @@ def final_means(encoder: Encoder, texts: Sequence[str]) -> Float[Tensor, "N D"]:
     out = torch.empty(len(texts), encoder.width)
     for rows, batch in batches(encoder, texts):
         hidden = encoder.model.eval()(**batch).last_hidden_state
-        out[rows] = sentence_mean(hidden, batch["attention_mask"])
+        out[rows] = sentence_mean(hidden, batch["attention_mask"]).cpu()
     return out
 
 
@@ -90,7 +87,7 @@ def stream_states(
     for rows, batch in batches(encoder, texts):
         states = encoder.model.eval()(**batch, output_hidden_states=True).hidden_states
         for i, level in enumerate(levels):
-            means[i, rows] = sentence_mean(states[level], batch["attention_mask"])
+            means[i, rows] = sentence_mean(states[level], batch["attention_mask"]).cpu()
         keep = batch["attention_mask"].bool()
-        tokens.append(torch.cat([s[keep] for s in states]))
+        tokens.append(torch.cat([s[keep].cpu() for s in states]))
     return means, torch.cat(tokens)

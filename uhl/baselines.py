@@ -50,7 +50,9 @@ def run_baseline(
     part = TaskPart(UHLConfig(), task.labels, task.kind)
     for p in (part.embedding, part.bias):
         p.requires_grad_(False)
-    frame = own_frame(encoder, texts)
+    device = next(encoder.model.parameters()).device
+    part.to(device)
+    frame = own_frame(encoder, texts).to(device)
     torch.manual_seed(config.seed)
     model: nn.Module = encoder.model
     for p in model.parameters():

@@ -18,7 +18,7 @@ so nothing depends on how heads or feed-forward neurons are numbered.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -40,7 +40,18 @@ class Frame:
     head: Float[Tensor, "C D"]
     shift: Float[Tensor, " C"]
     rescale: bool = False
-    notes: dict[str, object] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Frame:
+        """The same frame on a device; weights that share a P go on sharing it."""
+        moved: dict[int, Tensor] = {}
+
+        def move(p: Tensor) -> Tensor:
+            if id(p) not in moved:
+                moved[id(p)] = p.to(device)
+            return moved[id(p)]
+
+        slots = {path: (move(a), move(b)) for path, (a, b) in self.slots.items()}
+        return Frame(slots, move(self.route), move(self.head), move(self.shift), self.rescale)
 
     def codes(self, hidden: Float[Tensor, "*n D"]) -> Float[Tensor, "*n C"]:
         """Canonical coordinates of final states, what the head reads."""
@@ -61,7 +72,7 @@ def dimension_frame(projector: Projector, slots: Sequence[Slot], width: int) -> 
 
     reader = p(width, False)
     pairs = {s.path: (p(s.d_in, False), p(s.d_out, True)) for s in slots}
-    return Frame(pairs, reader, reader, torch.zeros(projector.width), rescale=True)
+    return Frame(pairs, reader, reader, reader.new_zeros(projector.width), rescale=True)
 
 
 def residual_frame(
@@ -79,7 +90,7 @@ def residual_frame(
     """
     pairs: dict[str, Pair] = {}
     for slot in slots:
-        matrix = host.weight(model, slot)
+        matrix = host.weight(model, slot).to(read)
         pairs[slot.path] = (read @ matrix, write) if slot.writer else (read, matrix @ write)
     return Frame(pairs, read * rms, head, shift)
 

@@ -33,13 +33,13 @@ def features(
     labels: list[Tensor] = [torch.empty(0)] * len(rows)
     classifier.eval()
     for chosen in eval_batches(rows, 64):
-        inputs = collate([rows[i] for i in chosen])
+        inputs = collate([rows[i] for i in chosen]).to(next(classifier.parameters()).device)
         truth = inputs.pop("labels")
         out = classifier.codes(**inputs)
         for place, row, answer in zip(chosen, out, truth, strict=True):
             keep = answer != IGNORE
-            codes[place] = row[keep] if task.kind == "token" else row[None]
-            labels[place] = answer[keep] if task.kind == "token" else answer[None]
+            codes[place] = row[keep].cpu() if task.kind == "token" else row[None].cpu()
+            labels[place] = answer[keep].cpu() if task.kind == "token" else answer[None].cpu()
     return torch.cat(codes), torch.cat(labels), [len(x) for x in labels]
 
 
@@ -75,5 +75,5 @@ def _install(classifier: Classifier, model: LogisticRegression) -> None:
     with torch.no_grad():
         part.head.zero_()
         part.head_bias.fill_(float(bias.min()) - 10.0)
-        part.head[model.classes_] = torch.from_numpy(weight).float()
-        part.head_bias[model.classes_] = torch.from_numpy(bias).float()
+        part.head[model.classes_] = torch.from_numpy(weight).to(part.head)
+        part.head_bias[model.classes_] = torch.from_numpy(bias).to(part.head)

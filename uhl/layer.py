@@ -64,7 +64,8 @@ class Attached:
     @property
     def frame(self) -> Frame:
         """The host's frame: the given one, or the dimension frame of the adapter's projector as it stands."""
-        return self._fixed or dimension_frame(self.adapter.projector, self.slots, self._width)
+        frame = self._fixed or dimension_frame(self.adapter.projector, self.slots, self._width)
+        return frame.to(self.adapter.router.weight.device)
 
     def refold(self) -> None:
         """Fold again where gradients are wanted or a parameter changed since the last time."""
@@ -137,6 +138,7 @@ def attach(
     ``scale`` in [0, 1] says how much of the ported atoms to use. Raises :class:`UHLError` for a host without weights
     of a known type and for a host that carries an adapter already.
     """
+    adapter.to(next(model.parameters()).device)
     return Attached(model, adapter, task, frame, scale, path)
 
 

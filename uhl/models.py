@@ -84,7 +84,8 @@ def load_encoder(name: str, attention: str = "sdpa") -> Encoder:
             f"needs a network; without one, copy the model to a folder and give the folder's path"
         ) from error
     revision = revision or getattr(config, "_commit_hash", None) or "unknown"
-    return Encoder(name, model.eval(), tokenizer, revision)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Encoder(name, model.eval().to(device), tokenizer, revision)
 
 
 def resolve(name: str) -> tuple[str, str | None]:

@@ -74,8 +74,7 @@ def anchor_texts(settings: Settings, task: Task) -> list[str]:
 
 def freeze(encoder: Encoder) -> Encoder:
     """Freeze the host."""
-    for p in encoder.model.parameters():
-        p.requires_grad_(False)
+    encoder.model.requires_grad_(False)
     return encoder
 
 
@@ -92,7 +91,8 @@ def make_anchors(
     bare, _ = stream_states(encoder, texts)
     stream = [Codes.of(means @ basis.read.T) for means in bare]
     with attach(encoder.model, adapter, task, frame) as attached:
-        head = Codes.of(attached.frame.codes(final_means(encoder, texts)))
+        frame = attached.frame.to(torch.device("cpu"))
+        head = Codes.of(frame.codes(final_means(encoder, texts)).detach())
     return Anchors(texts, origin, head, stream)
 
 
