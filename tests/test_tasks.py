@@ -88,10 +88,10 @@ def test_majority_never_looks_at_the_scored_split(task):
 
 
 def test_subset_is_seeded_and_leaves_dev_and_test(task):
-    a, b, c = (task.subset(8, seed).data["train"]["text"] for seed in (0, 0, 1))
+    a, b, c = (task.subset("train", 8, seed).data["train"]["text"] for seed in (0, 0, 1))
     assert a == b
     assert a != c
-    assert len(task.subset(8, 0).data["test"]) == 16
+    assert len(task.subset("train", 8, 0).data["test"]) == 16
 
 
 def test_missing_column(tmp_path):
@@ -151,3 +151,12 @@ def test_offline_tasks_keep_reviews_apart(name):
         assert not groups[a] & groups[b], (a, b)
     assert 0.4 < np.mean(task.data["train"]["label"]) < 0.62
     assert len(task.data["unlabelled"]) > 512
+
+
+def test_a_subset_is_a_fair_sample_of_ordered_data():
+    """The film file has its positive half first; a prefix of the test split would hold one class only."""
+    task = load_task("movies")
+    prefix = np.mean(task.data["test"]["label"][:500])
+    drawn = np.mean(task.subset("test", 500, tasks.SPLIT_SEED).data["test"]["label"])
+    assert abs(drawn - np.mean(task.data["test"]["label"])) < 0.06
+    assert abs(prefix - np.mean(task.data["test"]["label"])) > 0.2

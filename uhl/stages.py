@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from datasets import DatasetDict
 from matplotlib.figure import Figure
 
 from uhl import budget, runs, store, tasks, viz
@@ -49,12 +48,11 @@ class Outcome:
 
 
 def load_data(settings: Settings) -> Task:
-    """The task with the training subset of the settings' size and seed."""
-    task = tasks.load_task(settings.task).subset(settings.train_size, settings.seed)
-    if settings.eval_size is None:
-        return task
-    small = {s: d.select(range(min(settings.eval_size, len(d)))) if s in EVALUATED else d for s, d in task.data.items()}
-    return Task(task.name, task.kind, task.labels, DatasetDict(small), task.licence)
+    """The task with a training subset drawn with the run's seed, and dev and test subsets that are the same for all."""
+    task = tasks.load_task(settings.task).subset("train", settings.train_size, settings.seed)
+    for split in EVALUATED:
+        task = task.subset(split, settings.eval_size, tasks.SPLIT_SEED)
+    return task
 
 
 def anchor_texts(settings: Settings, task: Task) -> list[str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,15 +47,13 @@ class Task:
         """``f1`` for token tasks, else ``accuracy``."""
         return "f1" if self.kind == "token" else "accuracy"
 
-    def subset(self, train: int | None, seed: int) -> Task:
-        """The same task with at most ``train`` training examples, drawn with ``seed``; dev and test stay whole."""
-        rows = self.data["train"]
-        if train is None or train >= len(rows):
+    def subset(self, split: str, size: int | None, seed: int) -> Task:
+        """The same task with at most ``size`` examples of one split, drawn with ``seed``; other splits stay whole."""
+        rows = self.data[split]
+        if size is None or size >= len(rows):
             return self
-        chosen = random.Random(seed).sample(range(len(rows)), train)
-        return Task(
-            self.name, self.kind, self.labels, DatasetDict({**self.data, "train": rows.select(chosen)}), self.licence
-        )
+        chosen = random.Random(seed).sample(range(len(rows)), size)
+        return replace(self, data=DatasetDict({**self.data, split: rows.select(chosen)}))
 
 
 @dataclass(frozen=True)
