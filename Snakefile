@@ -61,6 +61,7 @@ rule pretrain:
         f"{CELL}/pretrain-{{projector}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-pretrain-{{projector}}.log",
+    priority: 3  # long chains first, baselines fill the gaps
     params:
         own=lambda w: f"-p task {w.task} -p seed {w.seed} -y 'projectors: [{w.projector}]'",
     shell:
@@ -74,6 +75,7 @@ rule port:
         f"{CELL}/port-{{target}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-port-{{target}}.log",
+    priority: 1
     params:
         own=lambda w: f"-p task {w.task} -p seed {w.seed}",
     shell:
@@ -87,6 +89,7 @@ rule tune:
         f"{CELL}/tune-{{target}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-tune-{{target}}.log",
+    priority: 2
     params:
         own=lambda w: f"-p task {w.task} -p seed {w.seed}",
     shell:

@@ -61,6 +61,20 @@ def test_notebook_is_whole_and_tidy(path):
     assert "What we saw" in text
 
 
+@pytest.mark.parametrize("profile", ["offline", "offline-full", "paper"])
+def test_profiles_override_every_stored_parameter(profile):
+    """A notebook's stored parameters are those of a small demonstration; none may leak into a profile's run."""
+    given = set(yaml.safe_load((ROOT / "params" / profile / "settings.yaml").read_text()))
+    per_cell = {"target", "task", "seed", "hosts", "projectors"}
+    for path in NOTEBOOKS:
+        if path.stem[:2] in {"00", "01"}:  # these run with their stored parameters
+            continue
+        cells, _ = code_cells(path)
+        cell = next(c for c in cells if "parameters" in c["metadata"].get("tags", []))
+        names = {line.split("=")[0].strip() for line in cell["source"]}
+        assert names <= given | per_cell, path.stem
+
+
 def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
     import papermill
 
@@ -91,7 +105,7 @@ def test_snakemake_plans_the_whole_grid(tmp_path):
     assert counts["baselines"] == "18"
 
 
-# --- real data, where UHL_DATA names a folder of it --------------------------------------------------------------------
+# --- real data, where UHL_DATA names a folder of it ---
 
 DATA = Path(os.environ.get("UHL_DATA", "/nonexistent"))
 REAL = {

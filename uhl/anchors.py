@@ -7,6 +7,7 @@ Sentence codes are means over a sentence's tokens.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -91,3 +92,23 @@ def stream_states(
         keep = batch["attention_mask"].bool()
         tokens.append(torch.cat([s[keep].cpu() for s in states]))
     return means, torch.cat(tokens)
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a bare host makes of the anchor texts: sentence means of the stream at :data:`DEPTHS`, (depths, N, D), of
+    the last states, (N, D), and the root mean square of its token states.
+    """
+
+    stream: Float[Tensor, "depths N D"]
+    final: Float[Tensor, "N D"]
+    rms: float
+    seconds: float
+
+
+def observe(encoder: Encoder, texts: Sequence[str]) -> Observed:
+    """Run a bare host over the texts, once for all arms of a port."""
+    begun = time.time()
+    stream, tokens = stream_states(encoder, texts)
+    final, rms = final_means(encoder, texts), float(tokens.pow(2).mean().sqrt())
+    return Observed(stream, final, rms, time.time() - begun)

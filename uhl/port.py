@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, final_means, stream_states
+from uhl.anchors import Anchors, Observed, final_means, observe, stream_states
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
-from uhl.frame import Basis, Frame, canonical_basis
+from uhl.frame import Basis, Frame, canonical_basis, dimension_frame
 from uhl.host import Slot, find_slots
 from uhl.layer import attach
 from uhl.models import Encoder
@@ -104,24 +104,36 @@ def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | No
 
 
 def port(
-    adapter: UHLAdapter, target: Encoder, task: str, arm: str = "anchor", source: Encoder | None = None, seed: int = 0
+    adapter: UHLAdapter,
+    target: Encoder,
+    task: str,
+    arm: str = "anchor",
+    source: Encoder | None = None,
+    seed: int = 0,
+    seen: Observed | None = None,
 ) -> Port:
-    """The target's frame for ``adapter``. No labels are used. Raises :class:`UHLError` for an undefined cell."""
+    """The target's frame for ``adapter``. No labels are used. Raises :class:`UHLError` for an undefined cell.
+
+    ``source`` is needed by `lineage` alone; ``seed`` draws the controls; ``seen`` spares observing the target again
+    when several arms are ported with the same anchors (its seconds are counted all the same).
+    """
     reason = why_not(adapter, target, arm, source)
     if reason:
         raise UHLError(reason)
     begun = time.time()
     slots = find_slots(target.model, adapter.config.types)
     if arm == "dimension":
-        from uhl.frame import dimension_frame
-
         with torch.no_grad():
             done = Port(arm, dimension_frame(adapter.projector, slots, target.width), 1.0)
     elif arm == "lineage":
         assert source is not None
         done = Port(arm, source_basis(adapter, source).frame(target.model, slots), 1.0)
     else:
-        done = _anchored(adapter, target, task, arm, slots, seed)
+        assert adapter.anchors is not None
+        again = seen
+        seen = seen or observe(target, adapter.anchors.texts)
+        done = _anchored(adapter, target, task, arm, slots, seed, seen)
+        begun -= seen.seconds if again else 0.0
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
     return done
 
@@ -139,7 +151,9 @@ def basis_of(encoder: Encoder, texts: Sequence[str], width: int) -> Basis:
     return canonical_basis(tokens, final_means(encoder, texts), width)
 
 
-def _anchored(adapter: UHLAdapter, target: Encoder, task: str, arm: str, slots: Sequence[Slot], seed: int) -> Port:
+def _anchored(
+    adapter: UHLAdapter, target: Encoder, task: str, arm: str, slots: Sequence[Slot], seed: int, seen: Observed
+) -> Port:
     anchors = adapter.anchors
     assert anchors is not None
     generator = torch.Generator().manual_seed(seed)
@@ -147,13 +161,17 @@ def _anchored(adapter: UHLAdapter, target: Encoder, task: str, arm: str, slots: 
         torch.randperm(len(anchors.texts), generator=generator) if arm == "shuffled" else slice(None)
     )
     wanted = anchors.head.table()[order]
-    basis, stream_fit = _stream_basis(anchors, target, order)
+    basis, stream_fit = _stream_basis(anchors, seen, order)
     if arm == "random-p":
         basis = _random_basis(basis, generator)
     scales = (0.0,) if arm == "zero-atoms" else SCALES
     tried: dict[float, Fit] = {}
     for scale in scales:
-        tried[scale] = _head_fit(adapter, target, task, basis.frame(target.model, slots), scale, anchors, wanted)
+        states = seen.final
+        if scale > 0:
+            with attach(target.model, adapter, task, basis.frame(target.model, slots), scale):
+                states = final_means(target, anchors.texts)
+        tried[scale] = ridge(states, wanted)
     scale = max(tried, key=lambda s: tried[s].explained)
     best = tried[scale]
     frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(target.model, slots)
@@ -165,16 +183,14 @@ def _anchored(adapter: UHLAdapter, target: Encoder, task: str, arm: str, slots: 
     return Port(arm, frame, scale, report)
 
 
-def _stream_basis(anchors: Anchors, target: Encoder, order: Tensor | slice) -> tuple[Basis, float]:
+def _stream_basis(anchors: Anchors, seen: Observed, order: Tensor | slice) -> tuple[Basis, float]:
     """Reader and writer of the target's stream, from its sentence means to the source's codes and back."""
-    means, tokens = stream_states(target, anchors.texts)
     codes = torch.cat([c.table()[order] for c in anchors.stream])
-    states = means.flatten(0, 1)
+    states = seen.stream.flatten(0, 1)
     reader, writer = ridge(states, codes, centre=False), ridge(codes, states, centre=False)
-    rms = float(tokens.pow(2).mean().sqrt())
-    width = codes.shape[1]
-    unset = torch.zeros(width, target.width)
-    return Basis(reader.matrix.T.contiguous(), writer.matrix.T.contiguous(), unset, unset[:, 0], rms), reader.explained
+    unset = torch.zeros(codes.shape[1], states.shape[1])
+    read, write = reader.matrix.T.contiguous(), writer.matrix.T.contiguous()
+    return Basis(read, write, unset, unset[:, 0], seen.rms), reader.explained
 
 
 def _random_basis(like: Basis, generator: torch.Generator) -> Basis:
@@ -185,12 +201,3 @@ def _random_basis(like: Basis, generator: torch.Generator) -> Basis:
     read = directions * (like.read.norm() / directions.norm())
     write = directions.T * (like.write.norm() / directions.norm())
     return replace(like, read=read, write=write)
-
-
-def _head_fit(
-    adapter: UHLAdapter, target: Encoder, task: str, frame: Frame, scale: float, anchors: Anchors, wanted: Tensor
-) -> Fit:
-    if scale == 0.0:
-        return ridge(final_means(target, anchors.texts), wanted)
-    with attach(target.model, adapter, task, frame, scale):
-        return ridge(final_means(target, anchors.texts), wanted)

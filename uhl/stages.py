@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from uhl import budget, runs, store, tasks, viz
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Codes, final_means, stream_states
+from uhl.anchors import Anchors, Codes, Observed, final_means, observe, stream_states
 from uhl.baselines import run_baseline
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
@@ -173,6 +173,7 @@ def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
     source = freeze(load_encoder(settings.source))
     outcome = Outcome([], {}, {"reports": {}, "undefined": {}})
     _majority_rows(settings, outcome, task, target)
+    seen: Observed | None = None
     for arm in arms:
         adapter, path = adapter_for(settings, arm)
         reason = why_not(adapter, target, arm, source)
@@ -180,7 +181,9 @@ def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
             outcome.details["undefined"][arm] = reason
             continue
         check_labels(adapter, settings.task, task)
-        ported = port(adapter, target, settings.task, arm, source, settings.seed)
+        if adapter.anchors and seen is None:
+            seen = observe(target, adapter.anchors.texts)
+        ported = port(adapter, target, settings.task, arm, source, settings.seed, seen)
         outcome.details["reports"][arm] = ported.report
         seconds = float(ported.report["seconds"])  # type: ignore[arg-type]
         _score(settings, outcome, adapter, target, task, ported.frame, ported.scale, arm, "zero-shot", seconds, 0, path)
@@ -215,10 +218,11 @@ def check_labels(adapter: UHLAdapter, name: str, task: Task) -> None:
         )
 
 
-def tune(settings: Settings, arm: str) -> Outcome | None:
+def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome | None:
     """Tune the 4-bit task bias and the head on the target for ``tune_steps`` steps; None where an arm is undefined.
 
-    `zero-atoms` tunes the ported head alone. Scores are those of the tuned adapter's file, ported again.
+    `zero-atoms` tunes the ported head alone. ``seen`` is what :func:`observe_target` returned. Scores are those of the
+    tuned adapter's file.
     """
     one_of(arm, TUNED_ARMS, "arm to tune")
     task, target = load_data(settings), freeze(load_encoder(settings.target))
@@ -227,7 +231,7 @@ def tune(settings: Settings, arm: str) -> Outcome | None:
     if why_not(adapter, target, arm, source):
         return None
     check_labels(adapter, settings.task, task)
-    ported = port(adapter, target, settings.task, arm, source, settings.seed)
+    ported = port(adapter, target, settings.task, arm, source, settings.seed, seen)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
     adapter.info = {**adapter.info, "tuned_on": target.name, "arm": arm}
@@ -237,6 +241,14 @@ def tune(settings: Settings, arm: str) -> Outcome | None:
     trained, seconds = log.trained, log.seconds
     _score(settings, outcome, again, target, task, ported.frame, ported.scale, arm, "tuned", seconds, trained, path)
     return outcome
+
+
+def observe_target(settings: Settings) -> Observed:
+    """The target on the canonical adapter's anchors, once for all arms."""
+    adapter, _ = adapter_for(settings, "anchor")
+    if adapter.anchors is None:
+        raise UHLError("the adapter has no anchors; pre-train a canonical one")
+    return observe(load_encoder(settings.target), adapter.anchors.texts)
 
 
 def tune_task(
