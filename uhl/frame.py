@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
+from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor, nn
 
 from uhl import host
@@ -117,14 +118,17 @@ def canonical_basis(
 
     The stream's coordinates are principal directions Q of the second moment, scaled towards unit variance:
     M = s^-w Q^T and N = Q s^w with standard deviations s and ``whiten`` w. The head's are centred principal
-    directions of the final states with unit variance. When D < C the missing coordinates are zero.
+    directions of the final states, scaled towards unit variance, the variances shrunk as Ledoit & Wolf (2004) advise so
+    that directions which few sentences hardly show are not blown up. When D < C the missing coordinates are zero.
     """
     directions, spread = principal(tokens, width)
     scale = spread.clamp_min(1e-6 * spread.max()) ** whiten
     read, write = (directions / scale).T, directions * scale
     centre = final.double().mean(0)
     axes, deviation = principal(final.double() - centre, width)
-    head = (axes / deviation.clamp_min(1e-3 * deviation.max())).T
+    shrinkage = float(ledoit_wolf_shrinkage((final.double() - centre).numpy(), assume_centered=True))
+    typical = (final.double() - centre).pow(2).mean()
+    head = (axes / ((1 - shrinkage) * deviation**2 + shrinkage * typical).sqrt()).T
     rms = float(tokens.double().pow(2).mean().sqrt())
     return Basis(
         _pad(read, width, 0).float(),

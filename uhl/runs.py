@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import subprocess
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -224,6 +225,7 @@ def quiet() -> None:
     """No progress bars and no chatter from libraries, for batch runs and for notebooks whose output is compared."""
     import datasets
 
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # transformers warns itself
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -22,7 +22,13 @@ from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
-from transformers import DataCollatorForTokenClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import (
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint
 
 from uhl.adapter import TaskPart
@@ -179,6 +185,7 @@ def train(classifier: Classifier, encoder: Encoder, task: Task, config: TrainCon
     trainer = BudgetTrainer(
         classifier, arguments, train_dataset=rows, data_collator=collator(encoder, task), train_config=config
     )
+    trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log line
     checkpoint = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
     result = trainer.train(resume_from_checkpoint=checkpoint)
     for left in Path(folder).glob("checkpoint-*"):
