@@ -57,8 +57,23 @@ def test_notebook_is_whole_and_tidy(path):
     assert 20 <= len(book["cells"]) <= 45
     text = path.read_text()
     assert not re.search(r'"/(home|root|tmp|work|Users)/', text)
-    assert "class " not in "".join("".join(c["source"]) for c in cells)
+    assert not any(re.search(r"^class ", "".join(c["source"]), re.M) for c in cells)
     assert "What we saw" in text
+
+
+def test_nbval_fails_on_a_changed_output(tmp_path):
+    """Without this, a notebook stored without outputs or with everything ignored would pass unseen."""
+    import subprocess
+    import sys
+
+    text = (ROOT / "notebooks" / "01_build_adapter.ipynb").read_text()
+    changed = text.replace("mixer parameters: 2018", "mixer parameters: 2019")
+    assert changed != text
+    (tmp_path / "changed.ipynb").write_text(changed)
+    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", str(tmp_path / "changed.ipynb")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "1 failed" in done.stdout
 
 
 @pytest.mark.parametrize("profile", ["offline", "offline-full", "paper"])
@@ -95,7 +110,7 @@ def test_snakemake_plans_the_whole_grid(tmp_path):
     import sys
 
     snakemake = Path(sys.executable).parent / "snakemake"
-    command = [snakemake, "-n", "--quiet", "--cores", "2", "--config", "profile=offline-full"]
+    command = [snakemake, "-n", "--cores", "2", "--config", "profile=offline-full"]
     environment = {**os.environ, "UHL_RUNS": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
