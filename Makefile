@@ -11,7 +11,11 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SNAKE := PYTHONWARNINGS=ignore $(BIN)/snakemake --cores $(CORES) --rerun-triggers mtime --rerun-incomplete --quiet rules
+# One batch at a time: the lock goes with its process, so a killed run never blocks the next one.
+LOCK := $(if $(shell command -v flock),flock -n -E 75 runs/.lock,)
+SNAKE := $(LOCK) env PYTHONWARNINGS=ignore $(BIN)/snakemake --nolock --cores $(CORES) --rerun-triggers mtime \
+	--rerun-incomplete --quiet rules
+BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wait for it or stop it"; exit $$s; }
 
 .PHONY: run test lint unit notebooks port lab table clean
 
@@ -25,14 +29,16 @@ $(STAMP): pyproject.toml requirements.lock
 
 run: $(STAMP)
 	@$(BIN)/python -m uhl fetch --profile $(PROFILE)
-	@$(SNAKE) --config profile=$(PROFILE)
+	@mkdir -p runs
+	@$(SNAKE) --config profile=$(PROFILE) || $(BUSY)
 	@$(BIN)/python -m uhl table --profile $(PROFILE)
 
 port: $(STAMP)
 	@test -n "$(TARGET)" || { echo "make port needs TARGET=<name>, one of: $$(ls params/$(PROFILE) | grep -v grid | sed s/.yaml// | tr '\n' ' ')"; exit 1; }
 	@test -f "params/$(PROFILE)/$(TARGET).yaml" || { echo "no params/$(PROFILE)/$(TARGET).yaml; targets: $$(ls params/$(PROFILE) | grep -v grid | sed s/.yaml// | tr '\n' ' ')"; exit 1; }
 	@$(BIN)/python -m uhl fetch --profile $(PROFILE) --model $(TARGET)
-	@$(SNAKE) --config profile=$(PROFILE) -- runs/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json
+	@mkdir -p runs
+	@$(SNAKE) --config profile=$(PROFILE) -- runs/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
 
 test: $(STAMP) lint unit notebooks

@@ -44,18 +44,6 @@ rule all:
     default_target: True
 
 
-rule intro:
-    output:
-        f"{RUNS}/{GRID.profile}/intro/{{notebook}}/notebook.ipynb",
-    log:
-        f"{RUNS}/{GRID.profile}/logs/{{notebook}}.log",
-    shell:
-        "mkdir -p $(dirname {output[0]}) && echo \"$(date +%H:%M:%S)  started  $(dirname {output[0]})\" && "
-        "papermill notebooks/{wildcards.notebook}.ipynb "
-        "$(dirname {output[0]})/.running.ipynb --cwd notebooks --no-progress-bar > {log} 2>&1 && "
-        "mv $(dirname {output[0]})/.running.ipynb {output[0]}"
-
-
 rule pretrain:
     output:
         f"{CELL}/pretrain-{{projector}}/manifest.json",
@@ -113,8 +101,7 @@ rule baselines:
 
 rule analysis:
     input:
-        cells=[f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()],
-        intro=expand(f"{RUNS}/{GRID.profile}/intro/{{notebook}}/notebook.ipynb", notebook=GRID.intro),
+        [f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()],
     output:
         f"{RUNS}/{GRID.profile}/analysis/manifest.json",
     log:

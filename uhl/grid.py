@@ -15,7 +15,7 @@ PARAMS = Path(__file__).parent.parent / "params"
 
 
 class Grid(_Strict):
-    """Targets x tasks x seeds. ``intro`` lists notebooks that run once, with their stored parameters."""
+    """Targets x tasks x seeds; notebooks 00 and 01 need no batch."""
 
     profile: str
     source: str
@@ -23,7 +23,6 @@ class Grid(_Strict):
     tasks: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     projectors: tuple[ProjectorKind, ...] = ("canonical", "dimension")
-    intro: tuple[str, ...] = ("00_quickstart", "01_build_adapter")
 
     @classmethod
     def read(cls, profile: str) -> Grid:

@@ -107,23 +107,22 @@ def _colour(arm: str) -> str:
     return BASELINE if arm in {"head", "lora-r8", "full"} else OURS
 
 
-def arm_bars(table: pd.DataFrame, title: str, ax: Axes | None = None) -> Figure:
+def arm_scores(table: pd.DataFrame, title: str, ax: Axes | None = None) -> Figure:
     """Scores by arm with intervals: ours blue, baselines orange, controls grey. Columns arm, score, low, high."""
     if ax is None:
         _, ax = plt.subplots(figsize=(6, 0.4 * len(table) + 1))
     y = np.arange(len(table))[::-1]
-    errors = np.abs(np.stack([table["score"] - table["low"], table["high"] - table["score"]]))
-    ax.barh(y, table["score"], color=[_colour(a) for a in table["arm"]], height=0.7)
-    ax.errorbar(table["score"], y, xerr=errors, fmt="none", ecolor="black", elinewidth=1, capsize=2)
+    for place, (_, cell) in zip(y, table.iterrows(), strict=True):
+        error = np.abs([[cell["score"] - cell["low"]], [cell["high"] - cell["score"]]])
+        ax.errorbar(cell["score"], place, xerr=error, fmt="o", color=_colour(cell["arm"]), capsize=3, elinewidth=2)
+        ax.annotate(f"{cell['score']:.1f}", (cell["score"], place), (0, 6), textcoords="offset points", fontsize=7)
     ax.set_yticks(y, [NAMES.get(a, a) for a in table["arm"]])
-    floor = max(0.0, float(table["low"].min()) - 5)
-    ax.set(title=title, xlabel="test score, %", xlim=(floor, min(100.0, float(table["high"].max()) + 2)))
-    ax.grid(axis="y", visible=False)
+    ax.set(title=title, xlabel="test score, %", ylim=(-0.6, len(table) - 0.3))
     return ax.figure  # type: ignore[return-value]
 
 
 def panels(table: pd.DataFrame, phases: Sequence[str]) -> Figure:
-    """:func:`arm_bars` for every task (row) and target (column) of some phases of a summary."""
+    """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary."""
     table = table[table["phase"].isin(phases)]
     tasks, targets = (list(dict.fromkeys(table[c])) for c in ("task", "target"))
     most = int(table.groupby(["task", "target"]).size().max())
@@ -135,7 +134,7 @@ def panels(table: pd.DataFrame, phases: Sequence[str]) -> Figure:
             if cell.empty:
                 axes[i, j].set_axis_off()
             else:
-                arm_bars(cell, f"{task} on {target}", axes[i, j])
+                arm_scores(cell, f"{task} on {target}", axes[i, j])
     fig.tight_layout()
     return fig
 
