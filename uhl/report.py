@@ -217,6 +217,7 @@ def update_readme(profile: str, readme: Path, figures: Path) -> None:
         raise UHLError(f"{readme.name} has no place for the table; expected the lines {START} and {END}")
     before, after = text.split(START)[0], text.split(END)[1]
     write_text(readme, f"{before}{START}\n\n{markdown(profile)}\n{END}{after}")
+    figures.mkdir(exist_ok=True)
     for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
         if file.suffix in {".png", ".csv"}:
             shutil.copyfile(file, figures / file.name)
