@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from uhl.adapter import UHLAdapter
+from uhl.anchors import observe
 from uhl.errors import UHLError
 from uhl.frame import dimension_frame
 from uhl.host import find_slots, weight
@@ -93,7 +94,7 @@ def test_refolds_exactly_when_parameters_change(encoder, adapter):
 def test_residual_frame_is_an_edit_of_the_stream(encoder, adapter):
     """A reader's update W N u (v . M x) is W applied to an edited input; a writer's is an edit of its output."""
     slots = find_slots(encoder.model)
-    frame = basis_of(encoder, ["good film", "bad plot", "the cast was fine"], 16).frame(encoder.model, slots)
+    frame = basis_of(observe(encoder, ["good film", "bad plot", "the cast was fine"]), 16).frame(encoder.model, slots)
     reader, writer = slots[0], next(s for s in slots if s.writer)
     (m_read, wn), (mw, n) = frame.slots[reader.path], frame.slots[writer.path]
     torch.testing.assert_close(wn, weight(encoder.model, reader) @ n)

@@ -9,7 +9,7 @@ from conftest import sentences
 from sklearn.linear_model import Ridge
 
 from uhl.adapter import UHLAdapter
-from uhl.anchors import batches, final_means, stream_states
+from uhl.anchors import batches, final_means, observe, stream_states
 from uhl.config import ARMS, UHLConfig
 from uhl.errors import UHLError
 from uhl.host import find_slots
@@ -27,9 +27,10 @@ def trained(source, projector="canonical", width=16):
     adapter.add_task("mood", ("negative", "positive"), "sentence")
     fill(adapter)
     texts = sorted(set(sentences(200)))
-    basis = basis_of(source, texts, width)
+    seen = observe(source, texts)
+    basis = basis_of(seen, width)
     frame = basis.frame(source.model, find_slots(source.model))
-    adapter.anchors = make_anchors(source, adapter, "mood", basis, frame, texts, "test")
+    adapter.anchors = make_anchors(source, adapter, "mood", seen, basis, frame, texts, "test")
     return adapter, frame
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from uhl import runs, stages, store, train
+from uhl import runs, search, stages, store, train
 from uhl.adapter import TaskPart, UHLAdapter
-from uhl.baselines import METHODS, own_frame, run_baseline
+from uhl.baselines import METHODS, own_frame, run_baseline, start
 from uhl.config import TrainConfig, UHLConfig
 from uhl.errors import UHLError
 from uhl.head import fit_head
@@ -110,8 +110,11 @@ def test_prediction_keeps_the_split_order(encoder, task, config):
 def test_baselines_train_what_they_say(make_encoder, task, method, tmp_path):
     encoder = make_encoder()
     before = {k: v.clone() for k, v in encoder.model.state_dict().items()}
-    texts = task.data["unlabelled"]["text"]
-    made = run_baseline(method, encoder, task, list(texts), TrainConfig(steps=8, batch=16, rate=1e-2), tmp_path)
+    begin = start(encoder, task, list(task.data["unlabelled"]["text"]))
+    fitted = begin.part.head.clone()
+    made = run_baseline(method, encoder, task, begin, TrainConfig(steps=8, batch=16, rate=1e-2), tmp_path)
+    assert torch.equal(begin.part.head, fitted)
+    assert torch.equal(made.classifier.part.head, fitted) == (method == "head")
     found = predict(made.classifier, encoder, task, "test")
     assert 0 <= found.score <= 100
     layers, width = 3, 24
@@ -175,7 +178,9 @@ def run_all(settings):
     tuned = [o for o in (stages.tune(settings, arm) for arm in stages.TUNED_ARMS) if o]
     stages.finish(settings, "tune-small", stages.merge(tuned))
     for host, name in (("source", "big"), ("target", "small")):
-        stages.finish(settings, f"baselines-{name}", stages.merge(stages.baseline(settings, host, m) for m in METHODS))
+        begin = stages.baseline_start(settings, host)
+        made = [stages.baseline(settings, host, method, begin) for method in METHODS]
+        stages.finish(settings, f"baselines-{name}", stages.merge(made))
     return outcome
 
 
@@ -200,6 +205,21 @@ def test_stages_fill_the_results_contract(tiny_world, monkeypatch):
     assert "shuffled anchors" in text
     assert "nan" not in text
     assert len(report.paired(report.gather("t"))) >= 8
+
+
+def test_a_search_tries_each_rate_once_and_never_scores_test(tiny_world, monkeypatch):
+    monkeypatch.setattr(search, "RATES", {"uhl-canonical": (1e-3, 1e-2), "full": (1e-4,)})
+    rows = list(search.search(tiny_world))
+    assert [(r["method"], r["rate"], r["split"]) for r in rows] == [
+        ("uhl-canonical", 1e-3, "dev"),
+        ("uhl-canonical", 1e-2, "dev"),
+        ("full", 1e-4, "dev"),
+    ]
+    assert len(list((runs.root() / "t-search").glob("*/*/trial/manifest.json"))) == 3
+    monkeypatch.setattr(stages, "pretrain", None)  # a finished trial is read, not run
+    assert list(search.search(tiny_world, ("uhl-canonical",))) == rows[:2]
+    with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical, full"):
+        list(search.search(tiny_world, ("lora",)))
 
 
 def test_a_tuned_file_holds_what_was_scored(tiny_world):

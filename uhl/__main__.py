@@ -1,4 +1,4 @@
-"""Command line: ``python -m uhl fetch | table``. Errors of the package print one line, without a traceback."""
+"""Command line: ``python -m uhl fetch | table | search``. Errors of the package print one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from pathlib import Path
 
 from uhl import report, runs
 from uhl.errors import UHLError
-from uhl.grid import Grid
+from uhl.grid import PARAMS, Grid
 from uhl.models import OFFLINE, resolve
+from uhl.runs import Settings, read_yaml
+from uhl.search import RATES
+from uhl.search import search as search_rates
 from uhl.tasks import OFFLINE as OFFLINE_TASKS
 
 HERE = Path(__file__).parent.parent
@@ -41,6 +44,19 @@ def table(options: argparse.Namespace) -> None:
         report.update_readme(options.profile, HERE / "README.md", HERE / "figures")
 
 
+def search(options: argparse.Namespace) -> None:
+    """Try learning rates on a profile's source, dev scores only; print the trials as CSV."""
+    grid = Grid.read(options.profile)
+    settings = Settings(**read_yaml(PARAMS / options.profile / "settings.yaml"))
+    changes = {"task": options.task, "seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
+    changes["source"] = grid.source
+    settings = Settings(**settings.model_dump() | {k: v for k, v in changes.items() if v is not None})
+    for number, row in enumerate(search_rates(settings, tuple(options.method or ()))):
+        if number == 0:
+            print(",".join(row), flush=True)
+        print(",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+
+
 def main() -> None:
     """Parse and run; exit status 1 on an error of the package."""
     parser = argparse.ArgumentParser(prog="uhl", description=__doc__)
@@ -54,6 +70,14 @@ def main() -> None:
     two.add_argument("--target", help="only this target's rows")
     two.add_argument("--readme", action="store_true", help="write the README's table and figures/")
     two.set_defaults(run=table)
+    three = commands.add_parser("search", help=search.__doc__)
+    three.add_argument("--profile", default="offline")
+    three.add_argument("--task", default="movies")
+    three.add_argument("--seed", type=int, default=0)
+    three.add_argument("--epochs", type=float, help="instead of the profile's")
+    three.add_argument("--train-size", type=int, help="instead of the profile's")
+    three.add_argument("--method", action="append", help=f"one of {', '.join(RATES)}; may be repeated")
+    three.set_defaults(run=search)
     options = parser.parse_args()
     try:
         runs.quiet()

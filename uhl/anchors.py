@@ -96,19 +96,27 @@ def stream_states(
 
 @dataclass(frozen=True)
 class Observed:
-    """What a bare host makes of the anchor texts: sentence means of the stream at :data:`DEPTHS`, (depths, N, D), of
-    the last states, (N, D), and the root mean square of its token states.
+    """What a bare host makes of the anchor texts: sentence means of the stream at :data:`DEPTHS`, (depths, N, D), and
+    its token states at all depths, (n, D).
     """
 
     stream: Float[Tensor, "depths N D"]
-    final: Float[Tensor, "N D"]
-    rms: float
+    tokens: Float[Tensor, "n D"]
     seconds: float
+
+    @property
+    def final(self) -> Float[Tensor, "N D"]:
+        """Sentence means of the last states: the deepest of :data:`DEPTHS`."""
+        return self.stream[-1]
+
+    @property
+    def rms(self) -> float:
+        """Root mean square of the token states."""
+        return float(self.tokens.double().pow(2).mean().sqrt())
 
 
 def observe(encoder: Encoder, texts: Sequence[str]) -> Observed:
-    """Run a bare host over the texts, once for all arms of a port."""
+    """Run a bare host over the texts: one pass for a basis, for codes, and for all arms of a port."""
     begun = time.time()
     stream, tokens = stream_states(encoder, texts)
-    final, rms = final_means(encoder, texts), float(tokens.pow(2).mean().sqrt())
-    return Observed(stream, final, rms, time.time() - begun)
+    return Observed(stream, tokens, time.time() - begun)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from uhl import budget
 from uhl.adapter import TaskPart
+from uhl.anchors import observe
 from uhl.config import TrainConfig, UHLConfig
 from uhl.errors import one_of
 from uhl.frame import Frame
@@ -37,29 +39,43 @@ class Baseline:
     extra_flops_pct: float
 
 
+@dataclass
+class Start:
+    """Where every baseline of a host begins: head coordinates of its own, a fitted head, and what they took."""
+
+    frame: Frame
+    part: TaskPart
+    seconds: float
+
+
 def own_frame(encoder: Encoder, texts: Sequence[str], width: int = 256) -> Frame:
     """Head coordinates of a host from its own states on unlabelled texts: the same head capacity for every method."""
-    return basis_of(encoder, texts, width).frame(encoder.model, [])
+    return basis_of(observe(encoder, texts), width).frame(encoder.model, [])
 
 
-def run_baseline(
-    method: str, encoder: Encoder, task: Task, texts: Sequence[str], config: TrainConfig, folder: str | Path
-) -> Baseline:
-    """Train one of :data:`METHODS` on the task's training split. The encoder is changed in place."""
-    one_of(method, METHODS, "baseline")
+def start(encoder: Encoder, task: Task, texts: Sequence[str], max_length: int = 64) -> Start:
+    """Fit the head on the bare host. Every method begins there, and `head` stays there."""
     part = TaskPart(UHLConfig(), task.labels, task.kind)
     for p in (part.embedding, part.bias):
         p.requires_grad_(False)
     device = next(encoder.model.parameters()).device
-    part.to(device)
     frame = own_frame(encoder, texts).to(device)
+    seconds = fit_head(Classifier(encoder.model, part.to(device), frame), encoder, task, max_length)
+    return Start(frame, part, seconds)
+
+
+def run_baseline(
+    method: str, encoder: Encoder, task: Task, begin: Start, config: TrainConfig, folder: str | Path
+) -> Baseline:
+    """Train one of :data:`METHODS` on the task's training split. The encoder is changed in place, ``begin`` is not."""
+    one_of(method, METHODS, "baseline")
+    part, frame = deepcopy(begin.part), begin.frame
     torch.manual_seed(config.seed)
     model: nn.Module = encoder.model
     for p in model.parameters():
         p.requires_grad_(method == "full")
-    seconds = fit_head(Classifier(model, part, frame), encoder, task, config.max_length)
     if method == "head":
-        log = TrainLog([], seconds, 0, part.head.numel() + part.head_bias.numel())
+        log = TrainLog([], begin.seconds, 0, part.head.numel() + part.head_bias.numel())
         return Baseline(Classifier(model, part, frame), log, head_size(part), 0.0)
     flops = 0.0
     if method == "lora-r8":

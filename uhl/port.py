@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Observed, final_means, observe, stream_states
+from uhl.anchors import Anchors, Observed, final_means, observe
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame, canonical_basis, dimension_frame
@@ -142,13 +142,12 @@ def source_basis(adapter: UHLAdapter, source: Encoder) -> Basis:
     """The basis that a `canonical` adapter was trained in: principal directions of its source over its anchors."""
     if adapter.anchors is None:
         raise UHLError("the adapter has no anchor texts to take the source's basis from")
-    return basis_of(source, adapter.anchors.texts, adapter.config.width)
+    return basis_of(observe(source, adapter.anchors.texts), adapter.config.width)
 
 
-def basis_of(encoder: Encoder, texts: Sequence[str], width: int) -> Basis:
-    """Canonical basis of a bare encoder over unlabelled texts."""
-    _, tokens = stream_states(encoder, texts)
-    return canonical_basis(tokens, final_means(encoder, texts), width)
+def basis_of(seen: Observed, width: int) -> Basis:
+    """Canonical basis of a bare encoder that was observed on unlabelled texts."""
+    return canonical_basis(seen.tokens, seen.final, width)
 
 
 def _anchored(

@@ -51,6 +51,7 @@ class Settings(_Strict):
     seed: int = Field(0, ge=0)
     train_size: int | None = Field(None, ge=8, description="labelled examples; None: all")
     eval_size: int | None = Field(None, ge=8, description="most examples of dev and of test; None: all")
+    splits: tuple[Literal["dev", "test"], ...] = Field(("dev", "test"), min_length=1, description="splits to score")
     anchors: int = Field(512, ge=16)
     anchor_text: str = Field("in-domain", description="in-domain (the task's unlabelled split) or generic")
     epochs: float = Field(2.0, gt=0)

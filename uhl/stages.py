@@ -19,8 +19,8 @@ from matplotlib.figure import Figure
 
 from uhl import budget, runs, store, tasks, viz
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Codes, Observed, final_means, observe, stream_states
-from uhl.baselines import run_baseline
+from uhl.anchors import Anchors, Codes, Observed, final_means, observe
+from uhl.baselines import Start, run_baseline, start
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.files import write_atomic
@@ -35,7 +35,6 @@ from uhl.tasks import Task
 from uhl.train import Classifier, Prediction, TrainLog, predict, train
 
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p")
-EVALUATED = ("dev", "test")
 
 
 @dataclass
@@ -50,7 +49,7 @@ class Outcome:
 def load_data(settings: Settings) -> Task:
     """The task with a training subset drawn with the run's seed, and dev and test subsets that are the same for all."""
     task = tasks.load_task(settings.task).subset("train", settings.train_size, settings.seed)
-    for split in EVALUATED:
+    for split in ("dev", "test"):
         task = task.subset(split, settings.eval_size, tasks.SPLIT_SEED)
     return task
 
@@ -83,11 +82,17 @@ def flops_pct(adapter: UHLAdapter, encoder: Encoder) -> float:
 
 
 def make_anchors(
-    encoder: Encoder, adapter: UHLAdapter, task: str, basis: Basis, frame: Frame | None, texts: list[str], origin: str
+    encoder: Encoder,
+    adapter: UHLAdapter,
+    task: str,
+    seen: Observed,
+    basis: Basis,
+    frame: Frame | None,
+    texts: list[str],
+    origin: str,
 ) -> Anchors:
-    """Codes of a trained source: the head's input with the adapter at work, the bare stream's at a few depths."""
-    bare, _ = stream_states(encoder, texts)
-    stream = [Codes.of(means @ basis.read.T) for means in bare]
+    """Codes of a trained source: the head's input with the adapter at work, the bare stream's (``seen``) by depth."""
+    stream = [Codes.of(means @ basis.read.T) for means in seen.stream]
     with attach(encoder.model, adapter, task, frame) as attached:
         frame = attached.frame.to(torch.device("cpu"))
         head = Codes.of(frame.codes(final_means(encoder, texts)).detach())
@@ -98,7 +103,8 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     """Train an adapter on the source under one projector, write its file, and score the file read back."""
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
     texts = anchor_texts(settings, task)
-    basis = basis_of(encoder, texts, settings.adapter_config(projector).width)
+    seen = observe(encoder, texts)
+    basis = basis_of(seen, settings.adapter_config(projector).width)
     slots = find_slots(encoder.model)
     frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
     adapter = UHLAdapter(settings.adapter_config(projector))
@@ -114,7 +120,7 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
         log = train(classifier, encoder, task, config, folder / "trainer")
     if projector == "canonical":
         adapter.anchors = make_anchors(
-            encoder, adapter, settings.task, basis, frame, texts, f"{settings.anchor_text}, {task.licence}"
+            encoder, adapter, settings.task, seen, basis, frame, texts, f"{settings.anchor_text}, {task.licence}"
         )
     adapter.info = {"source": encoder.name, "revision": encoder.revision, "shape": encoder.shape}
     path = store.save(adapter, folder / "adapter.safetensors")
@@ -145,26 +151,32 @@ def _score(
     bare = arm == "zero-atoms"
     with nullcontext() if bare else attach(encoder.model, adapter, settings.task, frame, scale) as attached:
         classifier = Classifier(encoder.model, adapter.task(settings.task), frame, attached)
-        for split in EVALUATED:
-            found = predict(classifier, encoder, task, split, max_length=settings.max_length)
-            outcome.predictions[f"{arm}/{split}"] = found
-            outcome.rows.append(
-                runs.row(
-                    settings,
-                    target=encoder.name,
-                    arm=arm,
-                    phase=phase,
-                    split=split,
-                    metric=task.metric,
-                    score=found.score,
-                    n=len(found.gold),
-                    adapter_bytes=path.stat().st_size,
-                    trainable_params=trained,
-                    extra_flops_pct=0.0 if bare else flops_pct(adapter, encoder),
-                    active_atoms=0.0 if bare else found.active,
-                    seconds=seconds,
-                )
-            )
+        _measure(
+            settings,
+            outcome,
+            classifier,
+            encoder,
+            task,
+            arm=arm,
+            phase=phase,
+            adapter_bytes=path.stat().st_size,
+            trainable_params=trained,
+            extra_flops_pct=0.0 if bare else flops_pct(adapter, encoder),
+            seconds=seconds,
+        )
+
+
+def _measure(
+    settings: Settings, outcome: Outcome, classifier: Classifier, encoder: Encoder, task: Task, **known: object
+) -> None:
+    """Predict the splits that are scored and add a row for each; ``known`` are the row's other columns."""
+    for split in settings.splits:
+        found = predict(classifier, encoder, task, split, max_length=settings.max_length)
+        outcome.predictions[f"{known['arm']}/{split}"] = found
+        measured = {"score": found.score, "n": len(found.gold), "active_atoms": found.active}
+        outcome.rows.append(
+            runs.row(settings, target=encoder.name, split=split, metric=task.metric, **measured, **known)
+        )
 
 
 def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
@@ -191,7 +203,7 @@ def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
 
 
 def _majority_rows(settings: Settings, outcome: Outcome, task: Task, target: Encoder) -> None:
-    for split in EVALUATED:
+    for split in settings.splits:
         guess, value = tasks.majority(task, split)
         rows = task.data[split]
         gold = list(rows["tags" if task.kind == "token" else "label"])
@@ -276,35 +288,34 @@ def tune_task(
         return train(classifier, target, task, config, folder)
 
 
-def baseline(settings: Settings, host: str, method: str) -> Outcome:
-    """Train one baseline on the `source` or the `target` with the same labels and head."""
+def baseline_start(settings: Settings, host: str) -> Start:
+    """The fitted head that all baselines of the `source` or the `target` begin with."""
+    task, encoder = load_data(settings), load_encoder(settings.source if host == "source" else settings.target)
+    return start(encoder, task, anchor_texts(settings, task), settings.max_length)
+
+
+def baseline(settings: Settings, host: str, method: str, begin: Start) -> Outcome:
+    """Train one baseline on the `source` or the `target` with the same labels and the same head at the start."""
     name = settings.source if host == "source" else settings.target
     task, encoder = load_data(settings), load_encoder(name)
     folder = runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
     rate = {"head": settings.rate, "lora-r8": settings.lora_rate, "full": settings.full_rate}[method]
     config = settings.train_config(rate=rate)
-    made = run_baseline(method, encoder, task, anchor_texts(settings, task), config, folder / f"trainer-{method}")
+    made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}")
     outcome = Outcome([], {}, {"log": made.log})
-    for split in EVALUATED:
-        found = predict(made.classifier, encoder, task, split, max_length=settings.max_length)
-        outcome.predictions[f"{method}/{split}"] = found
-        outcome.rows.append(
-            runs.row(
-                settings,
-                target=encoder.name,
-                arm=method,
-                phase="source" if host == "source" else "retrained",
-                split=split,
-                metric=task.metric,
-                score=found.score,
-                n=len(found.gold),
-                adapter_bytes=made.bytes,
-                trainable_params=made.log.trained,
-                extra_flops_pct=made.extra_flops_pct,
-                active_atoms=0.0,
-                seconds=made.log.seconds,
-            )
-        )
+    _measure(
+        settings,
+        outcome,
+        made.classifier,
+        encoder,
+        task,
+        arm=method,
+        phase="source" if host == "source" else "retrained",
+        adapter_bytes=made.bytes,
+        trainable_params=made.log.trained,
+        extra_flops_pct=made.extra_flops_pct,
+        seconds=made.log.seconds,
+    )
     return outcome
 
 

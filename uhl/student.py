@@ -17,6 +17,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -27,6 +28,9 @@ from transformers import BertConfig, BertModel
 from uhl.errors import UHLError
 from uhl.files import write_atomic
 from uhl.tasks import OFFLINE, generic_text, load_task
+
+if TYPE_CHECKING:
+    from uhl.models import Encoder
 
 SHAPE = {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200}
 TEACHER_LAYERS = (0, 2, 3, 5)  # layer that each student layer starts from
@@ -183,8 +187,46 @@ def read_student(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     return config, state
 
 
+def quality(pupil: Encoder, teacher: Encoder, texts: list[str]) -> dict[str, float]:
+    """How near a student's sentence means come to its teacher's on texts that neither was fitted to.
+
+    ``explained``: share of the teacher's variance that a ridge regression from the student explains, fitted on every
+    other text and scored on the rest. ``similarity``: Spearman correlation, over all pairs of texts, of the cosine
+    similarity in the student with that in the teacher (both centred).
+    """
+    from scipy.stats import spearmanr
+
+    from uhl.anchors import final_means
+    from uhl.port import ridge
+
+    near, far = final_means(pupil, texts), final_means(teacher, texts)
+    fit = ridge(near[::2], far[::2])
+    error = (near[1::2] @ fit.matrix + fit.shift - far[1::2]).pow(2).sum()
+    explained = 1 - float(error / (far[1::2] - far[::2].mean(0)).pow(2).sum())
+    pairs = torch.triu_indices(len(texts), len(texts), 1)
+    cosines = []
+    for means in (near, far):
+        unit = nn.functional.normalize(means - means.mean(0), dim=1)
+        cosines.append((unit @ unit.T)[pairs[0], pairs[1]].numpy())
+    return {"explained": explained, "similarity": float(spearmanr(*cosines).statistic)}
+
+
+def check() -> None:
+    """Print :func:`quality` of the shipped student, and of the other small model for scale."""
+    from uhl.models import load_encoder
+
+    teacher = load_encoder("minilm-l6")
+    texts = [text for name in OFFLINE for text in load_task(name).data["dev"]["text"]]
+    for name in ("minilm-4x312", "minilm-l3"):
+        found = quality(load_encoder(name), teacher, texts)
+        print(
+            f"{name}: on {len(texts):,} dev sentences explains {found['explained']:.1%} of the variance of the "
+            f"teacher's sentence means; pairwise similarities correlate at {found['similarity']:.3f}"
+        )
+
+
 def main() -> None:
-    """Command line: make the student and write it to its place in the package."""
+    """Command line: make the student and write it to its place in the package, or check the one that is there."""
     from uhl.models import STUDENT_FILE
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -194,7 +236,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true", help="mixed precision, where the processor is quick at it")
     parser.add_argument("--out", type=Path, default=STUDENT_FILE)
+    parser.add_argument("--check", action="store_true", help="print how near the shipped student is to its teacher")
     options = parser.parse_args()
+    if options.check:
+        return check()
     model = distil(options.steps, options.batch, options.rate, options.seed, options.bf16)
     info = {k: v for k, v in vars(options).items() if k != "out"} | {"teacher": "minilm-l6"}
     write_student(model, options.out, info)
