@@ -61,7 +61,7 @@ class Settings(_Strict):
     mixer_rate: float = Field(1e-2, gt=0)
     head_rate: float = Field(1e-3, gt=0)
     lora_rate: float = Field(3e-3, gt=0)
-    full_rate: float = Field(5e-5, gt=0)
+    full_rate: float = Field(1e-4, gt=0)
     lambda_f: float = Field(0.01, ge=0)
     lambda_q: float = Field(1e-5, ge=0)
     alpha: float = Field(1.0, gt=0)
