@@ -13,9 +13,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One batch at a time: the lock goes with its process, so a killed run never blocks the next one.
 LOCK := $(if $(shell command -v flock),flock -n -E 75 runs/.lock,)
-SNAKE := $(LOCK) env PYTHONWARNINGS=ignore $(BIN)/snakemake --nolock --cores $(CORES) --rerun-triggers mtime \
+SNAKE = $(LOCK) env PYTHONWARNINGS=ignore $(BIN)/snakemake --nolock --cores $(CORES) --rerun-triggers mtime \
 	--rerun-incomplete --quiet rules
+TARGETS = $(filter-out grid settings,$(patsubst params/$(PROFILE)/%.yaml,%,$(wildcard params/$(PROFILE)/*.yaml)))
 BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wait for it or stop it"; exit $$s; }
+
+# The jobs of one target follow one another, so each has all threads.
+port: CORES = 1
 
 .PHONY: run test lint unit notebooks port lab table clean
 
@@ -34,11 +38,11 @@ run: $(STAMP)
 	@$(BIN)/python -m uhl table --profile $(PROFILE)
 
 port: $(STAMP)
-	@test -n "$(TARGET)" || { echo "make port needs TARGET=<name>, one of: $$(ls params/$(PROFILE) | grep -v grid | sed s/.yaml// | tr '\n' ' ')"; exit 1; }
-	@test -f "params/$(PROFILE)/$(TARGET).yaml" || { echo "no params/$(PROFILE)/$(TARGET).yaml; targets: $$(ls params/$(PROFILE) | grep -v grid | sed s/.yaml// | tr '\n' ' ')"; exit 1; }
+	@test -n "$(TARGET)" || { echo "make port needs TARGET=<name>, one of: $(TARGETS)"; exit 1; }
+	@test -f "params/$(PROFILE)/$(TARGET).yaml" || { echo "no params/$(PROFILE)/$(TARGET).yaml; targets: $(TARGETS)"; exit 1; }
 	@$(BIN)/python -m uhl fetch --profile $(PROFILE) --model $(TARGET)
 	@mkdir -p runs
-	@$(SNAKE) --config profile=$(PROFILE) -- runs/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
+	@$(SNAKE) --config profile=$(PROFILE) -- $${UHL_RUNS:-runs}/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
 
 test: $(STAMP) lint unit notebooks

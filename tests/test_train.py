@@ -207,6 +207,40 @@ def test_stages_fill_the_results_contract(tiny_world, monkeypatch):
     assert len(report.paired(report.gather("t"))) >= 8
 
 
+def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
+    from uhl import report
+
+    _, outcome = stages.pretrain(tiny_world, "canonical")
+    stages.finish(tiny_world, "pretrain-canonical", outcome)
+    before = report.summary("t")
+    archive = runs.pack("t", tmp_path / "t.zip")
+    assert runs.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
+    assert runs.restore(archive) == []  # what is there stays
+    monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
+    (cell,) = runs.restore(archive)
+    assert sorted(p.name for p in cell.iterdir()) == ["manifest.json", "predictions.npz"]
+    assert report.summary("t").equals(before)
+    with pytest.raises(UHLError, match="a cell restored from an archive has none"):
+        stages.zero_shot(tiny_world, ("anchor",))
+
+
+@pytest.mark.parametrize("name", ["../evil/x/manifest.json", "a-s0/x/run.sh", "/a-s0/x/manifest.json"])
+def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
+    import zipfile
+
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"no zip")
+    with pytest.raises(UHLError, match="is not an archive of runs"):
+        runs.restore(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        manifest = '{"parameters": {"profile": "p"}, "rows": []}'
+        for entry in ("a-s0/x/manifest.json", "a-s0/x/predictions.npz", name):
+            archive.writestr(entry, manifest)
+    with pytest.raises(UHLError, match="holds other files"):
+        runs.restore(path)
+    assert not runs.root().exists()
+
+
 def test_a_search_tries_each_rate_once_and_never_scores_test(tiny_world, monkeypatch):
     monkeypatch.setattr(search, "RATES", {"uhl-canonical": (1e-3, 1e-2), "full": (1e-4,)})
     rows = list(search.search(tiny_world))

@@ -1,4 +1,7 @@
-"""Command line: ``python -m uhl fetch | table | search``. Errors of the package print one line, without a traceback."""
+"""Command line: ``python -m uhl fetch | table | pack | restore | search``.
+
+Errors of the package print one line, without a traceback.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,18 @@ def table(options: argparse.Namespace) -> None:
         report.update_readme(options.profile, HERE / "README.md", HERE / "figures")
 
 
+def pack(options: argparse.Namespace) -> None:
+    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip."""
+    path = runs.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
+    print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes")
+
+
+def restore(options: argparse.Namespace) -> None:
+    """Put the cells of an archive back into the runs folder, so that tables and figures can be made without a run."""
+    made = runs.restore(options.archive or HERE / "figures" / f"{options.profile}.zip")
+    print(f"{len(made)} cells restored into {runs.root()}")
+
+
 def search(options: argparse.Namespace) -> None:
     """Try learning rates on a profile's source, dev scores only; print the trials as CSV."""
     grid = Grid.read(options.profile)
@@ -70,6 +85,11 @@ def main() -> None:
     two.add_argument("--target", help="only this target's rows")
     two.add_argument("--readme", action="store_true", help="write the README's table and figures/")
     two.set_defaults(run=table)
+    for name, does in (("pack", pack), ("restore", restore)):
+        command = commands.add_parser(name, help=does.__doc__)
+        command.add_argument("--profile", default="offline-full")
+        command.set_defaults(run=does, archive=None)
+    command.add_argument("archive", nargs="?", type=Path, help="instead of figures/<profile>.zip")
     three = commands.add_parser("search", help=search.__doc__)
     three.add_argument("--profile", default="offline")
     three.add_argument("--task", default="movies")

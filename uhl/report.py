@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -198,13 +199,21 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     labels = (
         "all training labels" if sizes == {None} else f"{', '.join(map(str, sorted(sizes, key=str)))} training labels"
     )
+    usual = int(table["seeds"].max())
+    seeds = f"mean of {usual} seeds" if usual > 1 else "1 seed"
+    counts = "; ".join(f"{t} n = {_list(rows['n'])}" for t, rows in table.groupby("task", sort=False))
+    fewer = [f"{t}: {_list(r['seeds'])} seed" for t, r in table[table["seeds"] < usual].groupby("target", sort=False)]
     return (
-        f"Profile `{profile}`: test scores in percent, mean of {table['seeds'].max()} seed(s), with 95 % bootstrap "
-        f"intervals over seeds and test examples (n = {', '.join(map(str, sorted(set(table['n']))))}); {labels}. "
+        f"Profile `{profile}`: test scores in percent, {seeds}{f' ({_list(fewer)})' if fewer else ''}, with 95 % "
+        f"bootstrap intervals over seeds and test examples ({counts}); {labels}. "
         f"Italics: controls. Bytes: what the method adds to the bare host, head included. FLOPs: added per token, in "
         f"percent of the host's linear layers. Ran on {' and '.join(sorted(hardware))}; "
         f"commit {', '.join(sorted(commits))}.\n"
     )
+
+
+def _list(values: Iterable[object]) -> str:
+    return ", ".join(map(str, dict.fromkeys(values)))
 
 
 def update_readme(profile: str, readme: Path, figures: Path) -> None:
@@ -222,3 +231,4 @@ def update_readme(profile: str, readme: Path, figures: Path) -> None:
         if file.suffix in {".png", ".csv"}:
             shutil.copyfile(file, figures / file.name)
     shutil.copyfile(runs.root() / profile / "results.csv", figures / "results.csv")
+    runs.pack(profile, figures / f"{profile}.zip")

@@ -122,7 +122,10 @@ def load(path: str | Path) -> UHLAdapter:
     """
     path = Path(path)
     if not path.is_file():
-        raise UHLError(f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb")
+        raise UHLError(
+            f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb "
+            f"(a cell restored from an archive has none: delete its folder and run it again)"
+        )
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get(KEY, "{}"))
