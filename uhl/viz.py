@@ -15,6 +15,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
 from uhl.config import WEIGHT_TYPES
@@ -188,18 +189,22 @@ def routing_table(attached: Attached, encoder: Encoder, text: str) -> pd.DataFra
 
 
 def routing_map(table: pd.DataFrame, layers: Sequence[int] | None = None) -> Figure:
-    """Tokens by layers; a cell names its open atoms and is coloured by the first one, blank where none is open."""
+    """Tokens by layers; a cell names its open atoms and has the colour of the first one, white where none is open.
+
+    An atom has one colour everywhere: neighbouring numbers are a golden angle of hue apart.
+    """
     shown = sorted(table["layer"].unique()) if layers is None else list(layers)
     tokens = table.drop_duplicates("position").sort_values("position")["token"].tolist()
-    colours = np.full((len(shown), len(tokens)), np.nan)
-    names = np.full(colours.shape, "", dtype=object)
+    colours = np.ones((len(shown), len(tokens), 3))
+    names = np.full(colours.shape[:2], "", dtype=object)
     opened = table[(table["gate"] > 0.5) & table["layer"].isin(shown)].sort_values("rank")
     for key, rows in opened.groupby(["layer", "position"]):
         layer, position = (int(str(k)) for k in tuple(key))  # type: ignore[arg-type]
         place = shown.index(layer), position
-        colours[place], names[place] = rows["atom"].iloc[0], "\n".join(map(str, rows["atom"]))
+        colours[place] = hsv_to_rgb((rows["atom"].iloc[0] * 0.618 % 1.0, 0.35, 0.97))
+        names[place] = "\n".join(map(str, rows["atom"]))
     fig, ax = plt.subplots(figsize=(0.52 * len(tokens) + 1.5, 0.5 * len(shown) + 1.2))
-    ax.imshow(np.mod(colours * 0.618, 1.0), cmap="Pastel1" if len(shown) == 1 else "Pastel2", aspect="auto")
+    ax.imshow(colours, aspect="auto")
     for (i, j), name in np.ndenumerate(names):
         ax.text(j, i, name, ha="center", va="center", fontsize=7)
     ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
