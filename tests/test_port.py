@@ -63,10 +63,26 @@ def test_ridge_equals_scikit_learn_and_chooses_each_penalty_by_gcv():
         ridge(torch.zeros(3, 2), torch.zeros(3, 2))
 
 
-def test_ridge_does_not_call_noise_explained():
+@pytest.mark.parametrize("columns", [20, 79, 80, 81, 400])
+@pytest.mark.parametrize("centre", [True, False])
+def test_ridge_does_not_call_noise_explained(columns, centre):
     g = torch.Generator().manual_seed(0)
-    fit = ridge(torch.randn(80, 20, generator=g), torch.randn(80, 5, generator=g))
-    assert fit.explained < 0.1
+    spread = torch.linspace(3, 0.01, columns)  # like a model's states: a few strong directions and a long tail
+    fit = ridge(torch.randn(80, columns, generator=g) * spread, torch.randn(80, 50, generator=g), centre)
+    assert -0.1 < fit.explained < 0.1
+
+
+@pytest.mark.parametrize("rows", [60, 200, 600])
+def test_what_ridge_says_it_explains_is_what_it_explains_on_new_rows(rows):
+    """Fewer rows than columns, as with a wide host and few anchors, and more."""
+    g = torch.Generator().manual_seed(1)
+    spread = torch.linspace(3, 0.01, 300)
+    x, noise = torch.randn(rows + 2000, 300, generator=g) * spread, torch.randn(rows + 2000, 40, generator=g)
+    y = x[:, :30] @ torch.randn(30, 40, generator=g) / 10 + noise
+    fit = ridge(x[:rows], y[:rows])
+    left = (y[rows:] - x[rows:] @ fit.matrix - fit.shift).pow(2).sum()
+    fresh = 1 - float(left / (y[rows:] - y[rows:].mean(0)).pow(2).sum())
+    assert fit.explained == pytest.approx(fresh, abs=0.08)
 
 
 def test_lineage_to_the_source_itself_is_the_identity(encoder):

@@ -71,7 +71,7 @@ def ridge(x: Float[Tensor, "n D"], y: Float[Tensor, "n C"], centre: bool = True)
     penalties = torch.tensor(PENALTIES, dtype=x.dtype) * power.mean()
     shrink = power / (power + penalties[:, None])  # (penalties, r)
     residual = outside + (1 - shrink).pow(2) @ target.pow(2)  # (penalties, C)
-    free = (len(x) - shrink.sum(1) - float(centre)).clamp_min(1e-2 * len(x))
+    free = (1 - shrink).sum(1) + (len(x) - len(values)) - float(centre)  # small, not zero, where D exceeds n
     gcv, best = (len(x) * residual / free[:, None] ** 2).min(0)  # (C,)
     inverse = values[:, None] / (power[:, None] + penalties[best])  # (r, C)
     matrix = right.T @ (inverse * target)
