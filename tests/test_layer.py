@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from uhl import ops
 from uhl.adapter import UHLAdapter
 from uhl.anchors import observe
 from uhl.errors import UHLError
@@ -33,6 +34,35 @@ def test_paths_agree_inside_a_host(encoder, adapter):
         with attach(encoder.model, adapter, "mood", path=path):
             outputs.append(run(encoder))
     torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+
+
+def test_tuning_folds_the_atoms_once_and_has_the_same_gradients(encoder, adapter):
+    """With the dictionary frozen the products with P are kept, and the bias's gradient is that of the dense path."""
+    part = adapter.task("mood")
+    for p in adapter.parameters():
+        p.requires_grad_(p is part.bias)
+    gradients = []
+    for path in (None, "dense"):
+        with attach(encoder.model, adapter, "mood", path=path) as attached:
+            vectors = attached._vectors
+            out = run(encoder)
+            (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+            assert attached._vectors is vectors
+            assert attached.update is ops.get(path or "reference")
+            with torch.no_grad():
+                part.bias.add_(0.1)  # a step of the optimiser
+                changed = run(encoder)
+                part.bias.sub_(0.1)
+            assert attached._vectors is vectors
+            assert not torch.allclose(changed, run(encoder))
+        gradients.append(part.bias.grad.clone())
+        part.bias.grad = None
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+    with torch.no_grad(), attach(encoder.model, adapter, "mood") as attached:
+        first = run(encoder)
+        adapter.dictionary.u.add_(0.5)
+        assert not torch.equal(run(encoder), first)
 
 
 def test_folded_update_is_the_unfolded_equation(encoder, adapter):

@@ -50,6 +50,9 @@ class TaskPart(nn.Module):
         return codes @ fake_quantise(self.head, 8).T + fake_half(self.head_bias)
 
 
+Vectors = tuple[Float[Tensor, "A d_in"], Float[Tensor, "A d_out"]]
+
+
 @dataclass
 class Folded:
     """An adapter in one host's coordinates. ``atoms`` maps a weight's path to (V~, U~, strength)."""
@@ -95,17 +98,29 @@ class UHLAdapter(nn.Module):
         basis = torch.stack([bias_features(s.depth, s.type) for s in slots]).to(device)
         return self.config.alpha * (scale * mixed + basis @ fake_quantise(self.task(task).bias, 4))
 
-    def fold(self, frame: Frame, slots: Sequence[Slot], task: str, scale: float = 1.0) -> Folded:
-        """Fold the atoms and the router into a host's frame. Weights that share a P share the product."""
+    def vectors(self, frame: Frame, slots: Sequence[Slot]) -> dict[str, Vectors]:
+        """(V~, U~) of every weight in a host's frame. Weights that share a P share the product."""
         u, v = self.dictionary()
         reads: dict[int, Tensor] = {}
         writes: dict[int, Tensor] = {}
-        atoms = {}
-        for slot, strength in zip(slots, self.strengths(slots, task, scale), strict=True):
-            p_in, p_out = frame.slots[slot.path]
+        for p_in, p_out in (frame.slots[slot.path] for slot in slots):
             if id(p_in) not in reads:
                 reads[id(p_in)] = v @ p_in
             if id(p_out) not in writes:
                 writes[id(p_out)] = u @ p_out.T
-            atoms[slot.path] = (reads[id(p_in)], writes[id(p_out)], strength)
+        pairs = ((slot.path, frame.slots[slot.path]) for slot in slots)
+        return {path: (reads[id(p_in)], writes[id(p_out)]) for path, (p_in, p_out) in pairs}
+
+    def fold(
+        self,
+        frame: Frame,
+        slots: Sequence[Slot],
+        task: str,
+        scale: float = 1.0,
+        vectors: dict[str, Vectors] | None = None,
+    ) -> Folded:
+        """Fold the atoms and the router into a host's frame. ``vectors`` spares the products where nothing changed."""
+        vectors = self.vectors(frame, slots) if vectors is None else vectors
+        strengths = self.strengths(slots, task, scale)
+        atoms = {slot.path: (*vectors[slot.path], strength) for slot, strength in zip(slots, strengths, strict=True)}
         return Folded(atoms, self.router() @ frame.route, self.task(task).route_embedding())

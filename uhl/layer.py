@@ -7,7 +7,7 @@ Detaching puts the host's modules back: the host is bit-identical to what it was
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,15 +45,16 @@ class Attached:
     """
 
     def __init__(
-        self, model: nn.Module, adapter: UHLAdapter, task: str, frame: Frame | None, scale: float, path: str
+        self, model: nn.Module, adapter: UHLAdapter, task: str, frame: Frame | None, scale: float, path: str | None
     ) -> None:
         self.model, self.adapter, self.task_name, self.scale = model, adapter, task, scale
         self.slots = find_slots(model, adapter.config.types)
-        self.update: Callable[..., Tensor] = ops.get(path)
+        self.update: Callable[..., Tensor] = ops.get(path or "dense")
         self.routes: dict[int, Route] = {}
         self.mask: Tensor | None = None
-        self._fixed = frame
+        self._fixed, self._path = frame, path
         self._stamp: tuple[object, ...] = ()
+        self._vectors_stamp: tuple[object, ...] = ()
         self._handles: list[Any] = []
         if any(isinstance(model.get_submodule(s.path), AdaptedLinear) for s in self.slots):
             raise UHLError("the host already carries an adapter; detach it first")
@@ -68,13 +69,30 @@ class Attached:
         return frame.to(self.adapter.router.weight.device)
 
     def refold(self) -> None:
-        """Fold again where gradients are wanted or a parameter changed since the last time."""
-        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter.parameters())
-        stamp = (wanted, self.task_name, self.scale, *(p._version for p in self.adapter.parameters()))
-        if wanted or stamp != self._stamp:
+        """Fold again where gradients are wanted or a parameter changed since the last time.
+
+        Atoms that do not train are multiplied by the frame once. The update is dense, but for tuning (gradients through
+        atoms that do not train themselves), where gathering a token's atoms is quicker.
+        """
+        adapter = self.adapter
+        moving = [*adapter.dictionary.parameters(), *adapter.projector.parameters()]
+        learned, stamp = self._state(moving)
+        tuning = torch.is_grad_enabled() and not learned
+        self.update = ops.get(self._path or ("reference" if tuning else "dense"))
+        if learned or stamp != self._vectors_stamp:
             self.current = self.frame
-            self.folded: Folded = self.adapter.fold(self.current, self.slots, self.task_name, self.scale)
+            self._vectors = adapter.vectors(self.current, self.slots)
+            self._vectors_stamp = stamp
+        wanted, stamp = self._state(adapter.parameters())
+        if wanted or stamp != self._stamp:
+            self.folded: Folded = adapter.fold(self.current, self.slots, self.task_name, self.scale, self._vectors)
             self._stamp = stamp
+
+    def _state(self, parameters: Iterable[nn.Parameter]) -> tuple[bool, tuple[object, ...]]:
+        """Whether gradients to these parameters are wanted now, and a stamp that changes when they do."""
+        every = list(parameters)
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in every)
+        return wanted, (wanted, self.task_name, self.scale, *(p._version for p in every))
 
     def active(self) -> Float[Tensor, ""]:
         """E[k] of the last forward pass: mean gate sum over the layers and the tokens that are not padding."""
@@ -130,12 +148,13 @@ def attach(
     task: str,
     frame: Frame | None = None,
     scale: float = 1.0,
-    path: str = "dense",
+    path: str | None = None,
 ) -> Attached:
     """Attach ``adapter`` to every weight of a known type in ``model``, for one of the adapter's tasks.
 
     ``frame`` is what a port returned; without one the adapter's own projector gives it (the `dimension` arm).
-    ``scale`` in [0, 1] says how much of the ported atoms to use. Raises :class:`UHLError` for a host without weights
+    ``scale`` in [0, 1] says how much of the ported atoms to use. ``path`` names one way to compute the update (see
+    :mod:`uhl.ops`); by default it is chosen. Raises :class:`UHLError` for a host without weights
     of a known type and for a host that carries an adapter already.
     """
     adapter.to(next(model.parameters()).device)
