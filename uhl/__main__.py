@@ -1,4 +1,4 @@
-"""Command line: ``python -m uhl fetch | table | pack | restore | search``.
+"""Command line: ``uhl fetch | table | pack | restore | inspect | verify | search``.
 
 Errors of the package print one line, without a traceback.
 """
@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from uhl import report, runs
+from uhl import report, runs, store
 from uhl.errors import UHLError
 from uhl.grid import PARAMS, Grid
 from uhl.models import OFFLINE, resolve
@@ -59,6 +59,17 @@ def restore(options: argparse.Namespace) -> None:
     print(f"{len(made)} cells restored into {runs.root()}")
 
 
+def inspect(options: argparse.Namespace) -> None:
+    """Print what an adapter's file holds: parts, bytes, tasks, anchors, provenance."""
+    print(store.describe(options.file))
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Check an adapter's file: structure, ranges, hash."""
+    adapter = store.load(options.file)
+    print(f"{options.file}: ok, {sum(p.numel() for p in adapter.parameters()):,} parameters")
+
+
 def search(options: argparse.Namespace) -> None:
     """Try learning rates on a profile's source, dev scores only; print the trials as CSV."""
     grid = Grid.read(options.profile)
@@ -90,6 +101,10 @@ def main() -> None:
         command.add_argument("--profile", default="offline-full")
         command.set_defaults(run=does, archive=None)
     command.add_argument("archive", nargs="?", type=Path, help="instead of figures/<profile>.zip")
+    for name, does in (("inspect", inspect), ("verify", verify)):
+        command = commands.add_parser(name, help=does.__doc__)
+        command.add_argument("file", type=Path)
+        command.set_defaults(run=does)
     three = commands.add_parser("search", help=search.__doc__)
     three.add_argument("--profile", default="offline")
     three.add_argument("--task", default="movies")

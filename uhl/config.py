@@ -34,10 +34,10 @@ class UHLConfig(_Strict):
     width: int = Field(256, ge=1, description="C, canonical width")
     top_k: int = Field(2, ge=1, description="K, most atoms that a token may use")
     hidden: int = Field(14, ge=1, description="hidden units of the mixer")
-    alpha: float = Field(1.0, gt=0, description="scale of the whole update")
+    alpha: float = Field(1.0, gt=0, le=1e4, allow_inf_nan=False, description="scale of the whole update")
     projector: ProjectorKind = Field("canonical", description="how P is obtained on the source")
     types: tuple[WeightType, ...] = Field(WEIGHT_TYPES, min_length=1, description="weight types that carry atoms")
-    seed: int = Field(0, ge=0, description="of the initial parameters")
+    seed: int = Field(0, ge=0, lt=1 << 63, description="of the initial parameters")
 
 
 class TrainConfig(_Strict):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from uhl.config import WEIGHT_TYPES
 from uhl.quant import fake_quantise
 
+INPUTS = len(WEIGHT_TYPES) + 1
 BASIS = len(WEIGHT_TYPES) + 3
 SPREAD = 0.3  # standard deviation of W2 at the start
 
@@ -38,8 +39,7 @@ class Mixer(nn.Module):
 
     def __init__(self, atoms: int, hidden: int, generator: torch.Generator) -> None:
         super().__init__()
-        features = 1 + len(WEIGHT_TYPES)
-        self.first = nn.Parameter(torch.randn(hidden, features + 1, generator=generator))
+        self.first = nn.Parameter(torch.randn(hidden, INPUTS + 1, generator=generator))
         second = torch.randn(atoms, hidden + 1, generator=generator) * SPREAD
         second[:, -1] = 0.0
         self.second = nn.Parameter(second)

@@ -11,8 +11,12 @@
 | `anchors.text`                          | uint8, zlib of the texts joined by newline |
 | `anchors.head`, `anchors.stream.<i>`    | int8 (C, N), `.scale`, `.centre` float16 (C) |
 
-The header's metadata is one JSON object with the format, its version, the configuration, the tasks, free information
-and the sha256 of all tensor bytes in order of name.
+The header's metadata is one JSON object (:class:`Header`) with the format, its version, the configuration, the tasks,
+free information and the sha256 of all tensor bytes in order of name. :func:`layout` gives the tensors that a header
+promises; a file must hold exactly these.
+
+Files may come from strangers: sizes are bounded before anything is read, shapes are checked before anything is built,
+and every fault is one :class:`UHLError`.
 """
 
 from __future__ import annotations
@@ -20,11 +24,13 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -34,10 +40,70 @@ from uhl.anchors import Anchors, Codes
 from uhl.config import UHLConfig
 from uhl.errors import UHLError
 from uhl.files import write_atomic
-from uhl.quant import dequantise, pack4, quantise, unpack4
+from uhl.mixer import BASIS, INPUTS
+from uhl.projector import FEATURES, HIDDEN
+from uhl.quant import QMAX, SMALLEST_SCALE, dequantise, pack4, quantise, unpack4
 
 FORMAT, VERSION, KEY = "uhl-adapter", "1", "uhl"
-MAX_TEXT = 8 << 20  # bytes of anchor text after decompression
+MAX_FILE, MAX_HEADER = 16 << 20, 1 << 20  # bytes of a file, and of its header
+MAX_TEXT, MAX_LINE = 8 << 20, 64 << 10  # bytes of all anchor texts unpacked, characters of one
+Spec = tuple[str, tuple[int, ...]]  # a tensor's safetensors dtype and shape
+
+
+class TaskEntry(BaseModel):
+    """What the header says of a task."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    labels: list[str] = Field(min_length=1)
+    kind: Literal["sentence", "pair", "token"]
+
+
+class AnchorEntry(BaseModel):
+    """What the header says of the anchors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    count: int = Field(ge=1, le=1 << 20)
+    origin: str
+
+
+class Header(BaseModel):
+    """The header's metadata. ``info`` is free: the source and where a task was tuned."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: Literal["uhl-adapter"] = "uhl-adapter"
+    version: Literal["1"] = "1"
+    config: dict[str, Any]
+    tasks: dict[str, TaskEntry]
+    anchors: AnchorEntry | None
+    info: dict[str, Any]
+    sha256: str
+
+
+def layout(config: UHLConfig, tasks: Mapping[str, TaskEntry], anchors: int, depths: int, text: int) -> dict[str, Spec]:
+    """Every tensor of a file by name. ``anchors``: how many, 0 for none; ``text``: bytes of their packed texts."""
+    a, c, h = config.atoms, config.width, config.hidden
+    rows: dict[str, tuple[int, int, int]] = {  # rows, columns, bits
+        "dictionary.u": (a, c, 8),
+        "dictionary.v": (a, c, 8),
+        "router": (a, c, 8),
+        "projector.first": (HIDDEN, FEATURES + 1, 8),
+        "projector.second": (c, HIDDEN + 2, 8),
+        "mixer.first": (h, INPUTS + 1, 4),
+        "mixer.second": (a, h + 1, 4),
+    }
+    out: dict[str, Spec] = {}
+    for name, task in tasks.items():
+        rows |= {f"task.{name}.bias": (BASIS, a, 4), f"task.{name}.head": (len(task.labels), c, 8)}
+        out |= {f"task.{name}.embedding": ("I8", (a,)), f"task.{name}.embedding.scale": ("F16", ())}
+        out[f"task.{name}.head_bias"] = ("F16", (len(task.labels),))
+    for name, (count, columns, bits) in rows.items():
+        out[name] = ("I8", (count, columns)) if bits == 8 else ("U8", (-(-count * columns // 2),))
+        out[f"{name}.scale"] = ("F16", (count,))
+    if anchors:
+        out["anchors.text"] = ("U8", (text,))
+        for name in ("anchors.head", *(f"anchors.stream.{i}" for i in range(depths))):
+            out |= {name: ("I8", (c, anchors)), f"{name}.scale": ("F16", (c,)), f"{name}.centre": ("F16", (c,))}
+    return out
 
 
 def _shared(adapter: UHLAdapter) -> dict[str, tuple[nn.Parameter, int]]:
@@ -93,26 +159,38 @@ def digest(tensors: dict[str, Tensor]) -> str:
 
 
 def to_metadata(adapter: UHLAdapter, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """The header's metadata: one JSON object under :data:`KEY`."""
-    tasks = {n: {"labels": adapter.task(n).labels, "kind": adapter.task(n).kind} for n in adapter.tasks}
-    anchors = {"count": len(adapter.anchors.texts), "origin": adapter.anchors.origin} if adapter.anchors else None
-    entry = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": adapter.config.model_dump(mode="json"),
-        "tasks": tasks,
-        "anchors": anchors,
-        "info": adapter.info,
-        "sha256": digest(tensors),
-    }
-    return {KEY: json.dumps(entry, sort_keys=True)}  # one key: safetensors writes several in no fixed order
+    """The safetensors metadata: one JSON object under :data:`KEY`."""
+    parts = {name: adapter.task(name) for name in adapter.tasks}
+    anchors = adapter.anchors
+    header = Header(
+        config=adapter.config.model_dump(mode="json"),
+        tasks={name: TaskEntry(labels=list(part.labels), kind=part.kind) for name, part in parts.items()},  # type: ignore[arg-type]
+        anchors=AnchorEntry(count=len(anchors.texts), origin=anchors.origin) if anchors else None,
+        info=adapter.info,
+        sha256=digest(tensors),
+    )
+    return {
+        KEY: json.dumps(header.model_dump(), sort_keys=True)
+    }  # one key: safetensors writes several in no fixed order
 
 
 def save(adapter: UHLAdapter, path: str | Path) -> Path:
-    """Write the adapter; an interruption leaves an older file of that name whole."""
+    """Write the adapter; an interruption leaves an older file of that name whole.
+
+    Raises :class:`UHLError` for an adapter that could not be read again: values that are not finite, texts with line
+    breaks, more bytes than :data:`MAX_FILE`.
+    """
     if adapter.anchors and any("\n" in t for t in adapter.anchors.texts):
         raise UHLError("anchor texts are stored one a line; replace line breaks in them by blanks")
+    for name, parameter in adapter.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UHLError(f"{name} holds values that are not finite; train again with lower learning rates")
     tensors = to_tensors(adapter)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    if size > MAX_FILE - MAX_HEADER:
+        raise UHLError(
+            f"the adapter takes {size:,} bytes, files hold at most {MAX_FILE:,}; keep fewer anchors or tasks"
+        )
     return write_atomic(path, lambda tmp: save_file(tensors, tmp, to_metadata(adapter, tensors)))
 
 
@@ -121,63 +199,153 @@ def load(path: str | Path) -> UHLAdapter:
     not an adapter at all.
     """
     path = Path(path)
+    header, tensors = read(path)
+    try:
+        return _build(header, tensors)
+    except (KeyError, ValueError, TypeError, RuntimeError, zlib.error) as error:
+        raise _misfit(path, error) from error
+
+
+def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
+    """A file's header and tensors, with sizes, layout and hash checked. Errors as for :func:`load`."""
+    path = Path(path)
     if not path.is_file():
         raise UHLError(
             f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb "
             f"(a cell restored from an archive has none: delete its folder and run it again)"
         )
     try:
+        _check_sizes(path)
         with safe_open(path, "pt") as file:
             meta = json.loads((file.metadata() or {}).get(KEY, "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError) as error:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            found: dict[str, Spec] = {n: (x.get_dtype(), tuple(x.get_shape())) for n, x in slices.items()}
+            header = _header(path, meta)
+            _check_layout(path, header, found)
+            tensors = {name: file.get_tensor(name) for name in found}
+    except UHLError:
+        raise
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UHLError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
-    if meta.get("format") != FORMAT:
+    if header.sha256 != digest(tensors):
+        raise UHLError(f"{path} was altered or damaged after it was written (sha256 differs); copy it again")
+    _check_values(path, tensors)
+    return header, tensors
+
+
+def _misfit(path: Path, why: object) -> UHLError:
+    return UHLError(f"{path} does not have the layout of version {VERSION} ({why}); write it again")
+
+
+def _check_sizes(path: Path) -> None:
+    """Bound what is read: the file, and the header whose length its first eight bytes give."""
+    size = path.stat().st_size
+    if size > MAX_FILE:
+        raise UHLError(f"{path} has {size:,} bytes; an adapter has at most {MAX_FILE:,}. Is it a model's file?")
+    with open(path, "rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+    if size > 8 and MAX_HEADER < length <= size:
+        raise UHLError(f"{path} has a header of {length:,} bytes; an adapter's has at most {MAX_HEADER:,}")
+
+
+def _header(path: Path, meta: Any) -> Header:
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise UHLError(f"{path} is a safetensors file but not an adapter; expected format {FORMAT!r} in its header")
     if meta.get("version") != VERSION:
         raise UHLError(
             f"{path} has file version {meta.get('version')!r}, this package reads version {VERSION!r}; "
             f"install the release of uhl that wrote it"
         )
-    if meta.get("sha256") != digest(tensors):
-        raise UHLError(f"{path} was altered or damaged after it was written (sha256 differs); copy it again")
     try:
-        return _build(meta, tensors)
-    except (KeyError, ValueError, TypeError, RuntimeError, zlib.error) as error:
-        raise UHLError(f"{path} does not have the layout of version {VERSION} ({error}); write it again") from error
+        return Header(**meta)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise _misfit(path, f"header, {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def _build(meta: dict[str, Any], tensors: dict[str, Tensor]) -> UHLAdapter:
-    adapter = UHLAdapter(UHLConfig(**meta["config"]))
-    for name, task in meta["tasks"].items():
-        adapter.add_task(name, task["labels"], task["kind"])
+def _check_layout(path: Path, header: Header, found: dict[str, Spec]) -> None:
+    """The file holds the tensors that its header promises, and no other."""
+    depths = sum(name.startswith("anchors.stream.") and name.count(".") == 2 for name in found)
+    text = found.get("anchors.text", ("U8", (0,)))[1]
+    count = header.anchors.count if header.anchors else 0
+    try:
+        config = UHLConfig(**header.config)
+    except UHLError as error:
+        raise _misfit(path, error) from error
+    wanted = layout(config, header.tasks, count, depths, text[0] if len(text) == 1 else 0)
+    for name in sorted({*wanted, *found}):
+        if name not in found:
+            raise _misfit(path, f"tensor {name} is missing")
+        if name not in wanted:
+            raise _misfit(path, f"tensor {name} is not one that the header promises")
+        if found[name] != wanted[name]:
+            (kind, shape), (right_kind, right) = found[name], wanted[name]
+            raise _misfit(path, f"tensor {name} has shape {shape}, {kind}, expected {right}, {right_kind}")
+
+
+def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Scales are finite and positive, other float16 values finite, integers within their bits."""
+    for name, value in tensors.items():
+        if value.dtype == torch.float16 and not torch.isfinite(value).all():
+            raise _misfit(path, f"tensor {name} holds values that are not finite")
+        if name.endswith(".scale") and (value < SMALLEST_SCALE).any():
+            raise _misfit(path, f"tensor {name} holds a scale below {SMALLEST_SCALE:g}")
+        if value.dtype == torch.int8 and (value < -QMAX[8]).any():
+            raise _misfit(path, f"tensor {name} holds {-QMAX[8] - 1}, which is outside of 8-bit rows")
+
+
+def _build(header: Header, tensors: dict[str, Tensor]) -> UHLAdapter:
+    adapter = UHLAdapter(UHLConfig(**header.config))
+    for name, task in header.tasks.items():
+        adapter.add_task(name, task.labels, task.kind)
     with torch.no_grad():
         for name, (parameter, bits) in _parameters(adapter).items():
             stored = tensors[name]
             integers = unpack4(stored, tuple(parameter.shape)) if bits == 4 else stored
-            if integers.shape != parameter.shape:
-                raise UHLError(f"tensor {name} has shape {tuple(integers.shape)}, expected {tuple(parameter.shape)}")
+            if bits == 4 and (integers < -QMAX[4]).any():
+                raise UHLError(f"tensor {name} holds {-QMAX[4] - 1}, which is outside of 4-bit rows")
             parameter.copy_(dequantise(integers, tensors[name + ".scale"]))
         for name in adapter.tasks:
             adapter.task(name).head_bias.copy_(tensors[f"task.{name}.head_bias"].float())
-    adapter.info = meta["info"]
-    if "anchors.text" in tensors:
-        adapter.anchors = _read_anchors(meta["anchors"], tensors)
+    adapter.info = header.info
+    if header.anchors:
+        adapter.anchors = _read_anchors(header.anchors, tensors)
     return adapter
 
 
-def _read_anchors(entry: dict[str, Any], tensors: dict[str, Tensor]) -> Anchors:
+def _read_anchors(entry: AnchorEntry, tensors: dict[str, Tensor]) -> Anchors:
     inflate = zlib.decompressobj()
     raw = inflate.decompress(tensors["anchors.text"].numpy().tobytes(), MAX_TEXT)
-    if inflate.unconsumed_tail:
-        raise UHLError(f"the anchor texts are larger than {MAX_TEXT} bytes")
+    if inflate.unconsumed_tail or not inflate.eof:
+        raise UHLError(f"the anchor texts are cut off or larger than {MAX_TEXT:,} bytes")
     texts = raw.decode().split("\n")
+    if len(texts) != entry.count or max(map(len, texts)) > MAX_LINE:
+        raise UHLError(f"{len(texts)} anchor texts, {entry.count} promised, each of at most {MAX_LINE:,} characters")
 
     def codes(name: str) -> Codes:
-        values, scale, centre = (tensors[name + end] for end in ("", ".scale", ".centre"))
-        if values.shape != (len(scale), len(texts)):
-            raise UHLError(f"tensor {name} has shape {tuple(values.shape)}, expected {(len(scale), len(texts))}")
-        return Codes(values, scale, centre)
+        return Codes(*(tensors[name + end] for end in ("", ".scale", ".centre")))
 
-    names = sorted(n for n in tensors if n.startswith("anchors.stream.") and n.count(".") == 2)
-    return Anchors(texts, entry["origin"], codes("anchors.head"), [codes(n) for n in names])
+    depths = sum(n.startswith("anchors.stream.") and n.count(".") == 2 for n in tensors)
+    return Anchors(texts, entry.origin, codes("anchors.head"), [codes(f"anchors.stream.{i}") for i in range(depths)])
+
+
+def describe(path: str | Path) -> str:
+    """A file's parts, bytes, tasks, anchors and provenance, for people. The file is checked first."""
+    from uhl import budget
+
+    header, _ = read(path)
+    config, path = UHLConfig(**header.config), Path(path)
+    lines = [
+        f"{path.name}: {path.stat().st_size:,} bytes, version {header.version}, sha256 {header.sha256[:12]} checked"
+    ]
+    lines.append(
+        f"adapter    {config.atoms} atoms of width {config.width}, at most {config.top_k} a token, "
+        f"{config.projector} projector, on weights {' '.join(config.types)}"
+    )
+    lines += [f"{key:10s} {value}" for key, value in sorted(header.info.items())]
+    lines += [f"task       {name}: {task.kind}, labels {', '.join(task.labels)}" for name, task in header.tasks.items()]
+    if header.anchors:
+        lines.append(f"anchors    {header.anchors.count} texts ({header.anchors.origin})")
+    sizes = budget.file_bytes(path)
+    lines += [f"bytes      {part:10s} {size:9,}" for part, size in sizes.items() if size]
+    return "\n".join(lines)
