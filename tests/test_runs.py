@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -105,3 +106,36 @@ def test_files_are_whole_or_absent(tmp_path):
         (folder / "x").write_text("x")
         raise RuntimeError("boom")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt"]
+
+
+def test_pairs_are_of_common_seeds_only():
+    rng = np.random.default_rng(0)
+    right = {seed: np.c_[rng.integers(0, 2, 50), np.ones((50, 2))] for seed in range(3)}
+    key = ("movies", "x", "tuned")
+    cells = {(*key, "anchor"): {0: right[0], 2: right[2]}, (*key, "zero-atoms"): {1: right[1], 2: right[2] * [0, 1, 1]}}
+    (row,) = report.paired(cells).to_dict("records")
+    assert row["seeds"] == 1
+    assert row["difference"] == pytest.approx(100 * right[2][:, 0].mean())
+    assert report.paired({(*key, "anchor"): {0: right[0]}, (*key, "zero-atoms"): {1: right[1]}}).empty
+
+
+def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(f"a\n{report.START}\nold\n{report.END}\nb\n")
+    settings = Settings(profile="offline")
+    made = runs.row(
+        settings, target="minilm-l3", arm="head", phase="retrained", split="test", metric="accuracy", score=50, n=2
+    )
+    made |= {"adapter_bytes": 1, "trainable_params": 1, "extra_flops_pct": 0, "active_atoms": 0, "seconds": 1}
+    folder = runs.cell_dir(settings, "baselines-minilm-l3")
+    runs.write_manifest(settings, "baselines-minilm-l3", [made], labels=["n", "p"])
+    arrays = {"labels": [0, 1], "gold": [0, 0], "length": [1, 1]}
+    np.savez(folder / "predictions.npz", **{f"head/test/{k}": np.array(v) for k, v in arrays.items()})
+    with pytest.raises(UHLError, match="cells are missing"):
+        report.update_readme("offline", readme, tmp_path)
+    report.update_readme("offline", readme, tmp_path, partial=True)
+    text = readme.read_text()
+    assert text.startswith("a\n")
+    assert text.endswith("b\n")
+    assert "**Not complete: 17 cells of the grid are missing.**" in text
+    assert "movies on minilm-l3: seeds 1, n = 2" in text

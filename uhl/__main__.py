@@ -44,7 +44,7 @@ def table(options: argparse.Namespace) -> None:
     print(f"results    {folder / 'results.csv'}\nfigures    {folder / 'analysis'}")
     print(f"notebooks  {folder}/*/*/notebook.ipynb")
     if options.readme:
-        report.update_readme(options.profile, HERE / "README.md", HERE / "figures")
+        report.update_readme(options.profile, HERE / "README.md", HERE / "figures", options.partial)
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -95,6 +95,7 @@ def main() -> None:
     two.add_argument("--profile", default="offline")
     two.add_argument("--target", help="only this target's rows")
     two.add_argument("--readme", action="store_true", help="write the README's table and figures/")
+    two.add_argument("--partial", action="store_true", help="also where cells are missing; the caption says so")
     two.set_defaults(run=table)
     for name, does in (("pack", pack), ("restore", restore)):
         command = commands.add_parser(name, help=does.__doc__)

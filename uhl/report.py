@@ -16,7 +16,7 @@ from uhl import runs, stats, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_text
-from uhl.grid import Grid
+from uhl.grid import PARAMS, Grid
 from uhl.viz import CONTROLS, NAMES, ORDER
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
@@ -47,19 +47,26 @@ def _cell(profile: str, task: str, seed: int, phase: str, target: str, arm: str)
     return runs.root() / profile / f"{runs.slug(task)}-s{seed}" / stage
 
 
-def gather(profile: str, split: str = "test") -> dict[tuple[str, str, str, str], np.ndarray]:
-    """Counts (seeds, n, 3) by (task, target, phase, arm), from predictions."""
+Cells = dict[tuple[str, str, str, str], dict[int, np.ndarray]]
+
+
+def gather(profile: str, split: str = "test") -> Cells:
+    """Counts (n, 3) of each seed by (task, target, phase, arm), from predictions."""
     frame = runs.load_results(profile)
     frame = frame[frame["split"] == split]
-    out = {}
+    out: Cells = {}
     for key, rows in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
-        tables = [
-            cell_counts(_cell(profile, task, int(s), phase, target, arm), arm, split, str(m))
+        out[task, target, phase, arm] = {
+            int(s): cell_counts(_cell(profile, task, int(s), phase, target, arm), arm, split, str(m))
             for s, m in zip(rows["seed"], rows["metric"], strict=True)
-        ]
-        out[task, target, phase, arm] = np.stack(tables)
+        }
     return out
+
+
+def stack(tables: dict[int, np.ndarray], seeds: Iterable[int] | None = None) -> np.ndarray:
+    """Counts (seeds, n, 3) of some seeds (by default all), in order of seed."""
+    return np.stack([tables[s] for s in sorted(tables if seeds is None else seeds)])
 
 
 def summary(profile: str, split: str = "test") -> pd.DataFrame:
@@ -70,7 +77,7 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     rows = []
     for key, group in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
-        made = stats.interval(tables[task, target, phase, arm])
+        made = stats.interval(stack(tables[task, target, phase, arm]))
         if abs(made.value - group["score"].mean()) > 0.05:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[["adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"]].mean()
@@ -87,15 +94,19 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
 
 
 def gap_recovered(table: pd.DataFrame) -> pd.DataFrame:
-    """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter), from :func:`summary`."""
+    """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter), from :func:`summary`.
+
+    Only where as many seeds of a cell are there as of its LoRA.
+    """
     rows = []
     for (task, target), group in table.groupby(["task", "target"], sort=False):
-        floor = group[group["arm"] == "no-adapter"]["score"]
-        ceiling = group[(group["arm"] == "lora-r8") & (group["phase"] == "retrained")]["score"]
+        floor = group[group["arm"] == "no-adapter"]
+        ceiling = group[(group["arm"] == "lora-r8") & (group["phase"] == "retrained")]
         if len(floor) == 1 and len(ceiling) == 1:
-            ported = group[group["phase"].isin(["zero-shot", "tuned"])]
+            low, high = float(floor["score"].iloc[0]), float(ceiling["score"].iloc[0])
+            ported = group[group["phase"].isin(["zero-shot", "tuned"]) & (group["seeds"] == ceiling["seeds"].iloc[0])]
             for _, cell in ported.iterrows():
-                share = (cell["score"] - floor.iloc[0]) / (ceiling.iloc[0] - floor.iloc[0])
+                share = (cell["score"] - low) / (high - low)
                 rows.append({"task": task, "target": target, "phase": cell["phase"], "arm": cell["arm"], "gap": share})
     return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "gap"])
 
@@ -118,17 +129,19 @@ PAIRS = (
 )
 
 
-def paired(tables: dict[tuple[str, str, str, str], np.ndarray]) -> pd.DataFrame:
-    """Paired differences of :data:`PAIRS` for every task and target that has both, from :func:`gather`."""
+def paired(tables: Cells) -> pd.DataFrame:
+    """Paired differences of :data:`PAIRS` over the seeds that both have, from :func:`gather`."""
     rows = []
     for task, target in dict.fromkeys((key[0], key[1]) for key in tables):
         for phase_a, a, phase_b, b in PAIRS:
-            first, second = tables.get((task, target, phase_a, a)), tables.get((task, target, phase_b, b))
-            if first is not None and second is not None and first.shape == second.shape:
-                made = stats.difference(first, second)
+            first, second = (tables.get((task, target, *cell), {}) for cell in ((phase_a, a), (phase_b, b)))
+            seeds = set(first) & set(second)
+            if seeds:
+                made = stats.difference(stack(first, seeds), stack(second, seeds))
                 verdict = "better" if made.low > 0 else "worse" if made.high < 0 else "undecided"
-                rows.append((task, target, f"{phase_a} {a}", f"{phase_b} {b}", *made, verdict))
-    return pd.DataFrame(rows, columns=["task", "target", "first", "second", "difference", "low", "high", "verdict"])
+                rows.append((task, target, f"{phase_a} {a}", f"{phase_b} {b}", len(seeds), *made, verdict))
+    columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def findings(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
@@ -199,13 +212,15 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     labels = (
         "all training labels" if sizes == {None} else f"{', '.join(map(str, sorted(sizes, key=str)))} training labels"
     )
-    usual = int(table["seeds"].max())
-    seeds = f"mean of {usual} seeds" if usual > 1 else "1 seed"
-    counts = "; ".join(f"{t} n = {_list(rows['n'])}" for t, rows in table.groupby("task", sort=False))
-    fewer = [f"{t}: {_list(r['seeds'])} seed" for t, r in table[table["seeds"] < usual].groupby("target", sort=False)]
+    groups = [
+        f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
+        for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
+    ]
+    left = missing_cells(profile) if (PARAMS / profile).is_dir() else []  # a profile of one's own has no grid
+    state = f"**Not complete: {len(left)} cells of the grid are missing.** " if left else ""
     return (
-        f"Profile `{profile}`: test scores in percent, {seeds}{f' ({_list(fewer)})' if fewer else ''}, with 95 % "
-        f"bootstrap intervals over seeds and test examples ({counts}); {labels}. "
+        f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % bootstrap intervals over "
+        f"seeds and test examples ({'; '.join(groups)}); {labels}. "
         f"Italics: controls. Bytes: what the method adds to the bare host, head included. FLOPs: added per token, in "
         f"percent of the host's linear layers. Ran on {' and '.join(sorted(hardware))}; "
         f"commit {', '.join(sorted(commits))}.\n"
@@ -216,10 +231,13 @@ def _list(values: Iterable[object]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
-def update_readme(profile: str, readme: Path, figures: Path) -> None:
-    """Put the table into the README between its two marks, and the profile's figures with their CSVs into figures/."""
+def update_readme(profile: str, readme: Path, figures: Path, partial: bool = False) -> None:
+    """Put the table into the README between its two marks, and the profile's figures with their CSVs into figures/.
+
+    Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
+    """
     left = missing_cells(profile)
-    if left:
+    if left and not partial:
         raise UHLError(f"profile {profile} is not complete, {len(left)} cells are missing, first {left[0]}")
     text = readme.read_text(encoding="utf-8")
     if START not in text or END not in text:
