@@ -43,3 +43,17 @@ def test_a_paired_difference_is_narrower_than_two_intervals_and_sees_zero():
     assert same == (0, 0, 0)
     with pytest.raises(ValueError, match="one shape"):
         stats.difference(a, a[:, :5])
+
+
+def test_groups_widen_intervals_and_seeds_are_resampled():
+    """Examples that come in tens with one outcome carry a tenth of the evidence; seeds that differ widen it too."""
+    rng = np.random.default_rng(0)
+    right = np.repeat((rng.random(100) < 0.7).astype(float), 10)[None, :, None]
+    table = np.concatenate([right, np.ones((1, 1000, 2))], -1)
+    alone, grouped = stats.interval(table), stats.interval(table, np.repeat(np.arange(100), 10))
+    rate = right.mean()
+    width = 2 * 1.96 * 100 * np.sqrt(rate * (1 - rate) / 100)
+    assert grouped.high - grouped.low == pytest.approx(width, rel=0.15)
+    assert alone.high - alone.low == pytest.approx(width / np.sqrt(10), rel=0.15)
+    spread = np.concatenate([draw(s, n=4000, p=p) for s, p in ((0, 0.6), (1, 0.7), (2, 0.8))])
+    assert stats.bootstrap(spread).std() == pytest.approx(100 * np.std([0.6, 0.7, 0.8]) / np.sqrt(3), rel=0.2)

@@ -76,7 +76,7 @@ def run_baseline(
         p.requires_grad_(method == "full")
     if method == "head":
         log = TrainLog([], begin.seconds, 0, part.head.numel() + part.head_bias.numel())
-        return Baseline(Classifier(model, part, frame), log, head_size(part), 0.0)
+        return Baseline(Classifier(model, part, frame), log, head_size(part, frame), 0.0)
     flops = 0.0
     if method == "lora-r8":
         slots = find_slots(model)
@@ -86,11 +86,20 @@ def run_baseline(
         flops = budget.lora_flops_pct(RANK, targets, slots)
     classifier = Classifier(model, part, frame, train_config=config)
     log = train(classifier, encoder, task, config, folder)
+    round_trained(classifier)
     own = sum(p.numel() for n, p in classifier.named_parameters() if p.requires_grad and "part." not in n)
-    return Baseline(classifier, log, 2 * own + head_size(part), flops)
+    return Baseline(classifier, log, 2 * own + head_size(part, frame), flops)
 
 
-def head_size(part: TaskPart) -> int:
-    """Bytes of a head as an adapter's file stores it (8-bit rows with scales, float16 biases)."""
-    tensors = (*quantise(part.head.detach(), 8), part.head_bias.detach().half())
+def head_size(part: TaskPart, frame: Frame) -> int:
+    """Bytes of a head folded into its host's coordinates, as it would be stored (8-bit rows, float16 biases)."""
+    tensors = (*quantise((part.head @ frame.head).detach(), 8), part.head_bias.detach().half())
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@torch.no_grad()
+def round_trained(classifier: Classifier) -> None:
+    """Round what was trained beside the head to float16, as its file would hold it: scores are those of the file."""
+    for name, parameter in classifier.named_parameters():
+        if parameter.requires_grad and not name.startswith("part."):
+            parameter.copy_(parameter.half().float())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -64,6 +64,14 @@ def gather(profile: str, split: str = "test") -> Cells:
     return out
 
 
+def groups_of(profile: str, task: str, split: str = "test") -> np.ndarray | None:
+    """Group of each example of a task's split, as the cells' predictions hold them; None where examples stand alone."""
+    for path in sorted((runs.root() / profile).glob(f"{runs.slug(task)}-s*/*/predictions.npz")):
+        if f"{split}/group" in (stored := _predictions(path)):
+            return stored[f"{split}/group"]
+    return None
+
+
 def stack(tables: dict[int, np.ndarray], seeds: Iterable[int] | None = None) -> np.ndarray:
     """Counts (seeds, n, 3) of some seeds (by default all), in order of seed."""
     return np.stack([tables[s] for s in sorted(tables if seeds is None else seeds)])
@@ -77,7 +85,7 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     rows = []
     for key, group in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
-        made = stats.interval(stack(tables[task, target, phase, arm]))
+        made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split))
         if abs(made.value - group["score"].mean()) > 0.05:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[["adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"]].mean()
@@ -129,15 +137,18 @@ PAIRS = (
 )
 
 
-def paired(tables: Cells) -> pd.DataFrame:
-    """Paired differences of :data:`PAIRS` over the seeds that both have, from :func:`gather`."""
+def paired(tables: Cells, groups: Mapping[str, np.ndarray | None] | None = None) -> pd.DataFrame:
+    """Paired differences of :data:`PAIRS` over the seeds that both have, from :func:`gather`.
+
+    ``groups`` maps a task to the group of each example, see :func:`groups_of`.
+    """
     rows = []
     for task, target in dict.fromkeys((key[0], key[1]) for key in tables):
         for phase_a, a, phase_b, b in PAIRS:
             first, second = (tables.get((task, target, *cell), {}) for cell in ((phase_a, a), (phase_b, b)))
             seeds = set(first) & set(second)
             if seeds:
-                made = stats.difference(stack(first, seeds), stack(second, seeds))
+                made = stats.difference(stack(first, seeds), stack(second, seeds), (groups or {}).get(task))
                 verdict = "better" if made.low > 0 else "worse" if made.high < 0 else "undecided"
                 rows.append((task, target, f"{phase_a} {a}", f"{phase_b} {b}", len(seeds), *made, verdict))
     columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "verdict"]

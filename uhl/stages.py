@@ -319,9 +319,15 @@ def baseline(settings: Settings, host: str, method: str, begin: Start) -> Outcom
     return outcome
 
 
-def save_predictions(path: Path, predictions: dict[str, Prediction]) -> Path:
-    """Predictions and gold labels of a cell, compressed, so that scores can be recomputed without a model."""
-    arrays: dict[str, np.ndarray] = {}
+def save_predictions(path: Path, predictions: dict[str, Prediction], task: Task) -> Path:
+    """Predictions and gold labels of a cell, compressed, so that scores can be recomputed without a model.
+
+    Where the task's sentences come in groups (of one review), each example's group is stored too.
+    """
+    rows = {split: task.data[split] for split in ("dev", "test")}
+    arrays: dict[str, np.ndarray] = {
+        f"{split}/group": np.array(r["group"], dtype=np.int32) for split, r in rows.items() if "group" in r.column_names
+    }
     for name, found in predictions.items():
         flat = [np.atleast_1d(x) for x in found.labels], [np.atleast_1d(x) for x in found.gold]
         arrays[f"{name}/labels"] = np.concatenate(flat[0]).astype(np.int16)
@@ -360,8 +366,8 @@ def finish(
 ) -> Path:
     """Write a cell's predictions, figures and, last, its manifest."""
     folder = runs.cell_dir(settings, stage)
-    written = [save_predictions(folder / "predictions.npz", outcome.predictions)]
+    task = load_data(settings)
+    written = [save_predictions(folder / "predictions.npz", outcome.predictions, task)]
     written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
     written += [outcome.details["path"]] if "path" in outcome.details else outcome.details.get("paths", [])
-    labels = load_data(settings).labels
-    return runs.write_manifest(settings, stage, outcome.rows, written, labels=list(labels), **extra)
+    return runs.write_manifest(settings, stage, outcome.rows, written, labels=list(task.labels), **extra)

@@ -2,7 +2,8 @@
 
 Every metric here is 100 * 2 TP / (predicted + gold) summed over examples: for entity F1 the counts are entities, for
 accuracy they are (correct, 1, 1), where the formula is the accuracy. So one bootstrap over rows of counts serves all
-kinds of task. Seeds and examples are resampled independently (crossed), as both vary: Efron & Tibshirani 1993.
+kinds of task. Seeds and examples are resampled independently (crossed), as both vary: Efron & Tibshirani 1993. Where
+examples come in groups, whole groups are drawn. Three seeds are few: resampling them understates how much seeds vary.
 """
 
 from __future__ import annotations
@@ -42,29 +43,36 @@ def score_of(total: np.ndarray) -> np.ndarray:
     return np.where(below > 0, 200.0 * total[..., 0] / np.maximum(below, 1e-12), 0.0)
 
 
-def bootstrap(tables: np.ndarray, seed: int = 0, repeats: int = REPEATS) -> np.ndarray:
-    """Bootstrap scores (repeats,) of counts (seeds, n, 3): the mean over seeds, examples shared by all seeds."""
+def bootstrap(
+    tables: np.ndarray, groups: np.ndarray | None = None, seed: int = 0, repeats: int = REPEATS
+) -> np.ndarray:
+    """Bootstrap scores (repeats,) of counts (seeds, n, 3): the mean over seeds, examples shared by all seeds.
+
+    ``groups`` (n,) are what is drawn where examples are not independent: the sentences of one review stay together.
+    """
     rng = np.random.default_rng(seed)
     seeds, n, _ = tables.shape
+    names, place = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
+    count = len(names)
     out = np.empty(repeats)
     for i in range(repeats):
-        weight = np.bincount(rng.integers(0, n, n), minlength=n)
+        weight = np.bincount(rng.integers(0, count, count), minlength=count)[place]
         chosen = rng.integers(0, seeds, seeds)
         out[i] = score_of(np.einsum("n,snk->sk", weight, tables[chosen])).mean()
     return out
 
 
-def interval(tables: np.ndarray, seed: int = 0) -> Interval:
-    """Mean score over seeds with its percentile interval. ``tables`` is (seeds, n, 3)."""
+def interval(tables: np.ndarray, groups: np.ndarray | None = None, seed: int = 0) -> Interval:
+    """Mean score over seeds with its percentile interval. ``tables`` is (seeds, n, 3); ``groups`` as above."""
     value = float(score_of(tables.sum(1)).mean())
-    low, high = np.percentile(bootstrap(tables, seed), [2.5, 97.5])
+    low, high = np.percentile(bootstrap(tables, groups, seed), [2.5, 97.5])
     return Interval(value, float(low), float(high))
 
 
-def difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Interval:
+def difference(a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None, seed: int = 0) -> Interval:
     """Paired difference a - b on the same seeds and examples, both (seeds, n, 3)."""
     if a.shape != b.shape:
         raise ValueError(f"paired tables need one shape, got {a.shape} and {b.shape}")
     value = float((score_of(a.sum(1)) - score_of(b.sum(1))).mean())
-    low, high = np.percentile(bootstrap(a, seed) - bootstrap(b, seed), [2.5, 97.5])
+    low, high = np.percentile(bootstrap(a, groups, seed) - bootstrap(b, groups, seed), [2.5, 97.5])
     return Interval(value, float(low), float(high))

@@ -141,6 +141,7 @@ def _offline_task(name: str) -> Task:
         rows = table[table["group"].isin(parts[split]) & labelled]
         data[split] = Dataset.from_dict(
             {"text": rows["text"].tolist(), "label": (rows["rating"] > 0).astype(int).tolist()}
+            | {"group": pd.factorize(rows["group"])[0].tolist()}  # the review: its sentences are not independent
         )
     held_out = table["group"].isin(parts["dev"]) | table["group"].isin(parts["test"])
     free = table[table["group"].isin(parts["unlabelled"]) | (~labelled & ~held_out)]
