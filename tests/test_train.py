@@ -47,11 +47,15 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def test_killed_and_resumed_gives_the_same_bits(make_encoder, task, config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("stop", "dropout"), [(6, 0.0), (9, 0.1)])  # at an epoch's end, and inside one
+def test_killed_and_resumed_gives_the_same_bits(make_encoder, task, config, tmp_path, monkeypatch, stop, dropout):
     settings = TrainConfig(steps=12, batch=8, rate=1e-2)
     states = []
     for interrupted in (False, True):
         encoder = make_encoder()
+        for module in encoder.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
         folder = tmp_path / str(interrupted)
         adapter, attached, classifier = build(encoder, task, config, settings)
         if interrupted:
@@ -60,7 +64,7 @@ def test_killed_and_resumed_gives_the_same_bits(make_encoder, task, config, tmp_
                 patch.setattr(
                     train.BudgetTrainer,
                     "__init__",
-                    lambda self, *a, _init=init, **k: _init(self, *a, callbacks=[Stop(6)], **k),
+                    lambda self, *a, _init=init, **k: _init(self, *a, callbacks=[Stop(stop)], **k),
                 )
                 with pytest.raises(KeyboardInterrupt):
                     train.train(classifier, encoder, task, settings, folder)
@@ -266,6 +270,50 @@ def test_a_tuned_file_holds_what_was_scored(tiny_world):
     assert not torch.equal(before.task("mood").bias, after.task("mood").bias)
 
 
+@pytest.mark.parametrize("arm", ["anchor", "random-p", "zero-atoms"])
+def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monkeypatch):
+    from uhl.port import port
+
+    monkeypatch.setattr("uhl.port.SCALES", (1.0,))  # atoms and bias at work in the fit
+    stages.pretrain(tiny_world, "canonical")
+    outcome = stages.tune(tiny_world, arm)
+    found = store.load(outcome.details["path"])
+    assert found.info["arm"] == arm
+    assert arm == "zero-atoms" or found.task("mood").bias.abs().max() > 0
+    target, data = stages.freeze(stages.load_encoder("small")), stages.load_data(tiny_world)
+    ported = port(found, target, "mood", arm, seed=found.info["port_seed"])
+    assert ported.scale == found.info["scale"]
+    scored = outcome.predictions[f"{arm}/test"]
+    if arm == "zero-atoms":
+        again = predict(Classifier(target.model, found.task("mood"), ported.frame), target, data, "test")
+    else:
+        with attach(target.model, found, "mood", ported.frame, ported.scale) as attached:
+            again = predict(Classifier(target.model, found.task("mood"), None, attached), target, data, "test")
+    np.testing.assert_allclose(np.stack(again.logits), np.stack(scored.logits), atol=1e-4)
+
+
+def test_a_checkpoint_of_another_run_is_not_resumed(make_encoder, task, config, tmp_path, monkeypatch):
+    """Killed at one learning rate and started at another: as if the first run had never been."""
+    states = []
+    for rate, folder in ((1e-3, "a"), (1e-2, "a"), (1e-2, "b")):
+        settings = TrainConfig(steps=8, batch=8, rate=rate)
+        encoder = make_encoder()
+        adapter, attached, classifier = build(encoder, task, config, settings)
+        with monkeypatch.context() as patch:
+            if rate == 1e-3:
+                init = train.BudgetTrainer.__init__
+                stopped = lambda self, *a, _init=init, **k: _init(self, *a, callbacks=[Stop(4)], **k)  # noqa: E731
+                patch.setattr(train.BudgetTrainer, "__init__", stopped)
+                with pytest.raises(KeyboardInterrupt):
+                    train.train(classifier, encoder, task, settings, tmp_path / folder)
+                assert list((tmp_path / folder).glob("checkpoint-*"))
+            else:
+                train.train(classifier, encoder, task, settings, tmp_path / folder)
+        attached.detach()
+        states.append({k: v.clone() for k, v in adapter.state_dict().items()})
+    assert all(torch.equal(states[1][k], states[2][k]) for k in states[1])
+
+
 def test_training_again_with_one_seed_gives_the_same_file(tiny_world):
     files = [stages.pretrain(tiny_world, "canonical")[1].details["path"].read_bytes() for _ in range(2)]
     assert files[0] == files[1]
@@ -299,3 +347,23 @@ def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
     runs.update_results("t")
     with pytest.raises(UHLError, match=r"results\.csv says"):
         report.summary("t")
+
+
+def test_words_beyond_the_length_count_as_outside(encoder):
+    """Gold tags are all of a sentence's, so truncation cannot flatter F1."""
+    from datasets import Dataset, DatasetDict
+
+    from uhl.tasks import Task
+
+    words, tags = ["good", "film", "bad", "plot"] * 5, [1, 0, 1, 0] * 5
+    rows = Dataset.from_dict({"tokens": [words, words[:3]], "tags": [tags, tags[:3]]})
+    task = Task("ner", "token", ("O", "B-X"), DatasetDict({"test": rows}))
+    part = TaskPart(UHLConfig(width=24), task.labels, "token")
+    with torch.no_grad():
+        part.head_bias[1] = 5.0  # every word that the model sees is an entity
+    texts = [" ".join(words)] * 20
+    classifier = Classifier(encoder.model, part, own_frame(encoder, texts, 24))
+    found = predict(classifier, encoder, task, "test", max_length=8)  # six words and two special tokens
+    assert found.gold == [tags, tags[:3]]
+    assert found.labels == [[1] * 6 + [0] * 14, [1] * 3]
+    assert len(found.logits[0]) == 6

@@ -6,6 +6,7 @@ fine-tuning; Kumar et al. 2022, arXiv:2202.10054). The penalty is chosen on dev.
 
 from __future__ import annotations
 
+import random
 import time
 from typing import Any
 
@@ -14,12 +15,13 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from uhl.errors import UHLError
 from uhl.models import Encoder
 from uhl.tasks import IGNORE, Task, encode, score
 from uhl.train import Classifier, collator, eval_batches
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)  # inverse penalties tried on dev
-MOST_ROWS = 20_000  # of a token task's words
+MOST_ROWS = 20_000  # sentences and words that the regression sees, drawn with a fixed seed
 
 
 @torch.no_grad()
@@ -27,7 +29,10 @@ def features(
     classifier: Classifier, encoder: Encoder, task: Task, split: str, max_length: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Codes and labels of a split as the head sees them (a row a sentence or word), and the rows of each example."""
-    rows = encode(task.kind, task.data[split], encoder.tokenizer, max_length)
+    data = task.data[split]
+    if split == "train" and len(data) > MOST_ROWS:
+        data = data.select(sorted(random.Random(0).sample(range(len(data)), MOST_ROWS)))
+    rows = encode(task.kind, data, encoder.tokenizer, max_length)
     collate = collator(encoder, task)
     codes: list[Tensor] = [torch.empty(0)] * len(rows)
     labels: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -48,9 +53,16 @@ def fit_head(classifier: Classifier, encoder: Encoder, task: Task, max_length: i
     begun = time.time()
     x, y, _ = features(classifier, encoder, task, "train", max_length)
     dev_x, dev_y, lengths = features(classifier, encoder, task, "dev", max_length)
+    if len(x) > MOST_ROWS:
+        chosen = sorted(random.Random(0).sample(range(len(x)), MOST_ROWS))
+        x, y = x[chosen], y[chosen]
+    if len(classes := y.unique()) < 2:
+        raise UHLError(
+            f"{task.name}, training split: every label is {task.labels[int(classes[0])]!r}; a head needs two classes"
+        )
     best: tuple[float, LogisticRegression] | None = None
     for strength in STRENGTHS:
-        model = LogisticRegression(C=strength, max_iter=1000).fit(x[:MOST_ROWS].numpy(), y[:MOST_ROWS].numpy())
+        model = LogisticRegression(C=strength, max_iter=1000).fit(x.numpy(), y.numpy())
         value = _dev_score(task, model.predict(dev_x.numpy()), dev_y.numpy(), lengths)
         if best is None or value > best[0]:
             best = (value, model)

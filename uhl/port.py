@@ -19,7 +19,8 @@ reproduce the adapted codes best, by generalised cross-validation; 0 is allowed.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -165,12 +166,13 @@ def _anchored(
         basis = _random_basis(basis, generator)
     scales = (0.0,) if arm == "zero-atoms" else SCALES
     tried: dict[float, Fit] = {}
-    for scale in scales:
-        states = seen.final
-        if scale > 0:
-            with attach(target.model, adapter, task, basis.frame(target.model, slots), scale):
-                states = final_means(target, anchors.texts)
-        tried[scale] = ridge(states, wanted)
+    with untuned(adapter, task):
+        for scale in scales:
+            states = seen.final
+            if scale > 0:
+                with attach(target.model, adapter, task, basis.frame(target.model, slots), scale):
+                    states = final_means(target, anchors.texts)
+            tried[scale] = ridge(states, wanted)
     scale = max(tried, key=lambda s: tried[s].explained)
     best = tried[scale]
     frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(target.model, slots)
@@ -180,6 +182,19 @@ def _anchored(
         "head_fit": {s: round(f.explained, 4) for s, f in tried.items()},
     }
     return Port(arm, frame, scale, report)
+
+
+@contextmanager
+def untuned(adapter: UHLAdapter, task: str) -> Iterator[None]:
+    """The task's bias at zero for a while: a tuned file is ported as it was before tuning, so its scores repeat."""
+    bias = adapter.task(task).bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias.zero_()
+        try:
+            yield
+        finally:
+            bias.copy_(kept)
 
 
 def _stream_basis(anchors: Anchors, seen: Observed, order: Tensor | slice) -> tuple[Basis, float]:

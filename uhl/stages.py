@@ -117,7 +117,7 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     with attach(encoder.model, adapter, settings.task, frame) as attached:
         classifier = Classifier(encoder.model, part, None, attached, config)
         fit_head(classifier, encoder, task, config.max_length)
-        log = train(classifier, encoder, task, config, folder / "trainer")
+        log = train(classifier, encoder, task, config, folder / "trainer", settings.model_dump_json())
     if projector == "canonical":
         adapter.anchors = make_anchors(
             encoder, adapter, settings.task, seen, basis, frame, texts, f"{settings.anchor_text}, {task.licence}"
@@ -246,7 +246,7 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
     ported = port(adapter, target, settings.task, arm, source, settings.seed, seen)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
-    adapter.info = {**adapter.info, "tuned_on": target.name, "arm": arm}
+    adapter.info |= {"tuned_on": target.name, "arm": arm, "scale": ported.scale, "port_seed": settings.seed}
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
     outcome = Outcome([], {}, {"log": log, "path": path, "scale": ported.scale})
     again = store.load(path)
@@ -282,10 +282,11 @@ def tune_task(
     )
     torch.manual_seed(settings.seed)
     if ported.arm == "zero-atoms":
-        return train(Classifier(target.model, part, ported.frame, None, config), target, task, config, folder)
+        classifier = Classifier(target.model, part, ported.frame, None, config)
+        return train(classifier, target, task, config, folder, settings.model_dump_json())
     with attach(target.model, adapter, settings.task, ported.frame, ported.scale) as attached:
         classifier = Classifier(target.model, part, None, attached, config)
-        return train(classifier, target, task, config, folder)
+        return train(classifier, target, task, config, folder, settings.model_dump_json())
 
 
 def baseline_start(settings: Settings, host: str) -> Start:

@@ -71,12 +71,15 @@ class TaskSpec:
     labels: tuple[str, ...] = ()
     config: str | None = None
     licence: str = "unknown"
+    revision: str | None = None
 
 
 _BIO = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
 HUB: dict[str, TaskSpec] = {
     "sst2": TaskSpec("stanfordnlp/sst2", "sentence", {"text": "sentence"}, ("0", "1")),
-    "conll2003": TaskSpec("eriktks/conll2003", "token", {"tags": "ner_tags"}, _BIO),
+    "conll2003": TaskSpec(
+        "eriktks/conll2003", "token", {"tags": "ner_tags"}, _BIO, revision="refs/convert/parquet"
+    ),  # its main revision is a script, which `datasets` no longer runs
     "boolq": TaskSpec(
         "google/boolq", "pair", {"text": "question", "text_pair": "passage", "label": "answer"}, ("False", "True")
     ),
@@ -175,11 +178,12 @@ def _read(spec: TaskSpec) -> dict[str, pd.DataFrame]:
             raise UHLError(f"{path} holds no train file; expected train{'|'.join(SUFFIXES)}, gzip allowed")
         return found
     try:
-        loaded = load_dataset(spec.path, spec.config)
+        loaded = load_dataset(spec.path, spec.config, revision=spec.revision)
     except Exception as error:  # the hub's clients raise many kinds
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
         raise UHLError(
             f"task {spec.path!r} is neither a local path nor could it be loaded from the hub "
-            f"({type(error).__name__}); without a network use {', '.join(OFFLINE)} or a local folder"
+            f"({type(error).__name__}: {reason}); without a network use {', '.join(OFFLINE)} or a local folder"
         ) from error
     tables = {ALIASES[str(split)]: rows.to_pandas() for split, rows in loaded.items() if str(split) in ALIASES}
     return {split: rows for split, rows in tables.items() if not _hidden(rows, spec)}
@@ -197,9 +201,9 @@ def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
         if name.endswith((".jsonl", ".json")):
             return pd.read_json(path, lines=True, dtype=False)
         if name.endswith(".csv"):
-            return pd.read_csv(path)
+            return pd.read_csv(path, keep_default_na=False)
         if name.endswith(".tsv"):
-            return pd.read_csv(path, sep="\t", quoting=3)
+            return pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False)
         return _read_conll(path, spec)
     except UHLError:
         raise
@@ -312,6 +316,25 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
     return rows.map(one, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
 
 
+def kept_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
+    """For each example of a token task, the words that have a piece left after truncation, in order."""
+    made = tokenizer(list(rows["tokens"]), is_split_into_words=True, truncation=True, max_length=max_length)
+    return [sorted({w for w in made.word_ids(i) if w is not None}) for i in range(len(rows))]
+
+
+def every_word(tags: Sequence[int], gold: Sequence[int], words: Sequence[int], task: Task) -> list[int]:
+    """Tags of ``words`` as tags of all words of ``gold``: one that the model never saw counts as outside."""
+    out = [outside(task)] * len(gold)
+    for word, tag in zip(words, tags, strict=True):
+        out[word] = tag
+    return out
+
+
+def outside(task: Task) -> int:
+    """Number of the tag ``O``, or the first tag where a task has none."""
+    return task.labels.index("O") if "O" in task.labels else 0
+
+
 def _first_piece_labels(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
     previous, labels = None, []
     for word in words:
@@ -337,8 +360,8 @@ def majority(task: Task, split: str = "test") -> tuple[list[Any], float]:
     """Predictions and score of the most frequent training class (a token task: ``O`` everywhere, F1 0)."""
     rows = task.data[split]
     if task.kind == "token":
-        outside = [[0] * len(tags) for tags in rows["tags"]]
-        return outside, score(task, outside, rows["tags"])
+        nothing = [[outside(task)] * len(tags) for tags in rows["tags"]]
+        return nothing, score(task, nothing, rows["tags"])
     label = int(np.bincount(task.data["train"]["label"]).argmax())
     guess = [label] * len(rows)
     return guess, score(task, guess, rows["label"])

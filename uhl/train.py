@@ -8,6 +8,8 @@ coordinates into the same linear head, so head capacity is equal everywhere.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -29,16 +31,18 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from uhl.adapter import TaskPart
 from uhl.anchors import sentence_mean
 from uhl.config import TrainConfig
 from uhl.errors import UHLError
+from uhl.files import write_text
 from uhl.frame import Frame
 from uhl.layer import Attached
 from uhl.models import Encoder
-from uhl.tasks import IGNORE, Task, encode, score
+from uhl.tasks import IGNORE, Task, encode, every_word, kept_words, score
 
 
 class Classifier(nn.Module):
@@ -57,6 +61,10 @@ class Classifier(nn.Module):
         self.adapter = attached.adapter if attached else None
         self._attached, self._frame = attached, frame
         self._config = train_config or TrainConfig()
+        device = next(model.parameters()).device
+        self.part.to(device)
+        if self._frame is not None:
+            self._frame = self._frame.to(device)
 
     @property
     def frame(self) -> Frame:
@@ -120,12 +128,29 @@ def parameter_groups(model: Classifier, config: TrainConfig) -> list[dict[str, A
     return [{"params": params, "lr": rate} for rate, params in groups.items()]
 
 
+class EpochSampler(LengthGroupedSampler):
+    """Batches of similar length in an order that seed and epoch alone decide, so that a resumed epoch is the same."""
+
+    def __init__(self, batch: int, rows: Dataset, seed: int) -> None:
+        super().__init__(batch, lengths=[len(ids) for ids in rows["input_ids"]])
+        self._seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.generator = torch.Generator().manual_seed(1000 * self._seed + epoch)
+
+
 class BudgetTrainer(Trainer):
     """transformers' Trainer with a learning rate for each part, and a stop on a loss that is not finite."""
 
     def __init__(self, *args: Any, train_config: TrainConfig, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._train_config = train_config
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        return EpochSampler(self.args.per_device_train_batch_size, rows, self.args.seed)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """AdamW over :func:`parameter_groups`."""
@@ -155,10 +180,52 @@ class TrainLog:
     trained: int
 
 
-def train(classifier: Classifier, encoder: Encoder, task: Task, config: TrainConfig, folder: str | Path) -> TrainLog:
+RUN_FILE = "run.txt"
+
+
+def fingerprint(classifier: Classifier, encoder: Encoder, task: Task, config: TrainConfig, about: str) -> str:
+    """Hash of what a run is: settings, data, host, ``about``, and the frozen parts beside the host.
+
+    A checkpoint belongs to one of these. Trained parameters count by name and shape: their start may differ in the
+    last bits between machines.
+    """
+    own = {n: p for n, p in classifier.named_parameters() if p.requires_grad or not n.startswith("model.")}
+    trained = sorted((n, tuple(p.shape)) for n, p in own.items() if p.requires_grad)
+    rows = task.data["train"]
+    named = [
+        config.model_dump(),
+        task.name,
+        task.labels,
+        rows.to_dict(),
+        encoder.name,
+        encoder.revision,
+        about,
+        trained,
+    ]
+    total = hashlib.sha256(json.dumps(named, sort_keys=True, default=str).encode())
+    for name, parameter in sorted(own.items()):
+        if not parameter.requires_grad:
+            total.update(name.encode() + parameter.detach().cpu().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _own_checkpoint(folder: Path, mark: str) -> str | None:
+    """The last checkpoint in ``folder`` where it belongs to this run; those of another run are removed."""
+    file = folder / RUN_FILE
+    if not file.is_file() or file.read_text(encoding="utf-8") != mark:
+        for left in folder.glob("checkpoint-*"):
+            shutil.rmtree(left)
+        write_text(file, mark)
+    return get_last_checkpoint(str(folder))
+
+
+def train(
+    classifier: Classifier, encoder: Encoder, task: Task, config: TrainConfig, folder: str | Path, about: str = ""
+) -> TrainLog:
     """Train what ``requires_grad`` on the task's training split; resumes from a checkpoint in ``folder``.
 
-    Checkpoints are removed when the run ends. Raises :class:`UHLError` when the loss is not finite.
+    A checkpoint of another run (other settings, data, host or ``about``) is discarded. Checkpoints are removed when the
+    run ends. Raises :class:`UHLError` when the loss is not finite.
     """
     rows = encode(task.kind, task.data["train"], encoder.tokenizer, config.max_length)
     steps = config.steps or math.ceil(len(rows) / config.batch * config.epochs)
@@ -173,7 +240,6 @@ def train(classifier: Classifier, encoder: Encoder, task: Task, config: TrainCon
         logging_nan_inf_filter=False,
         save_steps=max(1, math.ceil(steps / 4)),
         save_total_limit=1,
-        train_sampling_strategy="group_by_length",
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
@@ -186,7 +252,7 @@ def train(classifier: Classifier, encoder: Encoder, task: Task, config: TrainCon
         classifier, arguments, train_dataset=rows, data_collator=collator(encoder, task), train_config=config
     )
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log line
-    checkpoint = get_last_checkpoint(str(folder)) if Path(folder).is_dir() else None
+    checkpoint = _own_checkpoint(Path(folder), fingerprint(classifier, encoder, task, config, about))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     for left in Path(folder).glob("checkpoint-*"):
         shutil.rmtree(left)
@@ -243,5 +309,9 @@ def predict(
             keep = answer != IGNORE if task.kind == "token" else ...
             logits[place] = row[keep]
             labels[place] = row[keep].argmax(-1).tolist()
-            gold[place] = answer[keep].tolist() if task.kind == "token" else int(answer)
+            gold[place] = int(answer) if task.kind != "token" else None
+    if task.kind == "token":
+        gold = [list(tags) for tags in task.data[split]["tags"]]
+        kept = kept_words(task.data[split], encoder.tokenizer, max_length)
+        labels = [every_word(*found, task) for found in zip(labels, gold, kept, strict=True)]
     return Prediction(labels, gold, logits, score(task, labels, gold), atoms / tokens if tokens else 0.0)  # type: ignore[arg-type]
