@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import sentences
 from transformers import TrainerCallback
 
 from uhl import runs, search, stages, store, train
@@ -361,7 +362,7 @@ def test_words_beyond_the_length_count_as_outside(encoder):
     part = TaskPart(UHLConfig(width=24), task.labels, "token")
     with torch.no_grad():
         part.head_bias[1] = 5.0  # every word that the model sees is an entity
-    texts = [" ".join(words)] * 20
+    texts = sorted(set(sentences(40)))
     classifier = Classifier(encoder.model, part, own_frame(encoder, texts, 24))
     found = predict(classifier, encoder, task, "test", max_length=8)  # six words and two special tokens
     assert found.gold == [tags, tags[:3]]
