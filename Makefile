@@ -42,7 +42,7 @@ port: $(STAMP)
 	@test -f "params/$(PROFILE)/$(TARGET).yaml" || { echo "no params/$(PROFILE)/$(TARGET).yaml; targets: $(TARGETS)"; exit 1; }
 	@$(BIN)/python -m uhl fetch --profile $(PROFILE) --model $(TARGET)
 	@mkdir -p runs
-	@$(SNAKE) --config profile=$(PROFILE) -- $${UHL_RUNS:-runs}/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
+	@$(SNAKE) --config profile=$(PROFILE) -- $(or $(abspath $(UHL_RUNS)),runs)/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
 
 test: $(STAMP) lint unit notebooks

@@ -1,7 +1,8 @@
 # The batch: every cell of a profile's grid is one papermill run of one notebook, resumable, in parallel over cores.
 #   snakemake --cores 2 --config profile=offline        (what `make run` calls)
 #   snakemake -n --config profile=offline-full          (what would run)
-# A cell is done when its manifest exists. Training inside a cell resumes from its last checkpoint.
+# A cell is done when its manifest exists and is newer than its parameter files. Training inside a cell resumes from its
+# last checkpoint. A change of the code does not run anything again: remove the cells that it concerns.
 
 import os
 import sys
@@ -11,9 +12,12 @@ from uhl.grid import Grid
 configfile: "params/default.yaml"
 
 GRID = Grid.read(config["profile"])
-RUNS = os.environ.get("UHL_RUNS", "runs")
+RUNS = os.path.abspath(os.environ["UHL_RUNS"]) if os.environ.get("UHL_RUNS") else "runs"
+if os.environ.get("UHL_RUNS"):
+    os.environ["UHL_RUNS"] = RUNS  # notebooks run in their own folder
 CELL = f"{RUNS}/{GRID.profile}/{{task}}-s{{seed}}"
 SETTINGS = f"params/{GRID.profile}/settings.yaml"
+TARGET = f"params/{GRID.profile}/{{target}}.yaml"
 
 # One thread a job where several run at once: small models gain more from jobs side by side than from threads.
 os.environ["UHL_BATCH"] = "1"
@@ -45,6 +49,8 @@ rule all:
 
 
 rule pretrain:
+    input:
+        SETTINGS,
     output:
         f"{CELL}/pretrain-{{projector}}/manifest.json",
     log:
@@ -59,6 +65,8 @@ rule pretrain:
 rule port:
     input:
         expand(f"{CELL}/pretrain-{{projector}}/manifest.json", projector=GRID.projectors, allow_missing=True),
+        SETTINGS,
+        TARGET,
     output:
         f"{CELL}/port-{{target}}/manifest.json",
     log:
@@ -73,6 +81,8 @@ rule port:
 rule tune:
     input:
         expand(f"{CELL}/pretrain-{{projector}}/manifest.json", projector=GRID.projectors, allow_missing=True),
+        SETTINGS,
+        TARGET,
     output:
         f"{CELL}/tune-{{target}}/manifest.json",
     log:
@@ -85,6 +95,9 @@ rule tune:
 
 
 rule baselines:
+    input:
+        SETTINGS,
+        lambda w: [] if w.model == GRID.source else TARGET.format(target=w.model),
     output:
         f"{CELL}/baselines-{{model}}/manifest.json",
     log:

@@ -128,6 +128,11 @@ def test_residual_frame_is_an_edit_of_the_stream(encoder, adapter):
     reader, writer = slots[0], next(s for s in slots if s.writer)
     (m_read, wn), (mw, n) = frame.slots[reader.path], frame.slots[writer.path]
     torch.testing.assert_close(wn, weight(encoder.model, reader) @ n)
+    torch.testing.assert_close(frame.route / frame.route.norm(), m_read / m_read.norm())
+    inputs = encoder.tokenizer(["good film"], return_tensors="pt")
+    states = torch.cat([s[0] for s in encoder.model(**inputs, output_hidden_states=True).hidden_states])
+    sizes = (states @ frame.route.T).norm(dim=1) / (states @ m_read.T).norm(dim=1) / states.pow(2).mean(1).sqrt()
+    assert 0.3 < sizes.median() < 3  # the router's h / rms(h) is in the coordinates' own scale
     torch.testing.assert_close(mw, m_read @ weight(encoder.model, writer))
     assert not torch.allclose(wn, n, atol=1e-2)
 

@@ -39,6 +39,24 @@ def test_a_missing_folder_and_one_that_is_no_model(tmp_path):
         load_encoder(str(tmp_path))
 
 
+def test_a_damaged_and_an_incomplete_folder(make_encoder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    encoder = make_encoder()
+    encoder.model.save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    whole, tensors = weights.read_bytes(), {k: v.clone() for k, v in load_file(weights).items()}
+    weights.unlink()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UHLError, match="incomplete or damaged"):
+        load_encoder(str(tmp_path))
+    name = "encoder.layer.1.output.dense.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
+    with pytest.raises(UHLError, match=f"lack {name}.*incomplete or damaged"):
+        load_encoder(str(tmp_path))
+
+
 def test_corrupt_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("UHL_CACHE", str(tmp_path))
     folder = tmp_path / "models" / "minilm-l6"
@@ -102,7 +120,7 @@ def test_the_student_has_its_shape_and_follows_its_teacher():
     found, itself = (student.quality(one, teacher, texts) for one in (pupil, teacher))
     assert found["explained"] > 0.5
     assert found["similarity"] > 0.5
-    assert itself["explained"] > 0.99
+    assert itself["explained"] > 0.9  # 300 rows for 384 columns
     assert itself["similarity"] == pytest.approx(1)
     with torch.no_grad():
         pupil.model.encoder.layer[-1].output.LayerNorm.weight[::2] = 0

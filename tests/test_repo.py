@@ -23,6 +23,7 @@ def test_lock_environment_and_project_agree():
     lock = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text().split())
     lock = {name.replace("_", "-"): version for name, version in lock.items()}
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    assert environment.pop() == "-e ."
     assert dict(entry.lower().split("==") for entry in environment) == pins()
     assert {name: lock.get(name) for name in pins()} == pins()
     assert lock["torch"] == "2.13.0"

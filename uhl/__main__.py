@@ -11,7 +11,7 @@ from pathlib import Path
 
 from uhl import report, runs, store
 from uhl.errors import UHLError
-from uhl.grid import PARAMS, Grid
+from uhl.grid import PARAMS, Grid, target_of
 from uhl.models import OFFLINE, resolve
 from uhl.runs import Settings, read_yaml
 from uhl.search import RATES
@@ -24,9 +24,9 @@ HERE = Path(__file__).parent.parent
 def fetch(options: argparse.Namespace) -> None:
     """Fetch the offline weights and text that a profile needs, so that parallel jobs find them."""
     grid = Grid.read(options.profile)
-    names = [grid.source, *([options.model] if options.model else grid.targets)]
-    for name in names:
-        if name in OFFLINE:
+    targets = [options.model] if options.model else grid.targets
+    for name in (grid.source, *(target_of(options.profile, t) for t in targets)):
+        if name in OFFLINE or Path(name).is_dir():
             resolve(name)
     if set(grid.tasks) & set(OFFLINE_TASKS):
         from uhl.sources import vader_text

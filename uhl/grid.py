@@ -9,9 +9,21 @@ from pydantic import Field
 
 from uhl.config import ProjectorKind, _Strict
 from uhl.errors import UHLError
-from uhl.runs import read_yaml
+from uhl.runs import read_yaml, slug
 
 PARAMS = Path(__file__).parent.parent / "params"
+
+
+def target_of(profile: str, name: str) -> str:
+    """The model that ``params/<profile>/<name>.yaml`` names: cells are called after it, so the two must agree."""
+    values = read_yaml(PARAMS / profile / f"{name}.yaml")
+    model = str(values.get("target", ""))
+    if slug(model) != name:
+        raise UHLError(
+            f"params/{profile}/{name}.yaml has target {model!r}; name the file after the last part of its target: "
+            f"{slug(model) or '<target>'}.yaml"
+        )
+    return model
 
 
 class Grid(_Strict):
@@ -34,8 +46,9 @@ class Grid(_Strict):
         grid = cls(**yaml.safe_load((folder / "grid.yaml").read_text(encoding="utf-8")))
         if grid.profile != profile:
             raise UHLError(f"params/{profile}/grid.yaml names profile {grid.profile!r}")
-        for name in ("settings", *grid.targets):
-            read_yaml(folder / f"{name}.yaml")
+        read_yaml(folder / "settings.yaml")
+        for name in grid.targets:
+            target_of(profile, name)
         return grid
 
     def cells(self) -> list[str]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
@@ -74,14 +75,25 @@ def load_encoder(name: str, attention: str = "sdpa") -> Encoder:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         extra = {"add_pooling_layer": False} if config.model_type in {"bert", "mpnet", "roberta"} else {}
-        model = AutoModel.from_pretrained(
-            folder, config=config, trust_remote_code=False, attn_implementation=attention, dtype=torch.float32, **extra
+        model, report = AutoModel.from_pretrained(
+            folder,
+            config=config,
+            trust_remote_code=False,
+            attn_implementation=attention,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **extra,
         )
+        if absent := sorted(k for k in report["missing_keys"] if "pooler" not in k):
+            raise ValueError(f"its weights lack {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if Path(folder).is_dir():
+            remedy = "Its folder is incomplete or damaged: write it again with save_pretrained(), or copy it again"
+        else:
+            remedy = "A hub id needs a network; without one, copy the model to a folder and give the folder's path"
         raise UHLError(
-            f"model {name!r} could not be loaded ({_first_line(error)}). Offline names: {', '.join(OFFLINE)}. A hub id "
-            f"needs a network; without one, copy the model to a folder and give the folder's path"
+            f"model {name!r} could not be loaded ({_first_line(error)}). Offline names: {', '.join(OFFLINE)}. {remedy}"
         ) from error
     revision = revision or getattr(config, "_commit_hash", None) or "unknown"
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,6 +116,17 @@ def resolve(name: str) -> tuple[str, str | None]:
     if path.is_absolute() or name.startswith((".", "~")):
         raise UHLError(f"model folder {name!r} does not exist; offline names: {', '.join(OFFLINE)}")
     return name, None
+
+
+def revision(name: str) -> str:
+    """What a manifest records of a model: the sha256 of its weights, or the hub's commit where the hub gave it."""
+    folder, known = resolve(name)
+    if known:
+        return known
+    try:
+        return getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "_commit_hash", None) or "unknown"
+    except (OSError, ValueError):
+        return "unknown"
 
 
 def _first_line(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -191,7 +191,7 @@ def markdown(profile: str, target: str | None = None) -> str:
     """The results as Markdown: tasks side by side, a row a (target, phase, arm), score with its 95 % interval."""
     table = summary(profile)
     if target:
-        table = table[table["target"] == target]
+        table = table[table["target"].map(runs.slug) == runs.slug(target)]
         if table.empty:
             raise UHLError(f"profile {profile} has no results for target {target!r}")
     tasks = list(dict.fromkeys(table["task"]))
@@ -203,13 +203,25 @@ def markdown(profile: str, target: str | None = None) -> str:
         cells = [_cell_text(by_task.loc[t]) if t in by_task.index else "" for t in tasks]
         first = rows.iloc[0]
         budget = [
-            f"{first['adapter_bytes']:,.0f}",
+            f"{rows['adapter_bytes'].max():,.0f}",
             f"{first['trainable_params']:,.0f}",
             f"{first['extra_flops_pct']:.1f} %",
         ]
         label = f"*{NAMES.get(arm, arm)}*" if arm in CONTROLS else NAMES.get(arm, arm)
         lines.append("| " + " | ".join([model, phase, label, *cells, *budget]) + " |")
+    for model, arm in dict.fromkeys(_undefined(profile, set(table["target"]))):
+        empty = " | ".join(["not defined"] * len(tasks))
+        lines.append(f"| {model} | zero-shot, tuned | {NAMES.get(arm, arm)} | {empty} | | | |")
     return "\n".join(lines) + "\n\n" + _caption(profile, table)
+
+
+def _undefined(profile: str, targets: set[str]) -> Iterator[tuple[str, str]]:
+    """(target, arm) of the cells that a port's manifest marks as not defined."""
+    for path in sorted((runs.root() / profile).glob("*/port-*/manifest.json")):
+        entry = json.loads(path.read_text())
+        model = str(entry["parameters"]["target"])
+        if model in targets:
+            yield from ((model, arm) for arm in entry.get("undefined", {}))
 
 
 def _cell_text(cell: pd.Series) -> str:
@@ -232,7 +244,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     return (
         f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % bootstrap intervals over "
         f"seeds and test examples ({'; '.join(groups)}); {labels}. "
-        f"Italics: controls. Bytes: what the method adds to the bare host, head included. FLOPs: added per token, in "
+        f"Italics: controls. Bytes: what the method adds to the bare host, head included (the larger task). "
+        f"FLOPs: added per token, in "
         f"percent of the host's linear layers. Ran on {' and '.join(sorted(hardware))}; "
         f"commit {', '.join(sorted(commits))}.\n"
     )

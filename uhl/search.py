@@ -1,8 +1,9 @@
 """Learning rates by dev score: the same number of trials for every method, on the source, and no test label.
 
 A trial is an ordinary run of :mod:`uhl.stages` that scores dev alone, in runs/<profile>-search/<method>-<rate>/.
-A finished trial is not run again. The best rates are the defaults of ``uhl.runs.Settings``; the trials that chose them
-are in figures/search.csv, made by ``python -m uhl search --profile offline-full --epochs 1 --train-size 3000``.
+A finished trial is not run again unless its settings changed. The defaults of ``uhl.runs.Settings`` are the best
+rates of figures/search.csv (both projectors share the one that is best for `canonical`). It was made by
+``python -m uhl search --profile offline-full --epochs 1 --train-size 3000``.
 """
 
 from __future__ import annotations
@@ -29,16 +30,27 @@ def trial(settings: Settings, method: str, rate: float) -> dict[str, object]:
     profile = f"{settings.profile}-search/{method}-{rate:g}"
     chosen = settings.model_copy(update={"profile": profile, SETTING[method]: rate, "splits": ("dev",)})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
-    if not path.is_file():
+    others = set(SETTING.values()) - {SETTING[method]}  # rates that this method does not use
+    if not path.is_file() or _without(json.loads(path.read_text())["parameters"], others) != _without(
+        chosen.model_dump(mode="json"), others
+    ):
         if method.startswith("uhl-"):
             _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"))
         else:
             outcome = stages.baseline(chosen, "source", method, stages.baseline_start(chosen, "source"))
         runs.write_manifest(chosen, "trial", outcome.rows)
     (row,) = json.loads(path.read_text())["rows"]
-    return {"method": method, "rate": rate, "task": settings.task, "seed": settings.seed} | {
-        key: row[key] for key in ("split", "metric", "score", "n", "active_atoms", "seconds")
-    }
+    size, epochs = settings.train_size, settings.epochs
+    known = {"method": method, "rate": rate, "task": settings.task, "train_size": size, "epochs": epochs}
+    return (
+        known
+        | {"seed": settings.seed}
+        | {key: row[key] for key in ("split", "metric", "score", "n", "active_atoms", "seconds")}
+    )
+
+
+def _without(parameters: dict[str, object], names: set[str]) -> dict[str, object]:
+    return {k: v for k, v in parameters.items() if k not in names}
 
 
 def search(settings: Settings, methods: tuple[str, ...] = ()) -> Iterator[dict[str, object]]:

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from uhl import budget, runs, store, tasks, viz
+from uhl import budget, models, runs, store, tasks, viz
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes, Observed, final_means, observe
 from uhl.baselines import Start, run_baseline, start
@@ -371,4 +371,6 @@ def finish(
     written = [save_predictions(folder / "predictions.npz", outcome.predictions, task)]
     written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
     written += [outcome.details["path"]] if "path" in outcome.details else outcome.details.get("paths", [])
-    return runs.write_manifest(settings, stage, outcome.rows, written, labels=list(task.labels), **extra)
+    used = dict.fromkeys([settings.source, *(str(row["target"]) for row in outcome.rows)])
+    extra |= {"labels": list(task.labels), "models": {name: models.revision(name) for name in used}}
+    return runs.write_manifest(settings, stage, outcome.rows, written, **extra)
