@@ -9,6 +9,7 @@ SEED ?= 0
 PYTHON ?= python3
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
 VENV := .venv
+export UHL_RUNS := $(abspath $(UHL_RUNS))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One batch at a time: the lock goes with its process, so a killed run never blocks the next one.
@@ -63,8 +64,14 @@ notebooks: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks
 
+# make table PROFILE=offline-full [PARTIAL=--partial]   figures anew from all results, then README.md and figures/
+RUNS = $(or $(abspath $(UHL_RUNS)),$(CURDIR)/runs)/$(PROFILE)
+table: export UHL_BATCH = 1
 table: $(STAMP)
-	$(BIN)/python -m uhl table --profile $(PROFILE) --readme
+	@mkdir -p $(RUNS)/analysis
+	@$(BIN)/papermill notebooks/06_analysis.ipynb $(RUNS)/analysis/notebook.ipynb --cwd notebooks --no-progress-bar \
+		-p profile $(PROFILE) > $(RUNS)/analysis/log.txt 2>&1 || { tail -5 $(RUNS)/analysis/log.txt; exit 1; }
+	@$(BIN)/python -m uhl table --profile $(PROFILE) --readme $(PARTIAL)
 
 clean:
 	rm -rf runs .snakemake
