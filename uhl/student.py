@@ -213,8 +213,10 @@ def quality(pupil: Encoder, teacher: Encoder, texts: list[str]) -> dict[str, flo
 
 def check() -> None:
     """Print :func:`quality` of the shipped student, and of the other small model for scale."""
+    from uhl import runs
     from uhl.models import load_encoder
 
+    runs.quiet()
     teacher = load_encoder("minilm-l6")
     texts = [text for name in OFFLINE for text in load_task(name).data["dev"]["text"]]
     for name in ("minilm-4x312", "minilm-l3"):
