@@ -43,7 +43,7 @@ port: $(STAMP)
 	@test -f "params/$(PROFILE)/$(TARGET).yaml" || { echo "no params/$(PROFILE)/$(TARGET).yaml; targets: $(TARGETS)"; exit 1; }
 	@$(BIN)/python -m uhl fetch --profile $(PROFILE) --model $(TARGET)
 	@mkdir -p runs
-	@$(SNAKE) --config profile=$(PROFILE) -- $(or $(abspath $(UHL_RUNS)),runs)/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
+	@$(SNAKE) --config profile=$(PROFILE) -- $(or $(UHL_RUNS),runs)/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
 
 test: $(STAMP) lint unit notebooks
@@ -65,7 +65,7 @@ lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks
 
 # make table PROFILE=offline-full [PARTIAL=--partial]   figures anew from all results, then README.md and figures/
-RUNS = $(or $(abspath $(UHL_RUNS)),$(CURDIR)/runs)/$(PROFILE)
+RUNS = $(or $(UHL_RUNS),$(CURDIR)/runs)/$(PROFILE)
 table: export UHL_BATCH = 1
 table: $(STAMP)
 	@mkdir -p $(RUNS)/analysis

@@ -31,7 +31,7 @@ def features(
     """Codes and labels of a split as the head sees them (a row a sentence or word), and the rows of each example."""
     data = task.data[split]
     if split == "train" and len(data) > MOST_ROWS:
-        data = data.select(sorted(random.Random(0).sample(range(len(data)), MOST_ROWS)))
+        data = data.select(_drawn(len(data)))
     rows = encode(task.kind, data, encoder.tokenizer, max_length)
     collate = collator(encoder, task)
     codes: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -54,7 +54,7 @@ def fit_head(classifier: Classifier, encoder: Encoder, task: Task, max_length: i
     x, y, _ = features(classifier, encoder, task, "train", max_length)
     dev_x, dev_y, lengths = features(classifier, encoder, task, "dev", max_length)
     if len(x) > MOST_ROWS:
-        chosen = sorted(random.Random(0).sample(range(len(x)), MOST_ROWS))
+        chosen = _drawn(len(x))
         x, y = x[chosen], y[chosen]
     if len(classes := y.unique()) < 2:
         raise UHLError(
@@ -69,6 +69,11 @@ def fit_head(classifier: Classifier, encoder: Encoder, task: Task, max_length: i
     assert best is not None
     _install(classifier, best[1])
     return time.time() - begun
+
+
+def _drawn(count: int) -> list[int]:
+    """:data:`MOST_ROWS` of ``count`` rows, in order."""
+    return sorted(random.Random(0).sample(range(count), MOST_ROWS))
 
 
 def _dev_score(task: Task, guess: Any, gold: Any, lengths: list[int]) -> float:
