@@ -16,7 +16,7 @@ STAMP := $(VENV)/.installed
 LOCK := $(if $(shell command -v flock),flock -n -E 75 runs/.lock,)
 SNAKE = $(LOCK) env PYTHONWARNINGS=ignore $(BIN)/snakemake --nolock --cores $(CORES) --rerun-triggers mtime \
 	--rerun-incomplete --quiet rules
-TARGETS = $(filter-out grid settings,$(patsubst params/$(PROFILE)/%.yaml,%,$(wildcard params/$(PROFILE)/*.yaml)))
+TARGETS = $(patsubst params/$(PROFILE)/%.yaml,%,$(shell grep -l '^target:' params/$(PROFILE)/*.yaml))
 BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wait for it or stop it"; exit $$s; }
 
 # The jobs of one target follow one another, so each has all threads.

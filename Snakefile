@@ -7,7 +7,7 @@
 import os
 import sys
 
-from uhl.grid import Grid
+from uhl.grid import Grid, task_file
 
 configfile: "params/default.yaml"
 
@@ -31,6 +31,18 @@ wildcard_constraints:
     projector="canonical|dimension",
 
 
+# A task by name, or described in a parameter file of its own.
+TASK_FILES = {name: task_file(GRID.profile, name) for name in GRID.tasks}
+
+
+def task(name):
+    return f"-f {TASK_FILES[name]}" if TASK_FILES.get(name) else f"-p task {name}"
+
+
+def own_task(w):
+    return [TASK_FILES[w.task]] if TASK_FILES.get(w.task) else []
+
+
 def papermill(notebook, files=()):
     """Run a notebook into a scratch name beside its manifest and move it when it succeeded."""
     given = " ".join(f"-f {f}" for f in (SETTINGS, *files))
@@ -51,13 +63,14 @@ rule all:
 rule pretrain:
     input:
         SETTINGS,
+        own_task,
     output:
         f"{CELL}/pretrain-{{projector}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-pretrain-{{projector}}.log",
     priority: 3  # long chains first, baselines fill the gaps
     params:
-        own=lambda w: f"-p task {w.task} -p seed {w.seed} -y 'projectors: [{w.projector}]'",
+        own=lambda w: f"{task(w.task)} -p seed {w.seed} -y 'projectors: [{w.projector}]'",
     shell:
         papermill("02_pretrain")
 
@@ -66,6 +79,7 @@ rule port:
     input:
         expand(f"{CELL}/pretrain-{{projector}}/manifest.json", projector=GRID.projectors, allow_missing=True),
         SETTINGS,
+        own_task,
         TARGET,
     output:
         f"{CELL}/port-{{target}}/manifest.json",
@@ -73,7 +87,7 @@ rule port:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-port-{{target}}.log",
     priority: 1
     params:
-        own=lambda w: f"-p task {w.task} -p seed {w.seed}",
+        own=lambda w: f"{task(w.task)} -p seed {w.seed}",
     shell:
         papermill("03_port", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
 
@@ -82,6 +96,7 @@ rule tune:
     input:
         expand(f"{CELL}/pretrain-{{projector}}/manifest.json", projector=GRID.projectors, allow_missing=True),
         SETTINGS,
+        own_task,
         TARGET,
     output:
         f"{CELL}/tune-{{target}}/manifest.json",
@@ -89,7 +104,7 @@ rule tune:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-tune-{{target}}.log",
     priority: 2
     params:
-        own=lambda w: f"-p task {w.task} -p seed {w.seed}",
+        own=lambda w: f"{task(w.task)} -p seed {w.seed}",
     shell:
         papermill("04_tune", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
 
@@ -97,13 +112,14 @@ rule tune:
 rule baselines:
     input:
         SETTINGS,
+        own_task,
         lambda w: [] if w.model == GRID.source else TARGET.format(target=w.model),
     output:
         f"{CELL}/baselines-{{model}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{model}}.log",
     params:
-        own=lambda w: f"-p task {w.task} -p seed {w.seed} " + (
+        own=lambda w: f"{task(w.task)} -p seed {w.seed} " + (
             "-y 'hosts: [source]'"
             if w.model == GRID.source
             else f"-f params/{GRID.profile}/{w.model}.yaml -y 'hosts: [target]'"

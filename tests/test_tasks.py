@@ -7,8 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uhl import tasks
+from uhl import readers, tasks
 from uhl.errors import UHLError
+from uhl.runs import Settings
 from uhl.tasks import IGNORE, TaskSpec, encode, load_task
 
 ROWS = [{"sentence": f"film {i}", "label": i % 2} for i in range(40)]
@@ -96,8 +97,24 @@ def test_subset_is_seeded_and_leaves_dev_and_test(task):
 
 def test_missing_column(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
-    with pytest.raises(UHLError, match=r"missing column 'text'; it has sentence, label.*TaskSpec.columns"):
+    with pytest.raises(UHLError, match=r"missing column 'text'; it has sentence, label.*columns: {text: <name>}"):
         load_task(TaskSpec(str(tmp_path), "sentence"))
+
+
+def test_a_column_that_the_kind_does_not_have(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(UHLError, match="a sentence task has no column 'tags'; it has text, label"):
+        load_task(TaskSpec(str(tmp_path), "sentence", {"tags": "label"}))
+
+
+def test_settings_describe_an_own_task(tmp_path):
+    write_jsonl(tmp_path / "my.rows.jsonl", ROWS)
+    own = {"task": str(tmp_path / "my.rows.jsonl"), "kind": "sentence", "columns": {"text": "sentence"}}
+    settings = Settings(**own, labels=("1", "0"))
+    task = load_task(settings.task_spec())
+    assert (task.name, settings.task_name, task.labels) == ("my", "my", ("1", "0"))
+    with pytest.raises(UHLError, match="`columns` and `labels` describe a task .*set `kind` too"):
+        Settings(task="movies", labels=("a", "b")).task_spec()
 
 
 def test_unknown_label(tmp_path):
@@ -137,8 +154,8 @@ def test_hub_without_a_network(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise ConnectionError("offline")
 
-    monkeypatch.setattr(tasks, "load_dataset", refuse)
-    with pytest.raises(UHLError, match="nor could it be loaded from the hub .*use movies, amazon or a local folder"):
+    monkeypatch.setattr(readers, "load_dataset", refuse)
+    with pytest.raises(UHLError, match="nor could it be loaded from the hub .*use movies, amazon, a local folder"):
         load_task("sst2")
 
 

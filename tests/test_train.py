@@ -1,21 +1,18 @@
 """Training: it learns, resumes to the same weights, stops on NaN, and the stages keep their promises."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from conftest import sentences
 from transformers import TrainerCallback
 
-from uhl import runs, search, stages, store, train
+from uhl import train
 from uhl.adapter import TaskPart, UHLAdapter
 from uhl.baselines import METHODS, own_frame, run_baseline, start
 from uhl.config import TrainConfig, UHLConfig
 from uhl.errors import UHLError
 from uhl.head import fit_head
 from uhl.layer import attach
-from uhl.runs import Settings
 from uhl.train import Classifier, predict
 
 
@@ -152,147 +149,6 @@ def test_the_fitted_head_is_the_logistic_regression(encoder, task):
     np.testing.assert_allclose(ours, best.predict_proba(dev)[:, 1], atol=0.02)  # the head is stored at 8 bits
 
 
-# --- stages on a tiny host -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def tiny_world(make_encoder, task, monkeypatch):
-    """Stages see a tiny source, a tiny target and the toy task."""
-    shapes = {"big": (3, 24), "small": (2, 16)}
-    monkeypatch.setattr(stages, "load_encoder", lambda name: replace(make_encoder(*shapes[name]), name=name))
-    monkeypatch.setattr(stages.tasks, "load_task", lambda name: task)
-    return Settings(
-        profile="t",
-        source="big",
-        target="small",
-        task="mood",
-        anchors=40,
-        epochs=1,
-        batch=16,
-        tune_steps=4,
-        tune_batch=8,
-    )
-
-
-def run_all(settings):
-    for projector in ("canonical", "dimension"):
-        _, outcome = stages.pretrain(settings, projector)
-        stages.finish(settings, f"pretrain-{projector}", outcome)
-    outcome = stages.zero_shot(settings)
-    stages.finish(settings, "port-small", outcome)
-    tuned = [o for o in (stages.tune(settings, arm) for arm in stages.TUNED_ARMS) if o]
-    stages.finish(settings, "tune-small", stages.merge(tuned))
-    for host, name in (("source", "big"), ("target", "small")):
-        begin = stages.baseline_start(settings, host)
-        made = [stages.baseline(settings, host, method, begin) for method in METHODS]
-        stages.finish(settings, f"baselines-{name}", stages.merge(made))
-    return outcome
-
-
-def test_stages_fill_the_results_contract(tiny_world, monkeypatch):
-    zero = run_all(tiny_world)
-    frame = runs.load_results("t")
-    assert tuple(frame.columns) == runs.COLUMNS
-    test = frame[frame["split"] == "test"]
-    cells = {phase: set(rows["arm"]) for phase, rows in test.groupby("phase")}
-    assert cells["source"] == {"uhl-canonical", "uhl-dimension", *METHODS}
-    assert cells["retrained"] == set(METHODS)
-    assert cells["zero-shot"] == {"no-adapter", "dimension", "anchor", "zero-atoms", "random-p", "shuffled"}
-    assert cells["tuned"] == {"dimension", "anchor", "zero-atoms", "random-p"}
-    assert "equal widths" in zero.details["undefined"]["lineage"]
-    assert (test["n"] == 16).all()
-    from uhl import report
-
-    table = report.summary("t")  # raises when a score differs from the stored predictions
-    assert len(table) == len(test)
-    assert not table[table["phase"] == "retrained"].set_index("arm").loc["full", "extra_flops_pct"]
-    text = report.markdown("t")
-    assert "shuffled anchors" in text
-    assert "nan" not in text
-    assert len(report.paired(report.gather("t"))) >= 8
-
-
-def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
-    from uhl import report
-
-    _, outcome = stages.pretrain(tiny_world, "canonical")
-    stages.finish(tiny_world, "pretrain-canonical", outcome)
-    before = report.summary("t")
-    archive = runs.pack("t", tmp_path / "t.zip")
-    assert runs.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
-    assert runs.restore(archive) == []  # what is there stays
-    monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
-    (cell,) = runs.restore(archive)
-    assert sorted(p.name for p in cell.iterdir()) == ["manifest.json", "predictions.npz"]
-    assert report.summary("t").equals(before)
-    with pytest.raises(UHLError, match="a cell restored from an archive has none"):
-        stages.zero_shot(tiny_world, ("anchor",))
-
-
-@pytest.mark.parametrize("name", ["../evil/x/manifest.json", "a-s0/x/run.sh", "/a-s0/x/manifest.json"])
-def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
-    import zipfile
-
-    path = tmp_path / "a.zip"
-    path.write_bytes(b"no zip")
-    with pytest.raises(UHLError, match="is not an archive of runs"):
-        runs.restore(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        manifest = '{"parameters": {"profile": "p"}, "rows": []}'
-        for entry in ("a-s0/x/manifest.json", "a-s0/x/predictions.npz", name):
-            archive.writestr(entry, manifest)
-    with pytest.raises(UHLError, match="holds other files"):
-        runs.restore(path)
-    assert not runs.root().exists()
-
-
-def test_a_search_tries_each_rate_once_and_never_scores_test(tiny_world, monkeypatch):
-    monkeypatch.setattr(search, "RATES", {"uhl-canonical": (1e-3, 1e-2), "full": (1e-4,)})
-    rows = list(search.search(tiny_world))
-    assert [(r["method"], r["rate"], r["split"]) for r in rows] == [
-        ("uhl-canonical", 1e-3, "dev"),
-        ("uhl-canonical", 1e-2, "dev"),
-        ("full", 1e-4, "dev"),
-    ]
-    assert len(list((runs.root() / "t-search").glob("*/*/trial/manifest.json"))) == 3
-    monkeypatch.setattr(stages, "pretrain", None)  # a finished trial is read, not run
-    assert list(search.search(tiny_world, ("uhl-canonical",))) == rows[:2]
-    with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical, full"):
-        list(search.search(tiny_world, ("lora",)))
-
-
-def test_a_tuned_file_holds_what_was_scored(tiny_world):
-    stages.pretrain(tiny_world, "canonical")
-    outcome = stages.tune(tiny_world, "anchor")
-    before = store.load(runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors")
-    after = store.load(outcome.details["path"])
-    assert torch.equal(before.dictionary.u, after.dictionary.u)
-    assert torch.equal(before.router.weight, after.router.weight)
-    assert not torch.equal(before.task("mood").bias, after.task("mood").bias)
-
-
-@pytest.mark.parametrize("arm", ["anchor", "random-p", "zero-atoms"])
-def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monkeypatch):
-    from uhl.port import port
-
-    monkeypatch.setattr("uhl.port.SCALES", (1.0,))  # atoms and bias at work in the fit
-    stages.pretrain(tiny_world, "canonical")
-    outcome = stages.tune(tiny_world, arm)
-    found = store.load(outcome.details["path"])
-    assert found.info["arm"] == arm
-    assert arm == "zero-atoms" or found.task("mood").bias.abs().max() > 0
-    target, data = stages.freeze(stages.load_encoder("small")), stages.load_data(tiny_world)
-    ported = port(found, target, "mood", arm, seed=found.info["port_seed"])
-    assert ported.scale == found.info["scale"]
-    scored = outcome.predictions[f"{arm}/test"]
-    if arm == "zero-atoms":
-        again = predict(Classifier(target.model, found.task("mood"), ported.frame), target, data, "test")
-    else:
-        with attach(target.model, found, "mood", ported.frame, ported.scale) as attached:
-            again = predict(Classifier(target.model, found.task("mood"), None, attached), target, data, "test")
-    np.testing.assert_allclose(np.stack(again.logits), np.stack(scored.logits), atol=1e-4)
-
-
 def test_a_checkpoint_of_another_run_is_not_resumed(make_encoder, task, config, tmp_path, monkeypatch):
     """Killed at one learning rate and started at another: as if the first run had never been."""
     states = []
@@ -313,41 +169,6 @@ def test_a_checkpoint_of_another_run_is_not_resumed(make_encoder, task, config, 
         attached.detach()
         states.append({k: v.clone() for k, v in adapter.state_dict().items()})
     assert all(torch.equal(states[1][k], states[2][k]) for k in states[1])
-
-
-def test_training_again_with_one_seed_gives_the_same_file(tiny_world):
-    files = [stages.pretrain(tiny_world, "canonical")[1].details["path"].read_bytes() for _ in range(2)]
-    assert files[0] == files[1]
-
-
-def test_a_head_for_other_labels_is_an_error(tiny_world, task, monkeypatch):
-    stages.pretrain(tiny_world, "canonical")
-    other = type(task)("mood", "sentence", ("sad", "glad"), task.data)
-    monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
-    with pytest.raises(UHLError, match="labels negative, positive; the task is a sentence task with labels sad, glad"):
-        stages.zero_shot(tiny_world, ("anchor",))
-
-
-def test_too_many_anchors(tiny_world, task):
-    with pytest.raises(UHLError, match="lower `anchors`"):
-        stages.anchor_texts(Settings(anchors=10_000), task)
-
-
-def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
-    import json
-
-    from uhl import report
-
-    _, outcome = stages.pretrain(tiny_world, "canonical")
-    stages.finish(tiny_world, "pretrain-canonical", outcome)
-    path = runs.cell_dir(tiny_world, "pretrain-canonical") / "manifest.json"
-    entry = json.loads(path.read_text())
-    for row in entry["rows"]:
-        row["score"] += 1.0
-    path.write_text(json.dumps(entry))
-    runs.update_results("t")
-    with pytest.raises(UHLError, match=r"results\.csv says"):
-        report.summary("t")
 
 
 def test_words_beyond_the_length_count_as_outside(encoder):

@@ -14,8 +14,8 @@ from uhl.errors import UHLError
 from uhl.grid import PARAMS, Grid, target_of
 from uhl.models import OFFLINE, resolve
 from uhl.runs import Settings, read_yaml
-from uhl.search import RATES
-from uhl.search import search as search_rates
+from uhl.search import METHODS, read_ranges
+from uhl.search import search as search_settings
 from uhl.tasks import OFFLINE as OFFLINE_TASKS
 
 HERE = Path(__file__).parent.parent
@@ -71,13 +71,14 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Try learning rates on a profile's source, dev scores only; print the trials as CSV."""
+    """Try the settings of params/<profile>/search.yaml on the profile's source, dev scores only; print CSV."""
     grid = Grid.read(options.profile)
     settings = Settings(**read_yaml(PARAMS / options.profile / "settings.yaml"))
     changes = {"task": options.task, "seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
     changes["source"] = grid.source
     settings = Settings(**settings.model_dump() | {k: v for k, v in changes.items() if v is not None})
-    for number, row in enumerate(search_rates(settings, tuple(options.method or ()))):
+    ranges = read_ranges(PARAMS / options.profile / "search.yaml")
+    for number, row in enumerate(search_settings(settings, ranges, tuple(options.method or ()))):
         if number == 0:
             print(",".join(row), flush=True)
         print(",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
@@ -107,12 +108,12 @@ def main() -> None:
         command.add_argument("file", type=Path)
         command.set_defaults(run=does)
     three = commands.add_parser("search", help=search.__doc__)
-    three.add_argument("--profile", default="offline")
+    three.add_argument("--profile", default="offline-full")
     three.add_argument("--task", default="movies")
     three.add_argument("--seed", type=int, default=0)
     three.add_argument("--epochs", type=float, help="instead of the profile's")
     three.add_argument("--train-size", type=int, help="instead of the profile's")
-    three.add_argument("--method", action="append", help=f"one of {', '.join(RATES)}; may be repeated")
+    three.add_argument("--method", action="append", help=f"one of {', '.join(METHODS)}; may be repeated")
     three.set_defaults(run=search)
     options = parser.parse_args()
     try:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from uhl.config import ProjectorKind, _Strict
 from uhl.errors import UHLError
-from uhl.runs import read_yaml, slug
+from uhl.runs import Settings, read_yaml, slug
 
 PARAMS = Path(__file__).parent.parent / "params"
 
@@ -24,6 +24,20 @@ def target_of(profile: str, name: str) -> str:
             f"{slug(model) or '<target>'}.yaml"
         )
     return model
+
+
+def task_file(profile: str, name: str) -> Path | None:
+    """``params/<profile>/<name>.yaml`` where a task of the user's own is described there, checked; else None."""
+    path = PARAMS / profile / f"{name}.yaml"
+    if not path.is_file():
+        return None
+    settings = Settings(**read_yaml(path))
+    if settings.task_name != name:
+        raise UHLError(
+            f"params/{profile}/{name}.yaml has task {settings.task!r}; name the file after it: "
+            f"{settings.task_name}.yaml"
+        )
+    return path
 
 
 class Grid(_Strict):
@@ -49,6 +63,8 @@ class Grid(_Strict):
         read_yaml(folder / "settings.yaml")
         for name in grid.targets:
             target_of(profile, name)
+        for name in grid.tasks:
+            task_file(profile, name)
         return grid
 
     def cells(self) -> list[str]:

@@ -66,7 +66,7 @@ def gather(profile: str, split: str = "test") -> Cells:
 
 def groups_of(profile: str, task: str, split: str = "test") -> np.ndarray | None:
     """Group of each example of a task's split, as the cells' predictions hold them; None where examples stand alone."""
-    for path in sorted((runs.root() / profile).glob(f"{runs.slug(task)}-s*/*/predictions.npz")):
+    for path in sorted((runs.root() / profile).glob(f"{task}-s*/*/predictions.npz")):
         if f"{split}/group" in (stored := _predictions(path)):
             return stored[f"{split}/group"]
     return None

@@ -30,6 +30,7 @@ from pydantic import Field
 from uhl.config import ProjectorKind, TrainConfig, UHLConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_text
+from uhl.readers import Kind, TaskSpec
 
 COLUMNS = (
     *("profile", "source", "target", "task", "arm", "phase", "seed", "split", "metric", "score", "n"),
@@ -49,6 +50,9 @@ class Settings(_Strict):
     hosts: tuple[Literal["source", "target"], ...] = Field(("source",), description="where the baselines run")
     projectors: tuple[ProjectorKind, ...] = Field(("canonical", "dimension"), description="adapters to pre-train")
     task: str = Field("movies", description="task, by name, hub id or path")
+    kind: Kind | None = Field(None, description="of a task by hub id or path: sentence, pair or token")
+    columns: dict[str, str] = Field({}, description="of such a task: our column names to its own")
+    labels: tuple[str, ...] = Field((), description="of such a task: its classes in order; none: sorted")
     seed: int = Field(0, ge=0)
     train_size: int | None = Field(None, ge=8, description="labelled examples; None: all")
     eval_size: int | None = Field(None, ge=8, description="most examples of dev and of test; None: all")
@@ -71,6 +75,19 @@ class Settings(_Strict):
     tune_batch: int = Field(16, ge=1)
     tune_rate: float = Field(1e-2, gt=0, description="learning rate of the task bias")
     tune_head_rate: float = Field(5e-3, gt=0, description="learning rate of the head while tuning")
+
+    @property
+    def task_name(self) -> str:
+        """What adapters, cells and result rows call the task: the last part of its name, without a suffix."""
+        return slug(self.task).split(".")[0]
+
+    def task_spec(self) -> str | TaskSpec:
+        """What :func:`uhl.tasks.load_task` takes."""
+        if self.kind is not None:
+            return TaskSpec(self.task, self.kind, self.columns, self.labels)
+        if self.columns or self.labels:
+            raise UHLError("`columns` and `labels` describe a task by hub id or path; set `kind` too")
+        return self.task
 
     def adapter_config(self, projector: str) -> UHLConfig:
         """Sizes of an adapter trained under these settings."""
@@ -118,7 +135,7 @@ def root() -> Path:
 
 def cell_dir(settings: Settings, stage: str) -> Path:
     """Folder of a cell: runs/<profile>/<task>-s<seed>/<stage>."""
-    return root() / settings.profile / f"{slug(settings.task)}-s{settings.seed}" / stage
+    return root() / settings.profile / f"{settings.task_name}-s{settings.seed}" / stage
 
 
 def slug(name: str) -> str:
@@ -129,7 +146,7 @@ def slug(name: str) -> str:
 def row(settings: Settings, **values: object) -> dict[str, object]:
     """A result row with every column of the contract; unknown columns and phases are errors."""
     made: dict[str, object] = dict.fromkeys(COLUMNS)
-    made |= {"profile": settings.profile, "source": settings.source, "task": settings.task, "seed": settings.seed}
+    made |= {"profile": settings.profile, "source": settings.source, "task": settings.task_name, "seed": settings.seed}
     made |= values
     unknown = set(made) - set(COLUMNS)
     if unknown or made["phase"] not in PHASES:

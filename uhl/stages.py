@@ -6,49 +6,33 @@ Every score is that of an adapter read back from its file. Test labels are used 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
-from uhl import budget, models, runs, store, tasks, viz
+from uhl import runs, store, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes, Observed, final_means, observe
 from uhl.baselines import Start, run_baseline, start
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
-from uhl.files import write_atomic
 from uhl.frame import Basis, Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
 from uhl.layer import attach
 from uhl.models import Encoder, load_encoder
+from uhl.outcome import Outcome
 from uhl.port import Port, basis_of, port, why_not
 from uhl.runs import Settings
 from uhl.tasks import Task
-from uhl.train import Classifier, Prediction, TrainLog, predict, train
+from uhl.train import Classifier, TrainLog, train
 
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p")
 
 
-@dataclass
-class Outcome:
-    """What a stage leaves: result rows, predictions by arm and split, and details for figures."""
-
-    rows: list[dict[str, object]]
-    predictions: dict[str, Prediction]
-    details: dict[str, Any]
-
-
 def load_data(settings: Settings) -> Task:
     """The task with a training subset drawn with the run's seed, and dev and test subsets that are the same for all."""
-    task = tasks.load_task(settings.task).subset("train", settings.train_size, settings.seed)
+    task = tasks.load_task(settings.task_spec()).subset("train", settings.train_size, settings.seed)
     for split in ("dev", "test"):
         task = task.subset(split, settings.eval_size, tasks.SPLIT_SEED)
     return task
@@ -73,12 +57,6 @@ def freeze(encoder: Encoder) -> Encoder:
     """Freeze the host."""
     encoder.model.requires_grad_(False)
     return encoder
-
-
-def flops_pct(adapter: UHLAdapter, encoder: Encoder) -> float:
-    """The adapter's FLOPs on a host in percent of the host's linear layers."""
-    used, every = find_slots(encoder.model, adapter.config.types), find_slots(encoder.model)
-    return budget.extra_flops_pct(adapter.config, used, every, encoder.width)
 
 
 def make_anchors(
@@ -108,83 +86,36 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     slots = find_slots(encoder.model)
     frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
     adapter = UHLAdapter(settings.adapter_config(projector))
-    part = adapter.add_task(settings.task, task.labels, task.kind)
+    part = adapter.add_task(settings.task_name, task.labels, task.kind)
     part.bias.requires_grad_(False)  # the task bias is the target's to tune
     for p in adapter.projector.parameters():
         p.requires_grad_(projector == "dimension")
     config, folder = settings.train_config(), runs.cell_dir(settings, f"pretrain-{projector}")
     torch.manual_seed(settings.seed)
-    with attach(encoder.model, adapter, settings.task, frame) as attached:
+    with attach(encoder.model, adapter, settings.task_name, frame) as attached:
         classifier = Classifier(encoder.model, part, None, attached, config)
         fit_head(classifier, encoder, task, config.max_length)
         log = train(classifier, encoder, task, config, folder / "trainer", settings.model_dump_json())
     if projector == "canonical":
         adapter.anchors = make_anchors(
-            encoder, adapter, settings.task, seen, basis, frame, texts, f"{settings.anchor_text}, {task.licence}"
+            encoder, adapter, settings.task_name, seen, basis, frame, texts, f"{settings.anchor_text}, {task.licence}"
         )
     adapter.info = {"source": encoder.name, "revision": encoder.revision, "shape": encoder.shape}
     path = store.save(adapter, folder / "adapter.safetensors")
     found = store.load(path)
     frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
-    outcome = Outcome([], {}, {"log": log, "path": path})
-    arm = f"uhl-{projector}"
-    trained = log.trained
-    _score(settings, outcome, found, encoder, task, frame, 1.0, arm, "source", log.seconds, trained, path)
+    outcome = Outcome(settings, task, paths=[path], details={"log": log})
+    known = {"arm": f"uhl-{projector}", "phase": "source", "trainable_params": log.trained, "seconds": log.seconds}
+    outcome.score_adapter(found, path, encoder, frame, 1.0, **known)
     return found, outcome
-
-
-def _score(
-    settings: Settings,
-    outcome: Outcome,
-    adapter: UHLAdapter,
-    encoder: Encoder,
-    task: Task,
-    frame: Frame | None,
-    scale: float,
-    arm: str,
-    phase: str,
-    seconds: float,
-    trained: int,
-    path: Path,
-) -> None:
-    """Score dev and test and add the rows; a control without atoms pays no FLOPs."""
-    bare = arm == "zero-atoms"
-    with nullcontext() if bare else attach(encoder.model, adapter, settings.task, frame, scale) as attached:
-        classifier = Classifier(encoder.model, adapter.task(settings.task), frame, attached)
-        _measure(
-            settings,
-            outcome,
-            classifier,
-            encoder,
-            task,
-            arm=arm,
-            phase=phase,
-            adapter_bytes=path.stat().st_size,
-            trainable_params=trained,
-            extra_flops_pct=0.0 if bare else flops_pct(adapter, encoder),
-            seconds=seconds,
-        )
-
-
-def _measure(
-    settings: Settings, outcome: Outcome, classifier: Classifier, encoder: Encoder, task: Task, **known: object
-) -> None:
-    """Predict the splits that are scored and add a row for each; ``known`` are the row's other columns."""
-    for split in settings.splits:
-        found = predict(classifier, encoder, task, split, max_length=settings.max_length)
-        outcome.predictions[f"{known['arm']}/{split}"] = found
-        measured = {"score": found.score, "n": len(found.gold), "active_atoms": found.active}
-        outcome.rows.append(
-            runs.row(settings, target=encoder.name, split=split, metric=task.metric, **measured, **known)
-        )
 
 
 def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
     """Port the trained adapters to the target by every arm and control, and score without any label of the target."""
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
-    outcome = Outcome([], {}, {"reports": {}, "undefined": {}})
-    _majority_rows(settings, outcome, task, target)
+    outcome = Outcome(settings, task, details={"reports": {}, "undefined": {}})
+    outcome.score_majority(target)
     seen: Observed | None = None
     for arm in arms:
         adapter, path = adapter_for(settings, arm)
@@ -192,25 +123,14 @@ def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
         if reason:
             outcome.details["undefined"][arm] = reason
             continue
-        check_labels(adapter, settings.task, task)
+        check_labels(adapter, settings.task_name, task)
         if adapter.anchors and seen is None:
             seen = observe(target, adapter.anchors.texts)
-        ported = port(adapter, target, settings.task, arm, source, settings.seed, seen)
+        ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen)
         outcome.details["reports"][arm] = ported.report
-        seconds = float(ported.report["seconds"])  # type: ignore[arg-type]
-        _score(settings, outcome, adapter, target, task, ported.frame, ported.scale, arm, "zero-shot", seconds, 0, path)
+        known = {"arm": arm, "phase": "zero-shot", "trainable_params": 0, "seconds": ported.report["seconds"]}
+        outcome.score_adapter(adapter, path, target, ported.frame, ported.scale, **known)
     return outcome
-
-
-def _majority_rows(settings: Settings, outcome: Outcome, task: Task, target: Encoder) -> None:
-    for split in settings.splits:
-        guess, value = tasks.majority(task, split)
-        rows = task.data[split]
-        gold = list(rows["tags" if task.kind == "token" else "label"])
-        outcome.predictions[f"no-adapter/{split}"] = Prediction(guess, gold, [], value, 0.0)
-        shared = {"target": target.name, "arm": "no-adapter", "phase": "zero-shot", "split": split}
-        zeros = dict.fromkeys(("adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"), 0)
-        outcome.rows.append(runs.row(settings, **shared, metric=task.metric, score=value, n=len(gold), **zeros))
 
 
 def adapter_for(settings: Settings, arm: str) -> tuple[UHLAdapter, Path]:
@@ -242,16 +162,15 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
     adapter, _ = adapter_for(settings, arm)
     if why_not(adapter, target, arm, source):
         return None
-    check_labels(adapter, settings.task, task)
-    ported = port(adapter, target, settings.task, arm, source, settings.seed, seen)
+    check_labels(adapter, settings.task_name, task)
+    ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
     adapter.info |= {"tuned_on": target.name, "arm": arm, "scale": ported.scale, "port_seed": settings.seed}
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
-    outcome = Outcome([], {}, {"log": log, "path": path, "scale": ported.scale})
-    again = store.load(path)
-    trained, seconds = log.trained, log.seconds
-    _score(settings, outcome, again, target, task, ported.frame, ported.scale, arm, "tuned", seconds, trained, path)
+    outcome = Outcome(settings, task, paths=[path], details={"log": log, "scale": ported.scale})
+    known = {"arm": arm, "phase": "tuned", "trainable_params": log.trained, "seconds": log.seconds}
+    outcome.score_adapter(store.load(path), path, target, ported.frame, ported.scale, **known)
     return outcome
 
 
@@ -269,7 +188,7 @@ def tune_task(
     """The tuning itself: everything but the task bias and the head is frozen."""
     for p in adapter.parameters():
         p.requires_grad_(False)
-    part = adapter.task(settings.task)
+    part = adapter.task(settings.task_name)
     part.head.requires_grad_(True)
     part.head_bias.requires_grad_(True)
     part.bias.requires_grad_(ported.arm != "zero-atoms")
@@ -284,7 +203,7 @@ def tune_task(
     if ported.arm == "zero-atoms":
         classifier = Classifier(target.model, part, ported.frame, None, config)
         return train(classifier, target, task, config, folder, settings.model_dump_json())
-    with attach(target.model, adapter, settings.task, ported.frame, ported.scale) as attached:
+    with attach(target.model, adapter, settings.task_name, ported.frame, ported.scale) as attached:
         classifier = Classifier(target.model, part, None, attached, config)
         return train(classifier, target, task, config, folder, settings.model_dump_json())
 
@@ -303,13 +222,10 @@ def baseline(settings: Settings, host: str, method: str, begin: Start) -> Outcom
     rate = {"head": settings.rate, "lora-r8": settings.lora_rate, "full": settings.full_rate}[method]
     config = settings.train_config(rate=rate)
     made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}")
-    outcome = Outcome([], {}, {"log": made.log})
-    _measure(
-        settings,
-        outcome,
+    outcome = Outcome(settings, task, details={"log": made.log})
+    outcome.score(
         made.classifier,
         encoder,
-        task,
         arm=method,
         phase="source" if host == "source" else "retrained",
         adapter_bytes=made.bytes,
@@ -318,59 +234,3 @@ def baseline(settings: Settings, host: str, method: str, begin: Start) -> Outcom
         seconds=made.log.seconds,
     )
     return outcome
-
-
-def save_predictions(path: Path, predictions: dict[str, Prediction], task: Task) -> Path:
-    """Predictions and gold labels of a cell, compressed, so that scores can be recomputed without a model.
-
-    Where the task's sentences come in groups (of one review), each example's group is stored too.
-    """
-    rows = {split: task.data[split] for split in ("dev", "test")}
-    arrays: dict[str, np.ndarray] = {
-        f"{split}/group": np.array(r["group"], dtype=np.int32) for split, r in rows.items() if "group" in r.column_names
-    }
-    for name, found in predictions.items():
-        flat = [np.atleast_1d(x) for x in found.labels], [np.atleast_1d(x) for x in found.gold]
-        arrays[f"{name}/labels"] = np.concatenate(flat[0]).astype(np.int16)
-        arrays[f"{name}/gold"] = np.concatenate(flat[1]).astype(np.int16)
-        arrays[f"{name}/length"] = np.array([len(x) for x in flat[1]], dtype=np.int32)
-
-    def write(tmp: Path) -> None:
-        with open(tmp, "wb") as handle:
-            np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
-
-    return write_atomic(path, write)
-
-
-def merge(outcomes: Iterable[Outcome]) -> Outcome:
-    """Several outcomes of one cell as one."""
-    merged = Outcome([], {}, {"paths": []})
-    for outcome in outcomes:
-        merged.rows += outcome.rows
-        merged.predictions |= outcome.predictions
-        merged.details["paths"] += [outcome.details["path"]] if "path" in outcome.details else []
-    return merged
-
-
-def tag_names(settings: Settings) -> tuple[str, ...] | None:
-    """Label names where the task is a token task, else None: what :func:`uhl.stats.counts` takes."""
-    task = tasks.load_task(settings.task)
-    return task.labels if task.kind == "token" else None
-
-
-def finish(
-    settings: Settings,
-    stage: str,
-    outcome: Outcome,
-    figures: Mapping[str, tuple[Figure, pd.DataFrame]] | None = None,
-    **extra: object,
-) -> Path:
-    """Write a cell's predictions, figures and, last, its manifest."""
-    folder = runs.cell_dir(settings, stage)
-    task = load_data(settings)
-    written = [save_predictions(folder / "predictions.npz", outcome.predictions, task)]
-    written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
-    written += [outcome.details["path"]] if "path" in outcome.details else outcome.details.get("paths", [])
-    used = dict.fromkeys([settings.source, *(str(row["target"]) for row in outcome.rows)])
-    extra |= {"labels": list(task.labels), "models": {name: models.revision(name) for name in used}}
-    return runs.write_manifest(settings, stage, outcome.rows, written, **extra)

@@ -14,20 +14,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict
 from transformers import PreTrainedTokenizerBase
 
 from uhl import sources
 from uhl.errors import UHLError
+from uhl.readers import SPLIT_SEED, Kind, TaskSpec, read
 
-Kind = Literal["sentence", "pair", "token"]
-SPLIT_SEED = 20240101
 IGNORE = -100
 NEUTRAL = 0.3  # offline sentences whose mean rating is nearer to zero carry no label
 
@@ -56,24 +55,6 @@ class Task:
         return replace(self, data=DatasetDict({**self.data, split: rows.select(chosen)}))
 
 
-@dataclass(frozen=True)
-class TaskSpec:
-    """How to read a task: where it lies, its kind, and which columns mean what.
-
-    ``path`` is a hub id, a folder with ``train.*`` and optionally ``dev.*`` (or ``validation.*``) and ``test.*``, or
-    one file. ``columns`` maps ours (text, text_pair, label, tokens, tags) to the file's. ``labels`` fixes the order
-    of the classes; without it they are the sorted labels of the training split.
-    """
-
-    path: str
-    kind: Kind
-    columns: dict[str, str] = field(default_factory=dict)
-    labels: tuple[str, ...] = ()
-    config: str | None = None
-    licence: str = "unknown"
-    revision: str | None = None
-
-
 _BIO = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
 HUB: dict[str, TaskSpec] = {
     "sst2": TaskSpec("stanfordnlp/sst2", "sentence", {"text": "sentence"}, ("0", "1")),
@@ -84,11 +65,6 @@ HUB: dict[str, TaskSpec] = {
         "google/boolq", "pair", {"text": "question", "text_pair": "passage", "label": "answer"}, ("False", "True")
     ),
     "amazon_polarity": TaskSpec("fancyzhx/amazon_polarity", "sentence", {"text": "content"}, ("0", "1")),
-}
-REQUIRED: dict[str, tuple[str, ...]] = {
-    "sentence": ("text", "label"),
-    "pair": ("text", "text_pair", "label"),
-    "token": ("tokens", "tags"),
 }
 
 
@@ -106,11 +82,11 @@ def load_task(task: str | TaskSpec) -> Task:
         if Path(task).exists():
             return load_task(TaskSpec(task, "sentence"))
         raise UHLError(
-            f"unknown task {task!r}; offline names: {', '.join(OFFLINE)}; hub names: {', '.join(HUB)}; or give a "
-            f"TaskSpec or an existing file or folder"
+            f"unknown task {task!r}; offline names: {', '.join(OFFLINE)}; hub names: {', '.join(HUB)}; or give an "
+            f"existing file or folder, or a hub id with its `kind`, `columns` and `labels`"
         )
-    tables = _read(task)
-    return _assemble(task, tables)
+    labels, data = read(task, tuple(OFFLINE))
+    return Task(Path(task.path).name.split(".")[0], task.kind, labels, data, task.licence)
 
 
 # --- offline sentences -----------------------------------------------------------------------------------------------
@@ -155,145 +131,6 @@ def _offline_task(name: str) -> Task:
 def generic_text() -> list[str]:
     """Public sentences of no task's domain (editorials and tweets), in a fixed order."""
     return [text for name in GENERIC for text in rated_sentences(name)["text"]]
-
-
-# --- hub and local files ---------------------------------------------------------------------------------------------
-
-
-ALIASES = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "test": "test"}
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".conll", ".txt")
-
-
-def _read(spec: TaskSpec) -> dict[str, pd.DataFrame]:
-    path = Path(spec.path).expanduser()
-    if path.is_file():
-        return {"train": _read_file(path, spec)}
-    if path.is_dir():
-        found: dict[str, pd.DataFrame] = {}
-        for file in sorted(path.iterdir()):
-            split = ALIASES.get(file.name.split(".")[0])
-            if split and file.name.removesuffix(".gz").endswith(SUFFIXES):
-                found[split] = _read_file(file, spec)
-        if "train" not in found:
-            raise UHLError(f"{path} holds no train file; expected train{'|'.join(SUFFIXES)}, gzip allowed")
-        return found
-    try:
-        loaded = load_dataset(spec.path, spec.config, revision=spec.revision)
-    except Exception as error:  # the hub's clients raise many kinds
-        reason = (str(error).strip().splitlines() or [""])[0][:160]
-        raise UHLError(
-            f"task {spec.path!r} is neither a local path nor could it be loaded from the hub "
-            f"({type(error).__name__}: {reason}); without a network use {', '.join(OFFLINE)} or a local folder"
-        ) from error
-    tables = {ALIASES[str(split)]: rows.to_pandas() for split, rows in loaded.items() if str(split) in ALIASES}
-    return {split: rows for split, rows in tables.items() if not _hidden(rows, spec)}
-
-
-def _hidden(rows: pd.DataFrame, spec: TaskSpec) -> bool:
-    """Whether a split's labels are withheld, as GLUE's test labels are (all -1)."""
-    column = spec.columns.get("label", "label")
-    return column in rows and len(rows) > 0 and bool((rows[column] == -1).all())
-
-
-def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
-    name = path.name.removesuffix(".gz")
-    try:
-        if name.endswith((".jsonl", ".json")):
-            return pd.read_json(path, lines=True, dtype=False)
-        if name.endswith(".csv"):
-            return pd.read_csv(path, keep_default_na=False)
-        if name.endswith(".tsv"):
-            return pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False)
-        return _read_conll(path, spec)
-    except UHLError:
-        raise
-    except Exception as error:  # pandas raises many kinds
-        raise UHLError(f"{path} could not be read ({error}); expected {name.rsplit('.', 1)[-1]} rows") from error
-
-
-def _read_conll(path: Path, spec: TaskSpec) -> pd.DataFrame:
-    """Columns separated by blanks, first the word, last the tag; a blank line ends a sentence (IOB1 becomes BIO)."""
-    import gzip
-
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-    rows = []
-    for block in text.replace("\r\n", "\n").split("\n\n"):
-        cells = [line.split() for line in block.splitlines() if line.strip() and not line.startswith("-DOCSTART-")]
-        if cells:
-            rows.append({"tokens": [c[0] for c in cells], "tags": to_bio([c[-1] for c in cells])})
-    columns = {spec.columns.get(key, key): [row[key] for row in rows] for key in ("tokens", "tags")}
-    return pd.DataFrame(columns)
-
-
-def to_bio(tags: Sequence[str]) -> list[str]:
-    """IOB1 or BIO tags as BIO: an entity always begins with ``B-``."""
-    out = []
-    for i, tag in enumerate(tags):
-        before = tags[i - 1][2:] if i and tags[i - 1] != "O" else None
-        out.append("B-" + tag[2:] if tag.startswith("I-") and tag[2:] != before else tag)
-    return out
-
-
-def _assemble(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> Task:
-    names = {key: spec.columns.get(key, key) for key in REQUIRED[spec.kind]}
-    for split, table in tables.items():
-        missing = [c for c in names.values() if c not in table.columns]
-        if missing:
-            raise UHLError(
-                f"{spec.path}, split {split}: missing column {missing[0]!r}; it has "
-                f"{', '.join(map(str, table.columns))}. "
-                f"Name the columns in TaskSpec.columns"
-            )
-        if table.empty:
-            raise UHLError(f"{spec.path}, split {split} is empty; expected at least one row")
-    tables = {s: t[list(names.values())].set_axis(list(names), axis=1) for s, t in tables.items()}
-    tables = _complete_splits(tables)
-    labels, convert = _label_map(spec, tables)
-    data = {split: Dataset.from_list(convert(split, table)) for split, table in tables.items()}
-    return Task(Path(spec.path).name.split(".")[0], spec.kind, labels, DatasetDict(data), spec.licence)
-
-
-def _complete_splits(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Fill absent splits from train (seeded). With train and dev alone, the given dev is the reported test."""
-    tables = dict(tables)
-    if "test" not in tables and "dev" in tables:
-        tables["test"] = tables.pop("dev")
-    for split in ("test", "dev"):
-        if split not in tables:
-            rows = tables["train"].sample(frac=1.0, random_state=SPLIT_SEED)
-            cut = min(1000, max(1, len(rows) // 10))
-            tables[split], tables["train"] = rows[:cut], rows[cut:]
-    return {split: tables[split].reset_index(drop=True) for split in ("train", "dev", "test")}
-
-
-def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[str, ...], Any]:
-    column = "tags" if spec.kind == "token" else "label"
-
-    def text(value: Any) -> str:
-        if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and spec.kind == "token":
-            return spec.labels[int(value)] if int(value) < len(spec.labels) else str(value)
-        return str(value)
-
-    seen = tables["train"][column]
-    known = {text(v) for row in seen for v in row} if spec.kind == "token" else {text(v) for v in seen}
-    labels = spec.labels or tuple(sorted(known, key=lambda tag: (tag != "O", tag)))
-    index = {label: i for i, label in enumerate(labels)}
-
-    def number(value: Any, split: str) -> int:
-        if text(value) not in index:
-            raise UHLError(f"{spec.path}, split {split}: unknown label {value!r}; expected one of {', '.join(labels)}")
-        return index[text(value)]
-
-    def convert(split: str, table: pd.DataFrame) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
-        for row in rows:
-            cell = row[column]
-            row[column] = [number(v, split) for v in cell] if spec.kind == "token" else number(cell, split)
-            if spec.kind == "token":
-                row["tokens"] = list(row["tokens"])
-        return rows
-
-    return labels, convert
 
 
 # --- tokenisation and metrics ----------------------------------------------------------------------------------------

@@ -1,0 +1,245 @@
+"""The stages on tiny hosts, for the three kinds of task: the results contract, archives, searches, files."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import sentences
+
+from uhl import runs, search, stages, store
+from uhl.baselines import METHODS
+from uhl.errors import UHLError
+from uhl.layer import attach
+from uhl.outcome import merge
+from uhl.runs import Settings
+from uhl.tasks import load_task
+from uhl.train import Classifier, predict
+
+
+@pytest.fixture
+def tiny_world(make_encoder, task, monkeypatch):
+    """Stages see a tiny source, a tiny target and the toy task."""
+    shapes = {"big": (3, 24), "small": (2, 16)}
+    monkeypatch.setattr(stages, "load_encoder", lambda name: replace(make_encoder(*shapes[name]), name=name))
+    monkeypatch.setattr(stages.tasks, "load_task", lambda name: task)
+    return Settings(
+        profile="t",
+        source="big",
+        target="small",
+        task="mood",
+        anchors=40,
+        epochs=1,
+        batch=16,
+        tune_steps=4,
+        tune_batch=8,
+    )
+
+
+def write_rows(path, kind, count, seed):
+    """Rows of a toy task in a file, under column names of their own."""
+    texts = sentences(count, seed)
+    good = [int("good" in t or "fine" in t) for t in texts]
+    if kind == "token":
+        names = {"good": "B-JOY", "fine": "B-JOY", "great": "I-JOY"}
+        rows = [{"words": t.split(), "ner": [names.get(w, "O") for w in t.split()]} for t in texts]
+    else:
+        rows = [{"ask": "is it good", "about": t, "answer": ("no", "yes")[g]} for t, g in zip(texts, good, strict=True)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+
+@pytest.fixture
+def own_files(tiny_world, tmp_path, monkeypatch):
+    """Settings of a pair or token task in the user's own files, with the columns named."""
+
+    def make(kind):
+        folder = tmp_path / "mood.v2"
+        folder.mkdir()
+        for seed, (split, count) in enumerate({"train": 96, "dev": 16, "test": 16}.items()):
+            write_rows(folder / f"{split}.jsonl", kind, count, seed)
+        monkeypatch.setattr(stages.tasks, "load_task", load_task)
+        monkeypatch.setattr(stages.tasks, "generic_text", lambda: sentences(80, 4))
+        own = {"text": "ask", "text_pair": "about", "label": "answer"}
+        own = {"tokens": "words", "tags": "ner"} if kind == "token" else own
+        about = {"task": str(folder), "kind": kind, "columns": own, "anchor_text": "generic"}
+        return Settings(**tiny_world.model_dump() | about)
+
+    return make
+
+
+def run_all(settings):
+    for projector in ("canonical", "dimension"):
+        _, outcome = stages.pretrain(settings, projector)
+        outcome.finish(f"pretrain-{projector}")
+    outcome = stages.zero_shot(settings)
+    outcome.finish("port-small")
+    tuned = [o for o in (stages.tune(settings, arm) for arm in stages.TUNED_ARMS) if o]
+    merge(tuned).finish("tune-small")
+    for host, name in (("source", "big"), ("target", "small")):
+        begin = stages.baseline_start(settings, host)
+        made = [stages.baseline(settings, host, method, begin) for method in METHODS]
+        merge(made).finish(f"baselines-{name}")
+    return outcome
+
+
+@pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
+def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
+    settings = tiny_world if kind == "sentence" else own_files(kind)
+    zero = run_all(settings)
+    frame = runs.load_results("t")
+    assert tuple(frame.columns) == runs.COLUMNS
+    test = frame[frame["split"] == "test"]
+    cells = {phase: set(rows["arm"]) for phase, rows in test.groupby("phase")}
+    assert cells["source"] == {"uhl-canonical", "uhl-dimension", *METHODS}
+    assert cells["retrained"] == set(METHODS)
+    assert cells["zero-shot"] == {"no-adapter", "dimension", "anchor", "zero-atoms", "random-p", "shuffled"}
+    assert cells["tuned"] == {"dimension", "anchor", "zero-atoms", "random-p"}
+    assert "equal widths" in zero.details["undefined"]["lineage"]
+    assert (test["n"] == 16).all()
+    assert set(test["metric"]) == {"f1" if kind == "token" else "accuracy"}
+    assert set(test["task"]) == {"mood"}
+    from uhl import report
+
+    table = report.summary("t")  # raises when a score differs from the stored predictions
+    assert len(table) == len(test)
+    assert not table[table["phase"] == "retrained"].set_index("arm").loc["full", "extra_flops_pct"]
+    text = report.markdown("t")
+    assert "shuffled anchors" in text
+    assert "nan" not in text
+    assert len(report.paired(report.gather("t"))) >= 8
+
+
+def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
+    from uhl import report
+
+    _, outcome = stages.pretrain(tiny_world, "canonical")
+    outcome.finish("pretrain-canonical")
+    before = report.summary("t")
+    archive = runs.pack("t", tmp_path / "t.zip")
+    assert runs.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
+    assert runs.restore(archive) == []  # what is there stays
+    monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
+    (cell,) = runs.restore(archive)
+    assert sorted(p.name for p in cell.iterdir()) == ["manifest.json", "predictions.npz"]
+    assert report.summary("t").equals(before)
+    with pytest.raises(UHLError, match="a cell restored from an archive has none"):
+        stages.zero_shot(tiny_world, ("anchor",))
+
+
+@pytest.mark.parametrize("name", ["../evil/x/manifest.json", "a-s0/x/run.sh", "/a-s0/x/manifest.json"])
+def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
+    import zipfile
+
+    path = tmp_path / "a.zip"
+    path.write_bytes(b"no zip")
+    with pytest.raises(UHLError, match="is not an archive of runs"):
+        runs.restore(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        manifest = '{"parameters": {"profile": "p"}, "rows": []}'
+        for entry in ("a-s0/x/manifest.json", "a-s0/x/predictions.npz", name):
+            archive.writestr(entry, manifest)
+    with pytest.raises(UHLError, match="holds other files"):
+        runs.restore(path)
+    assert not runs.root().exists()
+
+
+def test_a_search_tries_each_setting_once_and_never_scores_test(tiny_world, monkeypatch):
+    ranges = {"uhl-canonical": {"rate": [1e-3], "top_k": [1]}, "full": {"full_rate": [1e-4]}}
+    rows = list(search.search(tiny_world, ranges))
+    assert [(r["method"], r["value"], r["split"]) for r in rows] == [
+        ("uhl-canonical", 1e-3, "dev"),
+        ("uhl-canonical", 1, "dev"),
+        ("full", 1e-4, "dev"),
+    ]
+    assert len(list((runs.root() / "t-search").glob("*/*/trial/manifest.json"))) == 3
+    monkeypatch.setattr(stages, "pretrain", None)  # a finished trial is read, not run
+    assert list(search.search(tiny_world, ranges, ("uhl-canonical",))) == rows[:2]
+    with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical, full"):
+        list(search.search(tiny_world, ranges, ("lora",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("lora: {rate: [1]}", "unknown method to search 'lora'"),
+        ("full: {full_rate: 1}", "full, full_rate: expected a list"),
+        ("full: {ful_rate: [1]}", "Settings, ful_rate"),
+        ("full: {full_rate: [-1]}", "Settings, full_rate"),
+        ("[full]", "must map methods"),
+    ],
+)
+def test_a_search_file_is_checked(tmp_path, text, says):
+    path = tmp_path / "search.yaml"
+    with pytest.raises(UHLError, match="does not exist"):
+        search.read_ranges(path)
+    path.write_text(text)
+    with pytest.raises(UHLError, match=says):
+        search.read_ranges(path)
+
+
+def test_a_tuned_file_holds_what_was_scored(tiny_world):
+    stages.pretrain(tiny_world, "canonical")
+    outcome = stages.tune(tiny_world, "anchor")
+    before = store.load(runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors")
+    after = store.load(outcome.paths[0])
+    assert torch.equal(before.dictionary.u, after.dictionary.u)
+    assert torch.equal(before.router.weight, after.router.weight)
+    assert not torch.equal(before.task("mood").bias, after.task("mood").bias)
+
+
+@pytest.mark.parametrize("arm", ["anchor", "random-p", "zero-atoms"])
+def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monkeypatch):
+    from uhl.port import port
+
+    monkeypatch.setattr("uhl.port.SCALES", (1.0,))  # atoms and bias at work in the fit
+    stages.pretrain(tiny_world, "canonical")
+    outcome = stages.tune(tiny_world, arm)
+    found = store.load(outcome.paths[0])
+    assert found.info["arm"] == arm
+    assert arm == "zero-atoms" or found.task("mood").bias.abs().max() > 0
+    target, data = stages.freeze(stages.load_encoder("small")), stages.load_data(tiny_world)
+    ported = port(found, target, "mood", arm, seed=found.info["port_seed"])
+    assert ported.scale == found.info["scale"]
+    scored = outcome.predictions[f"{arm}/test"]
+    if arm == "zero-atoms":
+        again = predict(Classifier(target.model, found.task("mood"), ported.frame), target, data, "test")
+    else:
+        with attach(target.model, found, "mood", ported.frame, ported.scale) as attached:
+            again = predict(Classifier(target.model, found.task("mood"), None, attached), target, data, "test")
+    np.testing.assert_allclose(np.stack(again.logits), np.stack(scored.logits), atol=1e-4)
+
+
+def test_training_again_with_one_seed_gives_the_same_file(tiny_world):
+    files = [stages.pretrain(tiny_world, "canonical")[1].paths[0].read_bytes() for _ in range(2)]
+    assert files[0] == files[1]
+
+
+def test_a_head_for_other_labels_is_an_error(tiny_world, task, monkeypatch):
+    stages.pretrain(tiny_world, "canonical")
+    other = type(task)("mood", "sentence", ("sad", "glad"), task.data)
+    monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
+    with pytest.raises(UHLError, match="labels negative, positive; the task is a sentence task with labels sad, glad"):
+        stages.zero_shot(tiny_world, ("anchor",))
+
+
+def test_too_many_anchors(tiny_world, task):
+    with pytest.raises(UHLError, match="lower `anchors`"):
+        stages.anchor_texts(Settings(anchors=10_000), task)
+
+
+def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
+    import json
+
+    from uhl import report
+
+    _, outcome = stages.pretrain(tiny_world, "canonical")
+    outcome.finish("pretrain-canonical")
+    path = runs.cell_dir(tiny_world, "pretrain-canonical") / "manifest.json"
+    entry = json.loads(path.read_text())
+    for row in entry["rows"]:
+        row["score"] += 1.0
+    path.write_text(json.dumps(entry))
+    runs.update_results("t")
+    with pytest.raises(UHLError, match=r"results\.csv says"):
+        report.summary("t")

@@ -1,0 +1,136 @@
+"""What a stage leaves: result rows, per-example predictions and details, gathered as scores are measured.
+
+A cell ends with :meth:`Outcome.finish`, which writes predictions, figures and, last, the manifest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from uhl import budget, models, runs, stats, tasks, viz
+from uhl.adapter import UHLAdapter
+from uhl.files import write_atomic
+from uhl.frame import Frame
+from uhl.host import find_slots
+from uhl.layer import attach
+from uhl.models import Encoder
+from uhl.runs import Settings
+from uhl.tasks import Task
+from uhl.train import Classifier, Prediction, predict
+
+
+def flops_pct(adapter: UHLAdapter, encoder: Encoder) -> float:
+    """The adapter's FLOPs on a host in percent of the host's linear layers."""
+    used, every = find_slots(encoder.model, adapter.config.types), find_slots(encoder.model)
+    return budget.extra_flops_pct(adapter.config, used, every, encoder.width)
+
+
+@dataclass
+class Outcome:
+    """Rows of the results contract, predictions by arm and split, files written, and details for figures."""
+
+    settings: Settings
+    task: Task
+    rows: list[dict[str, object]] = field(default_factory=list)
+    predictions: dict[str, Prediction] = field(default_factory=dict)
+    paths: list[Path] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def score(self, classifier: Classifier, encoder: Encoder, **known: object) -> None:
+        """Predict the splits that are scored and add a row for each; ``known`` are the row's other columns."""
+        for split in self.settings.splits:
+            found = predict(classifier, encoder, self.task, split, max_length=self.settings.max_length)
+            self._add(encoder, split, found, known)
+
+    def score_adapter(
+        self, adapter: UHLAdapter, path: Path, encoder: Encoder, frame: Frame | None, scale: float, **known: object
+    ) -> None:
+        """Score an adapter read from ``path`` in a host's frame; the control without atoms pays no FLOPs."""
+        bare, name = known["arm"] == "zero-atoms", self.settings.task_name
+        with nullcontext() if bare else attach(encoder.model, adapter, name, frame, scale) as attached:
+            classifier = Classifier(encoder.model, adapter.task(name), frame, attached)
+            cost = 0.0 if bare else flops_pct(adapter, encoder)
+            self.score(classifier, encoder, adapter_bytes=path.stat().st_size, extra_flops_pct=cost, **known)
+
+    def score_majority(self, encoder: Encoder) -> None:
+        """Rows of the most frequent training class: what a host without an adapter and without labels can say."""
+        zeros: dict[str, object] = dict.fromkeys(("adapter_bytes", "trainable_params", "extra_flops_pct", "seconds"), 0)
+        for split in self.settings.splits:
+            guess, value = tasks.majority(self.task, split)
+            gold = list(self.task.data[split]["tags" if self.task.kind == "token" else "label"])
+            found = Prediction(guess, gold, [], value, 0.0)
+            self._add(encoder, split, found, zeros | {"arm": "no-adapter", "phase": "zero-shot"})
+
+    def _add(self, encoder: Encoder, split: str, found: Prediction, known: Mapping[str, object]) -> None:
+        self.predictions[f"{known['arm']}/{split}"] = found
+        place = {"target": encoder.name, "split": split, "metric": self.task.metric}
+        measured = {"score": found.score, "n": len(found.gold), "active_atoms": found.active}
+        self.rows.append(runs.row(self.settings, **place, **measured, **known))
+
+    def counts(self, arm: str, split: str = "test") -> np.ndarray:
+        """Counts (1, n, 3) of an arm's predictions, see :func:`uhl.stats.counts`."""
+        found = self.predictions[f"{arm}/{split}"]
+        return stats.counts(found.labels, found.gold, self.task.labels if self.task.kind == "token" else None)[None]
+
+    def groups(self, split: str = "test") -> np.ndarray | None:
+        """The review of each example, where the task's examples come in groups."""
+        rows = self.task.data[split]
+        return np.array(rows["group"], dtype=np.int32) if "group" in rows.column_names else None
+
+    def table(self, split: str = "test") -> pd.DataFrame:
+        """The split's rows with the interval of each score, columns ``low`` and ``high``."""
+        rows = pd.DataFrame([row for row in self.rows if row["split"] == split])
+        made = [stats.interval(self.counts(arm, split), self.groups(split)) for arm in rows["arm"]]
+        return rows.assign(low=[i.low for i in made], high=[i.high for i in made])
+
+    def difference(self, first: str, second: str, split: str = "test") -> stats.Interval:
+        """Paired difference of two arms in points."""
+        return stats.difference(self.counts(first, split), self.counts(second, split), self.groups(split))
+
+    def finish(
+        self, stage: str, figures: Mapping[str, tuple[Figure, pd.DataFrame]] | None = None, **extra: object
+    ) -> Path:
+        """Write the cell's predictions, figures and, last, its manifest; returns the manifest's path."""
+        folder = runs.cell_dir(self.settings, stage)
+        written = [self._save_predictions(folder / "predictions.npz")]
+        written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
+        used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
+        extra |= {"labels": list(self.task.labels), "models": {name: models.revision(name) for name in used}}
+        return runs.write_manifest(self.settings, stage, self.rows, written + self.paths, **extra)
+
+    def _save_predictions(self, path: Path) -> Path:
+        """Predictions and gold labels, compressed, so that scores can be recomputed without a model.
+
+        Where the task's sentences come in groups (of one review), each example's group is stored too.
+        """
+        arrays = {f"{split}/group": g for split in ("dev", "test") if (g := self.groups(split)) is not None}
+        for name, found in self.predictions.items():
+            flat = [np.atleast_1d(x) for x in found.labels], [np.atleast_1d(x) for x in found.gold]
+            arrays[f"{name}/labels"] = np.concatenate(flat[0]).astype(np.int16)
+            arrays[f"{name}/gold"] = np.concatenate(flat[1]).astype(np.int16)
+            arrays[f"{name}/length"] = np.array([len(x) for x in flat[1]], dtype=np.int32)
+
+        def write(tmp: Path) -> None:
+            with open(tmp, "wb") as handle:
+                np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
+
+        return write_atomic(path, write)
+
+
+def merge(outcomes: Iterable[Outcome]) -> Outcome:
+    """Several outcomes of one cell as one."""
+    first, *rest = outcomes
+    merged = Outcome(first.settings, first.task, list(first.rows), dict(first.predictions), list(first.paths))
+    for outcome in rest:
+        merged.rows += outcome.rows
+        merged.predictions |= outcome.predictions
+        merged.paths += outcome.paths
+    return merged

@@ -1,0 +1,188 @@
+"""Readers of labelled text: hub data sets and local files (jsonl, csv, tsv, CoNLL columns; gzip too) as three splits.
+
+A folder holds ``train.*`` and optionally ``dev.*`` (or ``validation.*``) and ``test.*``. Absent splits are cut from
+train with a fixed seed; where train and dev alone are given, the given dev is the reported test.
+"""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, DatasetDict, load_dataset
+
+from uhl.errors import UHLError
+
+Kind = Literal["sentence", "pair", "token"]
+SPLIT_SEED = 20240101
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """How to read a task: where it lies, its kind, and which columns mean what.
+
+    ``path`` is a hub id, a folder with ``train.*`` and optionally ``dev.*`` (or ``validation.*``) and ``test.*``, or
+    one file. ``columns`` maps ours (text, text_pair, label, tokens, tags) to the file's. ``labels`` fixes the order
+    of the classes; without it they are the sorted labels of the training split.
+    """
+
+    path: str
+    kind: Kind
+    columns: dict[str, str] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    config: str | None = None
+    licence: str = "unknown"
+    revision: str | None = None
+
+
+REQUIRED: dict[str, tuple[str, ...]] = {
+    "sentence": ("text", "label"),
+    "pair": ("text", "text_pair", "label"),
+    "token": ("tokens", "tags"),
+}
+ALIASES = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "test": "test"}
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".conll", ".txt")
+
+
+def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], DatasetDict]:
+    """Labels in order, and train, dev and test with our column names and labels as numbers.
+
+    ``instead`` are names that the error offers when a hub cannot be reached. Raises :class:`UHLError` for files that
+    cannot be read, a missing column, an unknown label and an empty split.
+    """
+    tables = _checked(spec, _tables(spec, instead))
+    labels, convert = _label_map(spec, tables)
+    return labels, DatasetDict({split: Dataset.from_list(convert(split, table)) for split, table in tables.items()})
+
+
+def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
+    path = Path(spec.path).expanduser()
+    if path.is_file():
+        return {"train": _read_file(path, spec)}
+    if path.is_dir():
+        found: dict[str, pd.DataFrame] = {}
+        for file in sorted(path.iterdir()):
+            split = ALIASES.get(file.name.split(".")[0])
+            if split and file.name.removesuffix(".gz").endswith(SUFFIXES):
+                found[split] = _read_file(file, spec)
+        if "train" not in found:
+            raise UHLError(f"{path} holds no train file; expected train{'|'.join(SUFFIXES)}, gzip allowed")
+        return found
+    try:
+        loaded = load_dataset(spec.path, spec.config, revision=spec.revision)
+    except Exception as error:  # the hub's clients raise many kinds
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        raise UHLError(
+            f"task {spec.path!r} is neither a local path nor could it be loaded from the hub "
+            f"({type(error).__name__}: {reason}); without a network use {', '.join([*instead, 'a local folder'])}"
+        ) from error
+    tables = {ALIASES[str(split)]: rows.to_pandas() for split, rows in loaded.items() if str(split) in ALIASES}
+    return {split: rows for split, rows in tables.items() if not _hidden(rows, spec)}
+
+
+def _hidden(rows: pd.DataFrame, spec: TaskSpec) -> bool:
+    """Whether a split's labels are withheld, as GLUE's test labels are (all -1)."""
+    column = spec.columns.get("label", "label")
+    return column in rows and len(rows) > 0 and bool((rows[column] == -1).all())
+
+
+def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
+    name = path.name.removesuffix(".gz")
+    try:
+        if name.endswith((".jsonl", ".json")):
+            return pd.read_json(path, lines=True, dtype=False)
+        if name.endswith(".csv"):
+            return pd.read_csv(path, keep_default_na=False)
+        if name.endswith(".tsv"):
+            return pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False)
+        return _read_conll(path, spec)
+    except UHLError:
+        raise
+    except Exception as error:  # pandas raises many kinds
+        raise UHLError(f"{path} could not be read ({error}); expected {name.rsplit('.', 1)[-1]} rows") from error
+
+
+def _read_conll(path: Path, spec: TaskSpec) -> pd.DataFrame:
+    """Columns separated by blanks, first the word, last the tag; a blank line ends a sentence (IOB1 becomes BIO)."""
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+    rows = []
+    for block in text.replace("\r\n", "\n").split("\n\n"):
+        cells = [line.split() for line in block.splitlines() if line.strip() and not line.startswith("-DOCSTART-")]
+        if cells:
+            rows.append({"tokens": [c[0] for c in cells], "tags": to_bio([c[-1] for c in cells])})
+    columns = {spec.columns.get(key, key): [row[key] for row in rows] for key in ("tokens", "tags")}
+    return pd.DataFrame(columns)
+
+
+def to_bio(tags: Sequence[str]) -> list[str]:
+    """IOB1 or BIO tags as BIO: an entity always begins with ``B-``."""
+    out = []
+    for i, tag in enumerate(tags):
+        before = tags[i - 1][2:] if i and tags[i - 1] != "O" else None
+        out.append("B-" + tag[2:] if tag.startswith("I-") and tag[2:] != before else tag)
+    return out
+
+
+def _checked(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The columns that the kind needs, under our names, of three splits."""
+    names = {key: spec.columns.get(key, key) for key in REQUIRED[spec.kind]}
+    if strange := set(spec.columns) - set(names):
+        raise UHLError(f"{spec.path}: a {spec.kind} task has no column {min(strange)!r}; it has {', '.join(names)}")
+    for split, table in tables.items():
+        missing = [key for key, column in names.items() if column not in table.columns]
+        if missing:
+            raise UHLError(
+                f"{spec.path}, split {split}: missing column {names[missing[0]]!r}; it has "
+                f"{', '.join(map(str, table.columns))}. Say which one holds it, columns: {{{missing[0]}: <name>}}"
+            )
+        if table.empty:
+            raise UHLError(f"{spec.path}, split {split} is empty; expected at least one row")
+    return _complete_splits({s: t[list(names.values())].set_axis(list(names), axis=1) for s, t in tables.items()})
+
+
+def _complete_splits(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """Fill absent splits from train (seeded). With train and dev alone, the given dev is the reported test."""
+    tables = dict(tables)
+    if "test" not in tables and "dev" in tables:
+        tables["test"] = tables.pop("dev")
+    for split in ("test", "dev"):
+        if split not in tables:
+            rows = tables["train"].sample(frac=1.0, random_state=SPLIT_SEED)
+            cut = min(1000, max(1, len(rows) // 10))
+            tables[split], tables["train"] = rows[:cut], rows[cut:]
+    return {split: tables[split].reset_index(drop=True) for split in ("train", "dev", "test")}
+
+
+def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[str, ...], Any]:
+    column = "tags" if spec.kind == "token" else "label"
+
+    def text(value: Any) -> str:
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and spec.kind == "token":
+            return spec.labels[int(value)] if int(value) < len(spec.labels) else str(value)
+        return str(value)
+
+    seen = tables["train"][column]
+    known = {text(v) for row in seen for v in row} if spec.kind == "token" else {text(v) for v in seen}
+    labels = spec.labels or tuple(sorted(known, key=lambda tag: (tag != "O", tag)))
+    index = {label: i for i, label in enumerate(labels)}
+
+    def number(value: Any, split: str) -> int:
+        if text(value) not in index:
+            raise UHLError(f"{spec.path}, split {split}: unknown label {value!r}; expected one of {', '.join(labels)}")
+        return index[text(value)]
+
+    def convert(split: str, table: pd.DataFrame) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
+        for row in rows:
+            cell = row[column]
+            row[column] = [number(v, split) for v in cell] if spec.kind == "token" else number(cell, split)
+            if spec.kind == "token":
+                row["tokens"] = list(row["tokens"])
+        return rows
+
+    return labels, convert
