@@ -31,16 +31,14 @@ wildcard_constraints:
     projector="canonical|dimension",
 
 
-# A task by name, or described in a parameter file of its own.
-TASK_FILES = {name: task_file(GRID.profile, name) for name in GRID.tasks}
-
-
-def task(name):
-    return f"-f {TASK_FILES[name]}" if TASK_FILES.get(name) else f"-p task {name}"
-
-
 def own_task(w):
-    return [TASK_FILES[w.task]] if TASK_FILES.get(w.task) else []
+    """The parameter file of a task of the user's own; none for a task by name."""
+    path = task_file(GRID.profile, w.task)
+    return [str(path)] if path else []
+
+
+def task(w):
+    return f"-f {own_task(w)[0]}" if own_task(w) else f"-p task {w.task}"
 
 
 def papermill(notebook, files=()):
@@ -70,7 +68,7 @@ rule pretrain:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-pretrain-{{projector}}.log",
     priority: 3  # long chains first, baselines fill the gaps
     params:
-        own=lambda w: f"{task(w.task)} -p seed {w.seed} -y 'projectors: [{w.projector}]'",
+        own=lambda w: f"{task(w)} -p seed {w.seed} -y 'projectors: [{w.projector}]'",
     shell:
         papermill("02_pretrain")
 
@@ -87,7 +85,7 @@ rule port:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-port-{{target}}.log",
     priority: 1
     params:
-        own=lambda w: f"{task(w.task)} -p seed {w.seed}",
+        own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
         papermill("03_port", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
 
@@ -104,7 +102,7 @@ rule tune:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-tune-{{target}}.log",
     priority: 2
     params:
-        own=lambda w: f"{task(w.task)} -p seed {w.seed}",
+        own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
         papermill("04_tune", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
 
@@ -119,7 +117,7 @@ rule baselines:
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{model}}.log",
     params:
-        own=lambda w: f"{task(w.task)} -p seed {w.seed} " + (
+        own=lambda w: f"{task(w)} -p seed {w.seed} " + (
             "-y 'hosts: [source]'"
             if w.model == GRID.source
             else f"-f params/{GRID.profile}/{w.model}.yaml -y 'hosts: [target]'"
