@@ -23,6 +23,16 @@ def test_a_local_folder(make_encoder, tmp_path):
     torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("family", ["mpnet", "roberta", "electra", "distilbert", "deberta-v2"])
+def test_a_local_folder_of_every_family(family, tokenizer, tmp_path):
+    from test_host import COMMON, FAMILIES
+    from transformers import AutoConfig, AutoModel
+
+    AutoModel.from_config(AutoConfig.for_model(family, **COMMON, **FAMILIES[family])).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert (load_encoder(str(tmp_path)).layers, load_encoder(str(tmp_path)).width) == (3, 32)
+
+
 def test_a_hub_id_without_a_network(monkeypatch):
     def refuse(*_args, **_kwargs):
         raise OSError("We couldn't connect to the hub")

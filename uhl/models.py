@@ -64,12 +64,13 @@ class Encoder:
         return f"{self.layers} x {self.width}"
 
 
-def load_encoder(name: str, attention: str = "sdpa") -> Encoder:
+def load_encoder(name: str, attention: str | None = None) -> Encoder:
     """Load an encoder in float32 and evaluation mode.
 
     ``name`` is one of :data:`OFFLINE`, a folder that ``save_pretrained`` wrote, or a hub id. ``attention`` is handed
-    to transformers (``eager`` for exact FLOP counts). Raises :class:`UHLError` for a name that is none of these, for
-    weights whose hash is wrong, and for a hub id that cannot be reached.
+    to transformers (``eager`` for exact FLOP counts; by default the best that the architecture has). Raises
+    :class:`UHLError` for a name that is none of these, for weights whose hash is wrong, and for a hub id that cannot be
+    reached.
     """
     folder, revision = resolve(name)
     try:

@@ -232,9 +232,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     manifests = [json.loads(p.read_text()) for p in sorted((runs.root() / profile).glob("*/*/manifest.json"))]
     hardware, commits = ({m[k] for m in manifests} for k in ("hardware", "commit"))
     sizes = {m["parameters"]["train_size"] for m in manifests if m["rows"]}
-    labels = (
-        "all training labels" if sizes == {None} else f"{', '.join(map(str, sorted(sizes, key=str)))} training labels"
-    )
+    most = ", ".join(f"{size:,}" if size else "all" for size in sorted(sizes, key=lambda size: size or 0))
+    labels = "all training labels" if sizes == {None} else f"at most {most} training labels"
     groups = [
         f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
         for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)

@@ -145,9 +145,11 @@ def gap_heat(table: pd.DataFrame) -> Figure:
     wide = table.assign(arm=table["arm"].map(lambda a: NAMES.get(a, a))).pivot_table(
         index="arm", columns=["phase", "task", "target"], values="gap", sort=False
     )
+    wide = wide.reindex([name for name in (NAMES.get(arm, arm) for arm in ORDER) if name in wide.index])
     fig, ax = plt.subplots(figsize=(1.1 * wide.shape[1] + 3, 0.45 * wide.shape[0] + 2))
     sns.heatmap(wide, annot=True, fmt=".2f", cmap="vlag_r", center=0.5, vmin=0, vmax=1.1, cbar=False, ax=ax)
     ax.set_xticklabels(["\n".join(map(str, column)) for column in wide.columns.tolist()], rotation=0, fontsize=8)
+    ax.grid(False)
     ax.set(title="Gap recovered (1: rank-8 LoRA retrained there with labels)", xlabel="", ylabel="")
     return fig
 
