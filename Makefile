@@ -53,11 +53,12 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit notebooks: export OMP_NUM_THREADS = 2
+unit: export OMP_NUM_THREADS = 1
 unit: $(STAMP)
 	$(BIN)/python -m uhl fetch --profile offline
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(CORES)
 
+notebooks: export OMP_NUM_THREADS = 2
 notebooks: $(STAMP)
 	UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300 notebooks
 

@@ -14,7 +14,7 @@ from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
 
 from uhl import runs
 from uhl.adapter import UHLAdapter
-from uhl.config import UHLConfig
+from uhl.config import Sizes
 from uhl.models import Encoder
 from uhl.tasks import Task
 
@@ -89,7 +89,7 @@ def encoder(make_encoder):
 
 @pytest.fixture
 def config():
-    return UHLConfig(atoms=12, width=16, hidden=6)
+    return Sizes(atoms=12, width=16, hidden=6)
 
 
 def fill(adapter):

@@ -6,9 +6,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig
 
 from uhl import budget
-from uhl.config import UHLConfig
+from uhl.config import Sizes
 from uhl.host import find_slots
-from uhl.layer import attach
+from uhl.peft_method import attach
 
 
 def count(encoder, inputs):
@@ -37,5 +37,5 @@ def test_extra_flops_on_real_shapes(layers, width, inner, most):
     shape = BertConfig(hidden_size=width, num_hidden_layers=layers, intermediate_size=inner, num_attention_heads=4)
     with torch.device("meta"):
         slots = find_slots(AutoModel.from_config(shape))
-    extra = budget.extra_flops_pct(UHLConfig(), slots, slots, width)
+    extra = budget.extra_flops_pct(Sizes(), slots, slots, width)
     assert 0.5 < extra <= most

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from uhl import store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes
-from uhl.config import UHLConfig
+from uhl.config import Sizes
 from uhl.errors import UHLError
 
 EXAMPLES = int(os.environ.get("UHL_FUZZ", "150"))  # of each property; a long run sets it higher
@@ -29,7 +29,7 @@ fuzz = settings(
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory):
     """Bytes of a small, sound file with every kind of tensor in it."""
-    adapter = UHLAdapter(UHLConfig(atoms=6, width=8, hidden=4))
+    adapter = UHLAdapter(Sizes(atoms=6, width=8, hidden=4))
     adapter.add_task("mood", ("bad", "good"), "sentence")
     adapter.add_task("tags", ("O", "B-X"), "token")
     texts = sorted(set(sentences(20)))

@@ -48,7 +48,7 @@ def test_attaches_to_every_family_and_leaves_it_bit_identical(model, config):
     from conftest import fill
 
     from uhl.adapter import UHLAdapter
-    from uhl.layer import attach
+    from uhl.peft_method import attach
 
     adapter = UHLAdapter(config)
     adapter.add_task("t", ("a", "b"), "sentence")

@@ -9,7 +9,7 @@ from uhl.anchors import observe
 from uhl.errors import UHLError
 from uhl.frame import dimension_frame
 from uhl.host import find_slots, weight
-from uhl.layer import attach
+from uhl.peft_method import attach
 from uhl.port import basis_of
 
 IDS = torch.randint(5, 20, (2, 6), generator=torch.Generator().manual_seed(3))
@@ -44,16 +44,17 @@ def test_tuning_folds_the_atoms_once_and_has_the_same_gradients(encoder, adapter
     gradients = []
     for path in (None, "dense"):
         with attach(encoder.model, adapter, "mood", path=path) as attached:
-            vectors = attached._vectors
+            run(encoder)
+            vectors = attached._cache.vectors
             out = run(encoder)
             (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
-            assert attached._vectors is vectors
+            assert attached._cache.vectors is vectors
             assert attached.update is ops.get(path or "reference")
             with torch.no_grad():
                 part.bias.add_(0.1)  # a step of the optimiser
                 changed = run(encoder)
                 part.bias.sub_(0.1)
-            assert attached._vectors is vectors
+            assert attached._cache.vectors is vectors
             assert not torch.allclose(changed, run(encoder))
         gradients.append(part.bias.grad.clone())
         part.bias.grad = None
@@ -73,7 +74,7 @@ def test_folded_update_is_the_unfolded_equation(encoder, adapter):
     with attach(encoder.model, adapter, "mood") as attached:
         run(encoder)
         hidden = torch.randn(1, 4, slot.d_in)
-        attached._before_layer(slot.layer)(encoder.model, (hidden,), {})
+        attached.before_layer(slot.layer, hidden)
         chosen = attached.routes[slot.layer]
         layer = encoder.model.get_submodule(slot.path)
         delta = layer(x) - layer.base_layer(x)

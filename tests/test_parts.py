@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from uhl.adapter import UHLAdapter
-from uhl.config import UHLConfig
+from uhl.config import Sizes
 from uhl.errors import UHLError
 from uhl.mixer import BASIS, bias_features, type_features
 from uhl.router import route
@@ -14,7 +14,7 @@ from uhl.router import route
 
 @pytest.fixture(scope="module")
 def full():
-    return UHLAdapter(UHLConfig())
+    return UHLAdapter(Sizes())
 
 
 def test_stated_sizes(full):
@@ -85,6 +85,6 @@ def test_route_does_not_depend_on_the_streams_scale():
 
 def test_settings_name_the_mistake():
     with pytest.raises(UHLError, match="atom: Extra inputs"):
-        UHLConfig(atom=3)
+        Sizes(atom=3)
     with pytest.raises(UHLError, match="top_k"):
-        UHLConfig(top_k=0)
+        Sizes(top_k=0)

@@ -10,11 +10,11 @@ from sklearn.linear_model import Ridge
 
 from uhl.adapter import UHLAdapter
 from uhl.anchors import batches, final_means, observe, stream_states
-from uhl.config import ARMS, UHLConfig
+from uhl.config import ARMS, Sizes
 from uhl.errors import UHLError
 from uhl.host import find_slots
-from uhl.layer import attach
 from uhl.models import Encoder
+from uhl.peft_method import attach
 from uhl.port import PENALTIES, basis_of, port, ridge, why_not
 from uhl.stages import make_anchors
 
@@ -23,7 +23,7 @@ def trained(source, projector="canonical", width=16):
     """An adapter with anchors on a source, its parts filled at random."""
     from conftest import fill
 
-    adapter = UHLAdapter(UHLConfig(atoms=12, width=width, hidden=6, projector=projector))
+    adapter = UHLAdapter(Sizes(atoms=12, width=width, hidden=6, projector=projector))
     adapter.add_task("mood", ("negative", "positive"), "sentence")
     fill(adapter)
     texts = sorted(set(sentences(200)))

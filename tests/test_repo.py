@@ -140,10 +140,10 @@ def test_real_data_trains_above_its_trivial_baseline(name, tmp_path):
 
     from uhl import stages, tasks
     from uhl.adapter import UHLAdapter
-    from uhl.config import TrainConfig, UHLConfig
+    from uhl.config import Sizes, TrainConfig
     from uhl.head import fit_head
-    from uhl.layer import attach
     from uhl.models import load_encoder
+    from uhl.peft_method import attach
     from uhl.train import Classifier, predict, train
 
     folder, kind, columns, labels, least = REAL[name]
@@ -158,7 +158,7 @@ def test_real_data_trains_above_its_trivial_baseline(name, tmp_path):
     few = {"sentence": 1500, "pair": 1200, "token": 400}[kind]
     task = whole.subset("train", few, 0).subset("dev", 400, 0).subset("test", 400, 0)
     encoder = stages.freeze(load_encoder("minilm-l6"))
-    adapter = UHLAdapter(UHLConfig(projector="dimension"))
+    adapter = UHLAdapter(Sizes(projector="dimension"))
     part = adapter.add_task("t", task.labels, task.kind)
     part.bias.requires_grad_(False)
     torch.manual_seed(0)

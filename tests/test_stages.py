@@ -11,8 +11,8 @@ from conftest import sentences
 from uhl import runs, search, stages, store
 from uhl.baselines import METHODS
 from uhl.errors import UHLError
-from uhl.layer import attach
 from uhl.outcome import merge
+from uhl.peft_method import attach
 from uhl.runs import Settings
 from uhl.tasks import load_task
 from uhl.train import Classifier, predict

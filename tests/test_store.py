@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from uhl import budget, store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes
-from uhl.config import UHLConfig
+from uhl.config import Sizes
 from uhl.errors import UHLError
-from uhl.layer import attach
+from uhl.peft_method import attach
 
 
 @pytest.fixture
@@ -58,11 +58,11 @@ def test_formula_equals_the_file(with_anchors, path):
 
 
 def test_full_size_adapter_keeps_the_budget(tmp_path):
-    adapter = UHLAdapter(UHLConfig())
+    adapter = UHLAdapter(Sizes())
     adapter.add_task("t", ("a", "b"), "sentence")
     size = store.save(adapter, tmp_path / "a.safetensors").stat().st_size
     assert size <= 128_000
-    parts = budget.part_bytes(UHLConfig(), [2], 512, 60_000)
+    parts = budget.part_bytes(Sizes(), [2], 512, 60_000)
     assert parts["dictionary"] == 66_048
     assert parts["projector"] <= 4096
     assert sum(parts.values()) < 1_000_000

@@ -9,10 +9,10 @@ from transformers import TrainerCallback
 from uhl import train
 from uhl.adapter import TaskPart, UHLAdapter
 from uhl.baselines import METHODS, own_frame, run_baseline, start
-from uhl.config import TrainConfig, UHLConfig
+from uhl.config import Sizes, TrainConfig
 from uhl.errors import UHLError
 from uhl.head import fit_head
-from uhl.layer import attach
+from uhl.peft_method import attach
 from uhl.train import Classifier, predict
 
 
@@ -130,7 +130,7 @@ def test_baselines_train_what_they_say(make_encoder, task, method, tmp_path):
 
 
 def test_the_fitted_head_is_the_logistic_regression(encoder, task):
-    part = TaskPart(UHLConfig(), task.labels, task.kind)
+    part = TaskPart(Sizes(), task.labels, task.kind)
     classifier = Classifier(encoder.model, part, own_frame(encoder, list(task.data["unlabelled"]["text"])))
     fit_head(classifier, encoder, task)
     from sklearn.linear_model import LogisticRegression
@@ -180,7 +180,7 @@ def test_words_beyond_the_length_count_as_outside(encoder):
     words, tags = ["good", "film", "bad", "plot"] * 5, [1, 0, 1, 0] * 5
     rows = Dataset.from_dict({"tokens": [words, words[:3]], "tags": [tags, tags[:3]]})
     task = Task("ner", "token", ("O", "B-X"), DatasetDict({"test": rows}))
-    part = TaskPart(UHLConfig(width=24), task.labels, "token")
+    part = TaskPart(Sizes(width=24), task.labels, "token")
     with torch.no_grad():
         part.head_bias[1] = 5.0  # every word that the model sees is an entity
     texts = sorted(set(sentences(40)))

@@ -1,1 +1,6 @@
-"""UniHyperLoRA: one small adapter file that attaches to any Transformer."""
+"""UniHyperLoRA: one adapter file for many Transformers. Importing it registers the PEFT method `UNIHYPERLORA`."""
+
+from uhl.config import UHLConfig
+from uhl.peft_method import UHLModel
+
+__all__ = ["UHLConfig", "UHLModel"]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from uhl.config import UHLConfig
+from uhl.config import Sizes
 from uhl.dictionary import AtomDictionary
 from uhl.errors import UHLError
 from uhl.frame import Frame
@@ -31,15 +31,25 @@ if TYPE_CHECKING:
 
 
 class TaskPart(nn.Module):
-    """What belongs to one task: router embedding (A,), bias (8, A), head weight (labels, C) and bias (labels,)."""
+    """What belongs to one task: router embedding (A,), bias (8, A), head weight (labels, C) and bias (labels,).
 
-    def __init__(self, config: UHLConfig, labels: Sequence[str], kind: str) -> None:
+    A task without labels has no head: the host's own is used. A static router's embedding starts with the gates of K
+    random atoms open.
+    """
+
+    def __init__(self, config: Sizes, labels: Sequence[str], kind: str) -> None:
         super().__init__()
         self.labels, self.kind = tuple(labels), kind
         self.embedding = nn.Parameter(torch.zeros(config.atoms))
+        if config.router == "static":
+            start = torch.rand(config.atoms, generator=torch.Generator().manual_seed(config.seed))
+            self.embedding = nn.Parameter(start + 0.5)
         self.bias = nn.Parameter(torch.zeros(BASIS, config.atoms))
-        self.head = nn.Parameter(torch.zeros(len(labels), config.width))
-        self.head_bias = nn.Parameter(torch.zeros(len(labels)))
+        self.head: nn.Parameter
+        self.head_bias: nn.Parameter
+        if labels:
+            self.head = nn.Parameter(torch.zeros(len(labels), config.width))
+            self.head_bias = nn.Parameter(torch.zeros(len(labels)))
 
     def route_embedding(self) -> Float[Tensor, " A"]:
         """The task's offset on the router's scores, as stored (8-bit)."""
@@ -55,27 +65,45 @@ Vectors = tuple[Float[Tensor, "A d_in"], Float[Tensor, "A d_out"]]
 
 @dataclass
 class Folded:
-    """An adapter in one host's coordinates. ``atoms`` maps a weight's path to (V~, U~, strength)."""
+    """An adapter in one host's coordinates. ``atoms`` maps a weight's path to (V~, U~, strength).
+
+    ``route`` reads a layer's input (None: the router is static); ``own_routes`` read the inputs of weights that do not
+    share their layer's route.
+    """
 
     atoms: dict[str, tuple[Float[Tensor, "A d_in"], Float[Tensor, "A d_out"], Float[Tensor, " A"]]]
-    route: Float[Tensor, "A D"]
+    route: Float[Tensor, "A D"] | None
+    own_routes: dict[str, Float[Tensor, "A d_in"]]
     embedding: Float[Tensor, " A"]
 
 
 class UHLAdapter(nn.Module):
     """All parts of an adapter, and its tasks. Parameters are drawn from ``config.seed`` alone."""
 
-    def __init__(self, config: UHLConfig) -> None:
+    def __init__(self, config: Sizes) -> None:
         super().__init__()
         self.config = config
         generator = torch.Generator().manual_seed(config.seed)
         self.dictionary = AtomDictionary(config.atoms, config.width, generator)
         self.projector = Projector(config.width, generator)
         self.mixer = Mixer(config.atoms, config.hidden, generator)
-        self.router = Router(config.atoms, config.width, generator)
+        self.router = Router(config.atoms, config.width, generator) if config.router == "token" else None
         self.tasks = nn.ModuleDict()
         self.anchors: Anchors | None = None
         self.info: dict[str, object] = {}
+        self.register_state_dict_post_hook(_as_stored)
+
+    def bits(self) -> dict[str, int]:
+        """Bits that each parameter is stored with, by name; 16 is float16."""
+        parts = {"dictionary": 8, "projector": 8, "mixer": 4, "router": 8}
+        of_task = {"bias": 4, "embedding": 8, "head": 8, "head_bias": 16}
+        names = [name for name, _ in self.named_parameters()]
+        return {n: of_task[n.split(".")[-1]] if n.startswith("tasks.") else parts[n.split(".")[0]] for n in names}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapter's parameters are."""
+        return self.mixer.first.device
 
     def add_task(self, name: str, labels: Sequence[str], kind: str) -> TaskPart:
         """Add a task's own parts (zeros); replaces a task of that name."""
@@ -93,9 +121,8 @@ class UHLAdapter(nn.Module):
 
     def strengths(self, slots: Sequence[Slot], task: str, scale: float = 1.0) -> Float[Tensor, "slots A"]:
         """Alpha (scale * g + d) for every weight; ``scale`` weighs the mixer alone, so a tuned bias always acts."""
-        device = self.mixer.first.device
-        mixed = self.mixer(torch.stack([type_features(s.depth, s.type) for s in slots]).to(device))
-        basis = torch.stack([bias_features(s.depth, s.type) for s in slots]).to(device)
+        mixed = self.mixer(torch.stack([type_features(s.depth, s.type) for s in slots]).to(self.device))
+        basis = torch.stack([bias_features(s.depth, s.type) for s in slots]).to(self.device)
         return self.config.alpha * (scale * mixed + basis @ fake_quantise(self.task(task).bias, 4))
 
     def vectors(self, frame: Frame, slots: Sequence[Slot]) -> dict[str, Vectors]:
@@ -123,4 +150,18 @@ class UHLAdapter(nn.Module):
         vectors = self.vectors(frame, slots) if vectors is None else vectors
         strengths = self.strengths(slots, task, scale)
         atoms = {slot.path: (*vectors[slot.path], strength) for slot, strength in zip(slots, strengths, strict=True)}
-        return Folded(atoms, self.router() @ frame.route, self.task(task).route_embedding())
+        embedding = self.task(task).route_embedding()
+        if self.router is None:
+            return Folded(atoms, None, {}, embedding)
+        router = self.router()
+        own = {slot.path: router @ frame.slots[slot.path][0] for slot in slots if not slot.shared}
+        return Folded(atoms, router @ frame.route, own, embedding)
+
+
+def _as_stored(adapter: UHLAdapter, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    """A state dict holds what the file would give back: saving, loading and asking again gives the same values."""
+    for name, bits in adapter.bits().items():
+        value = state[prefix + name]
+        if value.device.type != "meta":
+            stored = fake_half(value) if bits == 16 else fake_quantise(value.float(), bits)
+            state[prefix + name] = stored.detach().to(value.dtype)

@@ -14,7 +14,7 @@ from torch import nn
 from uhl import budget
 from uhl.adapter import TaskPart
 from uhl.anchors import observe
-from uhl.config import TrainConfig, UHLConfig
+from uhl.config import Sizes, TrainConfig
 from uhl.errors import one_of
 from uhl.frame import Frame
 from uhl.head import fit_head
@@ -55,7 +55,7 @@ def own_frame(encoder: Encoder, texts: Sequence[str], width: int = 256) -> Frame
 
 def start(encoder: Encoder, task: Task, texts: Sequence[str], max_length: int = 64) -> Start:
     """Fit the head on the bare host. Every method begins there, and `head` stays there."""
-    part = TaskPart(UHLConfig(), task.labels, task.kind)
+    part = TaskPart(Sizes(), task.labels, task.kind)
     for p in (part.embedding, part.bias):
         p.requires_grad_(False)
     device = next(encoder.model.parameters()).device

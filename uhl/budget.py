@@ -15,7 +15,7 @@ import pandas as pd
 
 from uhl import host, store
 from uhl.adapter import UHLAdapter
-from uhl.config import WEIGHT_TYPES, UHLConfig
+from uhl.config import WEIGHT_TYPES, Sizes
 from uhl.host import Slot
 from uhl.mixer import BASIS
 from uhl.projector import FEATURES, HIDDEN
@@ -26,7 +26,7 @@ SCALE = 2  # bytes of a float16
 
 
 def part_bytes(
-    config: UHLConfig, labels: Sequence[int] = (), anchors: int = 0, text: int = 0, depths: int = 3
+    config: Sizes, labels: Sequence[int] = (), anchors: int = 0, text: int = 0, depths: int = 3
 ) -> dict[str, int]:
     """Bytes of each part by formula. ``labels``: label count of each task; ``text``: bytes of the packed texts."""
     a, c, h = config.atoms, config.width, config.hidden
@@ -35,7 +35,7 @@ def part_bytes(
         "dictionary": 2 * (a * c + SCALE * a),
         "projector": HIDDEN * (FEATURES + 1) + c * (HIDDEN + 2) + SCALE * (HIDDEN + c),
         "mixer": -(-mixer_first // 2) + -(-mixer_second // 2) + SCALE * (h + a),
-        "router": a * c + SCALE * a,
+        "router": a * c + SCALE * a if config.router == "token" else 0,
     }
     parts["tasks"] = sum(-(-BASIS * a // 2) + SCALE * BASIS + a + SCALE + n * c + SCALE * n + SCALE * n for n in labels)
     parts["anchors"] = (depths + 1) * (anchors * c + 2 * SCALE * c) + text if anchors else 0
@@ -47,12 +47,14 @@ def file_bytes(path: str | Path) -> dict[str, int]:
     raw = Path(path).read_bytes()
     length = int.from_bytes(raw[:8], "little")
     entries = json.loads(raw[8 : 8 + length])
-    parts = dict.fromkeys(("dictionary", "projector", "mixer", "router", "tasks", "anchors"), 0)
+    parts = dict.fromkeys(("dictionary", "projector", "mixer", "router", "tasks", "anchors", "host"), 0)
     for name, entry in entries.items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
-            part = {"task": "tasks"}.get(name.split(".")[0], name.split(".")[0])
+            part = {"task": "tasks"}.get(name.split(".")[0], name.split(".")[0]) if store.is_stored(name) else "host"
             parts[part] += end - start
+    if not parts["host"]:  # nothing but an adapter
+        del parts["host"]
     return parts | {"header": 8 + length}
 
 
@@ -65,18 +67,18 @@ def adapter_parts(adapter: UHLAdapter) -> dict[str, int]:
     return part_bytes(adapter.config, labels, len(adapter.anchors.texts), text, len(adapter.anchors.stream))
 
 
-def routing_flops(config: UHLConfig, slots: Sequence[Slot], width: int) -> int:
+def routing_flops(config: Sizes, slots: Sequence[Slot], width: int) -> int:
     """FLOPs per token of the routes: 2 A D a layer that carries atoms."""
     return 2 * config.atoms * width * len({s.layer for s in slots})
 
 
-def update_flops(config: UHLConfig, slots: Sequence[Slot]) -> int:
+def update_flops(config: Sizes, slots: Sequence[Slot]) -> int:
     """FLOPs per token of the updates on the reference path: 2 K (d_in + d_out) a weight."""
     k = min(config.top_k, config.atoms)
     return sum(2 * k * (s.d_in + s.d_out) for s in slots)
 
 
-def extra_flops_pct(config: UHLConfig, slots: Sequence[Slot], all_slots: Sequence[Slot], width: int) -> float:
+def extra_flops_pct(config: Sizes, slots: Sequence[Slot], all_slots: Sequence[Slot], width: int) -> float:
     """The adapter's FLOPs in percent of the host's linear layers, of which ``all_slots`` is the list."""
     extra = routing_flops(config, slots, width) + update_flops(config, slots)
     return 100.0 * extra / host.linear_flops(list(all_slots))
@@ -87,7 +89,7 @@ def lora_flops_pct(rank: int, slots: Sequence[Slot], all_slots: Sequence[Slot]) 
     return 100.0 * sum(2 * rank * (s.d_in + s.d_out) for s in slots) / host.linear_flops(list(all_slots))
 
 
-def table(config: UHLConfig, hosts: dict[str, tuple[list[Slot], int]]) -> pd.DataFrame:
+def table(config: Sizes, hosts: dict[str, tuple[list[Slot], int]]) -> pd.DataFrame:
     """FLOPs per token for several hosts, each given as (all its weights, width)."""
     rows = []
     for name, (slots, width) in hosts.items():

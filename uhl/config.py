@@ -1,9 +1,19 @@
-"""Settings of an adapter: the sizes of the design (A, C, K, ...) and how it is trained. Unknown names are errors."""
+"""Settings of an adapter: the sizes of the design (A, C, K, ...), how it is trained, and the PEFT configuration.
+
+Unknown names are errors.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from huggingface_hub import hf_hub_download
+from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.peft_types import PeftType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from uhl.errors import UHLError
@@ -11,6 +21,7 @@ from uhl.errors import UHLError
 WeightType = Literal["Q", "K", "V", "O", "FFN"]
 WEIGHT_TYPES: tuple[WeightType, ...] = ("Q", "K", "V", "O", "FFN")
 ProjectorKind = Literal["dimension", "canonical"]
+RouterKind = Literal["token", "static"]
 ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "shuffled")
 
 
@@ -27,15 +38,16 @@ class _Strict(BaseModel):
             raise UHLError(f"{type(self).__name__}, {name}: {first['msg']}; settings are: {known}") from error
 
 
-class UHLConfig(_Strict):
-    """Sizes of an adapter. The defaults are the hypothesis's."""
+class Sizes(_Strict):
+    """What an adapter's parts are, as its file records it. The defaults are the hypothesis's."""
 
     atoms: int = Field(128, ge=1, description="A, rank-1 atoms in the dictionary")
     width: int = Field(256, ge=1, description="C, canonical width")
     top_k: int = Field(2, ge=1, description="K, most atoms that a token may use")
     hidden: int = Field(14, ge=1, description="hidden units of the mixer")
     alpha: float = Field(1.0, gt=0, le=1e4, allow_inf_nan=False, description="scale of the whole update")
-    projector: ProjectorKind = Field("canonical", description="how P is obtained on the source")
+    projector: ProjectorKind = Field("dimension", description="how P is obtained on the source")
+    router: RouterKind = Field("token", description="atoms chosen per token, or (static) per task, which can be merged")
     types: tuple[WeightType, ...] = Field(WEIGHT_TYPES, min_length=1, description="weight types that carry atoms")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the initial parameters")
 
@@ -54,3 +66,84 @@ class TrainConfig(_Strict):
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
     max_length: int = Field(64, ge=8, description="tokens")
     seed: int = Field(0, ge=0)
+
+
+NAME = "UNIHYPERLORA"
+
+
+def _peft_type() -> PeftType:
+    """The method's member of PEFT's enumeration, added once: a plain string would break those who ask for its value."""
+    if NAME not in PeftType.__members__:
+        member = str.__new__(PeftType, NAME)
+        member._name_, member._value_ = NAME, NAME
+        PeftType._member_map_[NAME] = PeftType._value2member_map_[NAME] = member
+        PeftType._member_names_.append(NAME)
+    return PeftType(NAME)
+
+
+@dataclass
+class UHLConfig(PeftConfig):
+    """Configuration of the PEFT method `UNIHYPERLORA`; the first eight fields are those of :class:`Sizes`.
+
+    ``target_modules`` (names, or a regular expression) defaults to every weight of a known type, found in the host at
+    hand and not stored, so that the same adapter serves other hosts. ``task`` names the task whose parts are used.
+    ``init_weights=False`` draws U at random, so that a new adapter changes the host's outputs.
+    """
+
+    atoms: int = field(default=128, metadata={"help": "A, rank-1 atoms in the dictionary"})
+    width: int = field(default=256, metadata={"help": "C, canonical width"})
+    top_k: int = field(default=2, metadata={"help": "K, most atoms that a token may use"})
+    hidden: int = field(default=14, metadata={"help": "hidden units of the mixer"})
+    alpha: float = field(default=1.0, metadata={"help": "scale of the whole update"})
+    projector: str = field(default="dimension", metadata={"help": "dimension or canonical"})
+    router: str = field(default="token", metadata={"help": "token, or static (can be merged)"})
+    types: list[str] | None = field(default=None, metadata={"help": "weight types that carry atoms; all by default"})
+    seed: int | None = field(default=None, metadata={"help": "of the initial parameters; by default torch's own"})
+    task: str = field(default="main", metadata={"help": "the task whose parts are used"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "weights to adapt; by default all"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "weights not to adapt"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained and saved beside"})
+    init_weights: bool = field(default=True, metadata={"help": "U at zero; for tests, False makes it random"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = _peft_type()
+        if isinstance(self.target_modules, (list, tuple)):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        self.sizes()
+
+    def sizes(self) -> Sizes:
+        """The adapter's sizes, checked. Raises :class:`UHLError`."""
+        given = {name: getattr(self, name) for name in Sizes.model_fields}
+        given["types"] = WEIGHT_TYPES if self.types is None else tuple(self.types)
+        return Sizes(**{name: value for name, value in given.items() if value is not None})
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
+        """PEFT's configuration file; the tuner completes the adapter's file beside it."""
+        super().save_pretrained(str(save_directory), **kwargs)
+        complete: Callable[[Path], None] | None = getattr(self, "_complete", None)
+        if complete is not None:
+            complete(Path(save_directory))
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: object
+    ) -> UHLConfig:
+        """PEFT's, and where the adapter's file is: its header says what the configuration must agree with."""
+        found: UHLConfig = super().from_pretrained(str(pretrained_model_name_or_path), subfolder, **kwargs)
+        if isinstance(found, UHLConfig):
+            path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+            if not path.is_file() and not path.parent.is_dir():
+                path = _from_hub(str(pretrained_model_name_or_path), subfolder, kwargs)
+            if path.is_file():
+                found._file = path  # type: ignore[attr-defined]
+        return found
+
+
+def _from_hub(name: str, subfolder: str | None, kwargs: dict[str, object]) -> Path:
+    """The adapter's file in the hub's cache; PEFT reports it when there is none."""
+    known = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    try:
+        return Path(hf_hub_download(name, SAFETENSORS_WEIGHTS_NAME, subfolder=subfolder, **known))  # type: ignore[call-overload]
+    except Exception:  # many kinds; PEFT itself says what is missing when it loads the weights
+        return Path()

@@ -20,8 +20,8 @@ from uhl.adapter import UHLAdapter
 from uhl.files import write_atomic
 from uhl.frame import Frame
 from uhl.host import find_slots
-from uhl.layer import attach
 from uhl.models import Encoder
+from uhl.peft_method import attach
 from uhl.runs import Settings
 from uhl.tasks import Task
 from uhl.train import Classifier, Prediction, predict

@@ -33,8 +33,8 @@ from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame, canonical_basis, dimension_frame
 from uhl.host import Slot, find_slots
-from uhl.layer import attach
 from uhl.models import Encoder
+from uhl.peft_method import attach
 
 SCALES = (0.0, 0.25, 0.5, 1.0)
 PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squared singular value

@@ -13,13 +13,13 @@ from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
 QMAX = {8: 127, 4: 7}
-SMALLEST_SCALE = 2.0**-14  # float16's smallest normal number
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0  # float16's smallest normal number, and its largest
 
 
 def quantise(x: Float[Tensor, "*rows n"], bits: int) -> tuple[Int8[Tensor, "*rows n"], Float[Tensor, "*rows"]]:
     """Integers and float16 scales of each row (the last axis) of ``x``. ``bits`` is 8 or 4."""
     qmax = QMAX[bits]
-    scale = (x.abs().amax(-1) / qmax).clamp_min(SMALLEST_SCALE).half()
+    scale = (x.abs().amax(-1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
     integers = (x / scale.float().unsqueeze(-1)).round().clamp(-qmax, qmax).to(torch.int8)
     return integers, scale
 
@@ -35,9 +35,14 @@ def fake_quantise(x: Float[Tensor, "*rows n"], bits: int) -> Float[Tensor, "*row
     return stored + (x - x.detach())
 
 
+def to_half(x: Tensor) -> Tensor:
+    """``x`` as float16, the largest where it is larger."""
+    return x.clamp(-LARGEST_SCALE, LARGEST_SCALE).half()
+
+
 def fake_half(x: Tensor) -> Tensor:
-    """``x`` rounded to float16, with the gradient of the identity."""
-    return x.detach().half().float() + (x - x.detach())
+    """``x`` rounded to float16 (the largest where it is larger), with the gradient of the identity."""
+    return to_half(x.detach()).float() + (x - x.detach())
 
 
 def pack4(q: Int8[Tensor, "*shape"]) -> UInt8[Tensor, " bytes"]:

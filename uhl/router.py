@@ -4,7 +4,8 @@
     s_j    = [sigmoid(score_j) > 1/2] for j in top-K    straight-through: the gradient is the sigmoid's
 
 Decided once per token and layer, at the layer's input, and shared by that layer's weights. A token may use fewer than
-K atoms; E[k] is the mean of the gates' sum, and has a gradient.
+K atoms; E[k] is the mean of the gates' sum, and has a gradient. A static router drops the first term: one choice a
+task, for all tokens and layers.
 """
 
 from __future__ import annotations
@@ -43,6 +44,11 @@ def route(
     """Choose atoms for every token. ``folded`` is R P_in, so no canonical coordinates are ever formed."""
     rms = hidden.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
     scores = (hidden @ folded.T) * rms + task  # (..., T, A)
+    return choose(scores, top_k)
+
+
+def choose(scores: Float[Tensor, "*b A"], top_k: int) -> Route:
+    """Straight-through gates of the best ``top_k`` scores."""
     top, index = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
     soft = torch.sigmoid(top)
     hard = (soft > 0.5).to(soft.dtype)

@@ -27,7 +27,7 @@ import transformers
 import yaml
 from pydantic import Field
 
-from uhl.config import ProjectorKind, TrainConfig, UHLConfig, _Strict
+from uhl.config import ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_text
 from uhl.readers import Kind, TaskSpec
@@ -89,9 +89,9 @@ class Settings(_Strict):
             raise UHLError("`columns` and `labels` describe a task by hub id or path; set `kind` too")
         return self.task
 
-    def adapter_config(self, projector: str) -> UHLConfig:
+    def adapter_config(self, projector: str) -> Sizes:
         """Sizes of an adapter trained under these settings."""
-        return UHLConfig(projector=projector, seed=self.seed, alpha=self.alpha, top_k=self.top_k)
+        return Sizes(projector=projector, seed=self.seed, alpha=self.alpha, top_k=self.top_k)
 
     def train_config(self, **changes: object) -> TrainConfig:
         """Training settings; ``changes`` override single ones."""

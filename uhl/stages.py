@@ -19,9 +19,9 @@ from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
-from uhl.layer import attach
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
+from uhl.peft_method import attach
 from uhl.port import Port, basis_of, port, why_not
 from uhl.runs import Settings
 from uhl.tasks import Task

@@ -11,6 +11,9 @@
 | `anchors.text`                          | uint8, zlib of the texts joined by newline |
 | `anchors.head`, `anchors.stream.<i>`    | int8 (C, N), `.scale`, `.centre` float16 (C) |
 
+Tensors of the host that PEFT trained beside the adapter (`modules_to_save`) may follow under their own names; the
+header lists them. A static router stores no `router`, a task without labels no head.
+
 The header's metadata is one JSON object (:class:`Header`) with the format, its version, the configuration, the tasks,
 free information and the sha256 of all tensor bytes in order of name. :func:`layout` gives the tensors that a header
 promises; a file must hold exactly these.
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,21 +36,22 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from uhl.adapter import TaskPart, UHLAdapter
+from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes
-from uhl.config import UHLConfig
+from uhl.config import Sizes
 from uhl.errors import UHLError
 from uhl.files import write_atomic
 from uhl.mixer import BASIS, INPUTS
 from uhl.projector import FEATURES, HIDDEN
-from uhl.quant import QMAX, SMALLEST_SCALE, dequantise, pack4, quantise, unpack4
+from uhl.quant import QMAX, SMALLEST_SCALE, dequantise, pack4, quantise, to_half, unpack4
 
 FORMAT, VERSION, KEY = "uhl-adapter", "1", "uhl"
 MAX_FILE, MAX_HEADER = 16 << 20, 1 << 20  # bytes of a file, and of its header
 MAX_TEXT, MAX_LINE = 8 << 20, 64 << 10  # bytes of all anchor texts unpacked, characters of one
+BYTES = {"I8": 1, "U8": 1, "F16": 2}
 Spec = tuple[str, tuple[int, ...]]  # a tensor's safetensors dtype and shape
 
 
@@ -54,7 +59,7 @@ class TaskEntry(BaseModel):
     """What the header says of a task."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    labels: list[str] = Field(min_length=1)
+    labels: list[str]
     kind: Literal["sentence", "pair", "token"]
 
 
@@ -67,7 +72,10 @@ class AnchorEntry(BaseModel):
 
 
 class Header(BaseModel):
-    """The header's metadata. ``info`` is free: the source and where a task was tuned."""
+    """The header's metadata. ``info`` is free: the source and where a task was tuned.
+
+    ``extra`` names tensors of the host that were trained beside the adapter (PEFT's `modules_to_save`).
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal["uhl-adapter"] = "uhl-adapter"
@@ -76,26 +84,30 @@ class Header(BaseModel):
     tasks: dict[str, TaskEntry]
     anchors: AnchorEntry | None
     info: dict[str, Any]
+    extra: list[str] = []
     sha256: str
 
 
-def layout(config: UHLConfig, tasks: Mapping[str, TaskEntry], anchors: int, depths: int, text: int) -> dict[str, Spec]:
+def layout(config: Sizes, tasks: Mapping[str, TaskEntry], anchors: int, depths: int, text: int) -> dict[str, Spec]:
     """Every tensor of a file by name. ``anchors``: how many, 0 for none; ``text``: bytes of their packed texts."""
     a, c, h = config.atoms, config.width, config.hidden
     rows: dict[str, tuple[int, int, int]] = {  # rows, columns, bits
         "dictionary.u": (a, c, 8),
         "dictionary.v": (a, c, 8),
-        "router": (a, c, 8),
         "projector.first": (HIDDEN, FEATURES + 1, 8),
         "projector.second": (c, HIDDEN + 2, 8),
         "mixer.first": (h, INPUTS + 1, 4),
         "mixer.second": (a, h + 1, 4),
     }
+    if config.router == "token":
+        rows["router"] = (a, c, 8)
     out: dict[str, Spec] = {}
     for name, task in tasks.items():
-        rows |= {f"task.{name}.bias": (BASIS, a, 4), f"task.{name}.head": (len(task.labels), c, 8)}
+        rows[f"task.{name}.bias"] = (BASIS, a, 4)
         out |= {f"task.{name}.embedding": ("I8", (a,)), f"task.{name}.embedding.scale": ("F16", ())}
-        out[f"task.{name}.head_bias"] = ("F16", (len(task.labels),))
+        if task.labels:  # without them the host's own head is used
+            rows[f"task.{name}.head"] = (len(task.labels), c, 8)
+            out[f"task.{name}.head_bias"] = ("F16", (len(task.labels),))
     for name, (count, columns, bits) in rows.items():
         out[name] = ("I8", (count, columns)) if bits == 8 else ("U8", (-(-count * columns // 2),))
         out[f"{name}.scale"] = ("F16", (count,))
@@ -106,43 +118,60 @@ def layout(config: UHLConfig, tasks: Mapping[str, TaskEntry], anchors: int, dept
     return out
 
 
-def _shared(adapter: UHLAdapter) -> dict[str, tuple[nn.Parameter, int]]:
-    """Shared matrices by stored name, with their bits."""
-    return {
-        "dictionary.u": (adapter.dictionary.u, 8),
-        "dictionary.v": (adapter.dictionary.v, 8),
-        "projector.first": (adapter.projector.first, 8),
-        "projector.second": (adapter.projector.second, 8),
-        "mixer.first": (adapter.mixer.first, 4),
-        "mixer.second": (adapter.mixer.second, 4),
-        "router": (adapter.router.weight, 8),
-    }
+def _parameters(adapter: UHLAdapter) -> dict[str, tuple[str, int]]:
+    """The adapter's parameters and their bits, by stored name."""
+    short = {"router.weight": "router"}
+    return {short.get(n, n.replace("tasks.", "task.", 1)): (n, bits) for n, bits in adapter.bits().items()}
 
 
-def _of_task(part: TaskPart) -> dict[str, tuple[nn.Parameter, int]]:
-    return {"bias": (part.bias, 4), "embedding": (part.embedding, 8), "head": (part.head, 8)}
+def is_stored(name: str) -> bool:
+    """Whether a name is one of a file's tensors."""
+    return name.startswith(("dictionary.", "projector.", "mixer.", "router", "task.", "anchors."))
 
 
-def _parameters(adapter: UHLAdapter) -> dict[str, tuple[nn.Parameter, int]]:
-    own = {f"task.{n}.{k}": v for n in adapter.tasks for k, v in _of_task(adapter.task(n)).items()}
-    return _shared(adapter) | own
+def pack_values(adapter: UHLAdapter, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Stored tensors of parameter values, by the adapter's parameter names."""
+    out: dict[str, Tensor] = {}
+    for name, (parameter, bits) in _parameters(adapter).items():
+        value = values[parameter].detach().cpu().float()
+        if bits == 16:
+            out[name] = to_half(value)
+            continue
+        integers, out[name + ".scale"] = quantise(value, bits)
+        out[name] = pack4(integers) if bits == 4 else integers
+    return {name: value.contiguous() for name, value in sorted(out.items())}
+
+
+def unpack_values(adapter: UHLAdapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`pack_values`, float32. Raises :class:`UHLError` for values outside of their bits."""
+    shapes = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+    out: dict[str, Tensor] = {}
+    for name, (parameter, bits) in _parameters(adapter).items():
+        stored = tensors[name]
+        if bits == 16:
+            out[parameter] = stored.float()
+            continue
+        integers = unpack4(stored, shapes[parameter]) if bits == 4 else stored
+        if bits == 4 and (integers < -QMAX[4]).any():
+            raise UHLError(f"tensor {name} holds {-QMAX[4] - 1}, which is outside of 4-bit rows")
+        out[parameter] = dequantise(integers, tensors[name + ".scale"])
+    return out
 
 
 def to_tensors(adapter: UHLAdapter) -> dict[str, Tensor]:
     """Every stored tensor by name, in the file's dtypes."""
-    out: dict[str, Tensor] = {}
-    for name, (parameter, bits) in _parameters(adapter).items():
-        integers, scale = quantise(parameter.detach().cpu(), bits)
-        out[name] = pack4(integers) if bits == 4 else integers
-        out[name + ".scale"] = scale
-    for name in adapter.tasks:
-        out[f"task.{name}.head_bias"] = adapter.task(name).head_bias.detach().cpu().half()
-    if adapter.anchors:
-        text = zlib.compress("\n".join(adapter.anchors.texts).encode(), 9)
-        out["anchors.text"] = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())
-        for name, codes in _code_tables(adapter.anchors).items():
-            out |= {name: codes.values, f"{name}.scale": codes.scale, f"{name}.centre": codes.centre}
+    out = pack_values(adapter, dict(adapter.named_parameters())) | _anchor_tensors(adapter)
     return {name: value.contiguous() for name, value in sorted(out.items())}
+
+
+def _anchor_tensors(adapter: UHLAdapter) -> dict[str, Tensor]:
+    if adapter.anchors is None:
+        return {}
+    text = zlib.compress("\n".join(adapter.anchors.texts).encode(), 9)
+    out = {"anchors.text": torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())}
+    for name, codes in _code_tables(adapter.anchors).items():
+        out |= {name: codes.values, f"{name}.scale": codes.scale, f"{name}.centre": codes.centre}
+    return out
 
 
 def _code_tables(anchors: Anchors) -> dict[str, Codes]:
@@ -154,7 +183,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        total.update(value.contiguous().numpy().tobytes())
+        total.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
 
 
@@ -167,6 +196,7 @@ def to_metadata(adapter: UHLAdapter, tensors: dict[str, Tensor]) -> dict[str, st
         tasks={name: TaskEntry(labels=list(part.labels), kind=part.kind) for name, part in parts.items()},  # type: ignore[arg-type]
         anchors=AnchorEntry(count=len(anchors.texts), origin=anchors.origin) if anchors else None,
         info=adapter.info,
+        extra=sorted(name for name in tensors if not is_stored(name)),
         sha256=digest(tensors),
     )
     return {
@@ -185,8 +215,21 @@ def save(adapter: UHLAdapter, path: str | Path) -> Path:
     for name, parameter in adapter.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UHLError(f"{name} holds values that are not finite; train again with lower learning rates")
-    tensors = to_tensors(adapter)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    return _write(adapter, to_tensors(adapter), path)
+
+
+def complete(adapter: UHLAdapter, path: str | Path) -> None:
+    """Give a file of an adapter's tensors, as PEFT writes it, its header and its anchors.
+
+    Tensors that are no adapter's (`modules_to_save`) stay in the file and are named in its header.
+    """
+    tensors = load_file(path)
+    if any(is_stored(name) for name in tensors):
+        _write(adapter, tensors | _anchor_tensors(adapter), path)
+
+
+def _write(adapter: UHLAdapter, tensors: dict[str, Tensor], path: str | Path) -> Path:
+    size = sum(t.numel() * t.element_size() for name, t in tensors.items() if is_stored(name))
     if size > MAX_FILE - MAX_HEADER:
         raise UHLError(
             f"the adapter takes {size:,} bytes, files hold at most {MAX_FILE:,}; keep fewer anchors or tasks"
@@ -222,6 +265,9 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
             found: dict[str, Spec] = {n: (x.get_dtype(), tuple(x.get_shape())) for n, x in slices.items()}
             header = _header(path, meta)
             _check_layout(path, header, found)
+            own = sum(math.prod(shape) * BYTES[kind] for n, (kind, shape) in found.items() if n not in header.extra)
+            if own > MAX_FILE:
+                raise UHLError(f"{path} holds {own:,} bytes of an adapter; files hold at most {MAX_FILE:,}")
             tensors = {name: file.get_tensor(name) for name in found}
     except UHLError:
         raise
@@ -238,12 +284,16 @@ def _misfit(path: Path, why: object) -> UHLError:
 
 
 def _check_sizes(path: Path) -> None:
-    """Bound what is read: the file, and the header whose length its first eight bytes give."""
+    """Bound what is read: the file, and the header whose length its first eight bytes give.
+
+    Only a file whose header names tensors of the host (``extra``) may be larger; these are not read by :func:`load`.
+    """
     size = path.stat().st_size
-    if size > MAX_FILE:
-        raise UHLError(f"{path} has {size:,} bytes; an adapter has at most {MAX_FILE:,}. Is it a model's file?")
     with open(path, "rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
+        head = handle.read(length) if size > MAX_FILE and length <= MAX_HEADER else b""
+    if size > MAX_FILE and b'\\"extra\\": [\\"' not in head:
+        raise UHLError(f"{path} has {size:,} bytes; an adapter has at most {MAX_FILE:,}. Is it a model's file?")
     if size > 8 and MAX_HEADER < length <= size:
         raise UHLError(f"{path} has a header of {length:,} bytes; an adapter's has at most {MAX_HEADER:,}")
 
@@ -269,11 +319,13 @@ def _check_layout(path: Path, header: Header, found: dict[str, Spec]) -> None:
     text = found.get("anchors.text", ("U8", (0,)))[1]
     count = header.anchors.count if header.anchors else 0
     try:
-        config = UHLConfig(**header.config)
+        config = Sizes(**header.config)
     except UHLError as error:
         raise _misfit(path, error) from error
     wanted = layout(config, header.tasks, count, depths, text[0] if len(text) == 1 else 0)
-    for name in sorted({*wanted, *found}):
+    if any(is_stored(name) for name in header.extra):
+        raise _misfit(path, "header, extra: names a tensor of the adapter")
+    for name in sorted({*wanted, *found} - {*header.extra}):
         if name not in found:
             raise _misfit(path, f"tensor {name} is missing")
         if name not in wanted:
@@ -295,18 +347,13 @@ def _check_values(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _build(header: Header, tensors: dict[str, Tensor]) -> UHLAdapter:
-    adapter = UHLAdapter(UHLConfig(**header.config))
+    adapter = UHLAdapter(Sizes(**header.config))
     for name, task in header.tasks.items():
         adapter.add_task(name, task.labels, task.kind)
+    values = unpack_values(adapter, tensors)
     with torch.no_grad():
-        for name, (parameter, bits) in _parameters(adapter).items():
-            stored = tensors[name]
-            integers = unpack4(stored, tuple(parameter.shape)) if bits == 4 else stored
-            if bits == 4 and (integers < -QMAX[4]).any():
-                raise UHLError(f"tensor {name} holds {-QMAX[4] - 1}, which is outside of 4-bit rows")
-            parameter.copy_(dequantise(integers, tensors[name + ".scale"]))
-        for name in adapter.tasks:
-            adapter.task(name).head_bias.copy_(tensors[f"task.{name}.head_bias"].float())
+        for name, parameter in adapter.named_parameters():
+            parameter.copy_(values[name])
     adapter.info = header.info
     if header.anchors:
         adapter.anchors = _read_anchors(header.anchors, tensors)
@@ -334,7 +381,7 @@ def describe(path: str | Path) -> str:
     from uhl import budget
 
     header, _ = read(path)
-    config, path = UHLConfig(**header.config), Path(path)
+    config, path = Sizes(**header.config), Path(path)
     lines = [
         f"{path.name}: {path.stat().st_size:,} bytes, version {header.version}, sha256 {header.sha256[:12]} checked"
     ]

@@ -97,9 +97,8 @@ class Classifier(nn.Module):
         return total
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Trained parameters only: a checkpoint need not repeat the frozen host."""
-        wanted = {name for name, p in self.named_parameters() if p.requires_grad}
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k in wanted}
+        """Trained parameters only, as they are trained: not yet rounded, and without the frozen host."""
+        return {name: p.detach() for name, p in self.named_parameters() if p.requires_grad}
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load what :meth:`state_dict` gave; anything else is an error."""

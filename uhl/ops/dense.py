@@ -17,5 +17,5 @@ def update(
 ) -> Float[Tensor, "*b T d_out"]:
     """Same result as :func:`uhl.ops.reference.update`; costs 2 A (d_in + d_out) FLOPs a token."""
     read = x @ v.T  # (..., T, A)
-    mask = read.new_zeros(read.shape).scatter(-1, chosen.index, chosen.gate)
+    mask = read.new_zeros(read.shape).scatter(-1, chosen.index, chosen.gate.to(read.dtype))
     return (read * mask * strength) @ u
