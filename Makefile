@@ -1,5 +1,5 @@
 # make run [PROFILE=offline]   set up, run the whole workbook, print the results table
-# make test                    set up, lint, types, unit tests, notebooks
+# make test                    set up, lint, types, unit tests, PEFT's own tests, notebooks
 # make port TARGET=minilm-l3   one target: pre-train if needed, port
 # make lab                     JupyterLab on notebooks/
 
@@ -22,7 +22,7 @@ BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wa
 # The jobs of one target follow one another, so each has all threads.
 port: CORES = 1
 
-.PHONY: run test lint unit notebooks port lab table clean
+.PHONY: run test lint unit notebooks conformance port lab table clean
 
 $(STAMP): pyproject.toml requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -46,7 +46,7 @@ port: $(STAMP)
 	@$(SNAKE) --config profile=$(PROFILE) -- $(or $(UHL_RUNS),runs)/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
 
-test: $(STAMP) lint unit notebooks
+test: $(STAMP) lint unit conformance notebooks
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -61,6 +61,11 @@ unit: $(STAMP)
 notebooks: export OMP_NUM_THREADS = 2
 notebooks: $(STAMP)
 	UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300 notebooks
+
+# PEFT's own tests on our method; a minute, and peft's source distribution is fetched on first use.
+conformance: $(STAMP)
+	$(BIN)/python tests/conformance.py -n $(CORES)
+	$(BIN)/python tests/conformance.py -n $(CORES) --router token
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks
