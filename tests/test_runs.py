@@ -18,6 +18,19 @@ def test_an_unknown_or_mistyped_parameter_is_an_error():
     assert runs.read_parameters({"seed": 3, "In": [], "pd": pd}).seed == 3
 
 
+def test_a_notebook_may_be_run_again_in_the_same_kernel():
+    """Plain values that later cells left behind are no parameters; a mistyped one in a cell of literals still is."""
+    read = "settings = runs.read_parameters(globals())"
+    names = {"seed": 4, "outcomes": {}, "sentence": "the plot", "rows": []}
+    first = ["", "import pandas", "seed = 3", read, "outcomes = {}\nfor arm in arms:\n    pass", "rows = list(x)"]
+    assert runs.read_parameters({**names, "In": [*first, "import pandas", "seed = 4", read]}).seed == 4
+    assert runs.read_parameters({**names, "In": [*first, read]}).seed == 4  # that cell alone
+    injected = ["", "seed = 3", "# Parameters\nsede = 5", read]
+    with pytest.raises(UHLError, match="sede: Extra inputs"):
+        runs.read_parameters({"seed": 3, "sede": 5, "In": injected})
+    assert runs.read_parameters({"seed": 5, "sede": 5, "In": [*injected, "seed = 5", read]}).seed == 5  # mended
+
+
 def test_rows_follow_the_contract():
     assert tuple(runs.row(Settings(), phase="tuned")) == runs.COLUMNS
     with pytest.raises(UHLError, match="unknown column"):

@@ -8,6 +8,7 @@ of a profile, in a fixed order; it is made again whenever a manifest is written.
 
 from __future__ import annotations
 
+import ast
 import fcntl
 import json
 import os
@@ -100,17 +101,46 @@ class Settings(_Strict):
 
 
 def read_parameters(namespace: Mapping[str, object]) -> Settings:
-    """Check a notebook's parameters: its global variables that hold plain values, as papermill injects them.
+    """Check a notebook's parameters: the names that its parameters cell, or papermill, set to plain values.
 
-    Raises :class:`UHLError` for a name that is no setting (papermill itself only warns) and for a wrong value.
+    In a live kernel these are the cells of nothing but literals before the calling one, so that a notebook may be run
+    again where later cells have left plain values behind. Elsewhere all plain values of ``namespace`` count. Raises
+    :class:`UHLError` for a name that is no setting (papermill itself only warns) and for a wrong value.
     """
     found = {
         k: v for k, v in namespace.items() if not k.startswith("_") and isinstance(v, LITERALS) and k not in _IPYTHON
     }
+    cells = namespace.get("In")
+    if isinstance(cells, list) and (names := _parameter_names(cells[:-1])):
+        found = {k: v for k, v in found.items() if k in names}
     return Settings(**found)
 
 
 _IPYTHON = {"In", "Out"}
+
+
+def _parameter_names(cells: Sequence[str]) -> set[str]:
+    """Names set in the last unbroken run of executed cells that hold only assignments of literals."""
+    names: set[str] = set()
+    for cell in reversed(cells):
+        assigned = _literal_names(cell)
+        if names and assigned is None:
+            break
+        names |= assigned or set()
+    return names
+
+
+def _literal_names(cell: str) -> set[str] | None:
+    """Names that a cell sets to literals; None for a cell that does anything else."""
+    try:
+        body = ast.parse(cell).body
+        for statement in body:
+            if not isinstance(statement, ast.Assign):
+                return None
+            ast.literal_eval(statement.value)
+    except (SyntaxError, ValueError):
+        return None
+    return {t.id for s in body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
