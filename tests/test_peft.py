@@ -14,6 +14,7 @@ import uhl
 from uhl import store
 from uhl.adapter import UHLAdapter
 from uhl.errors import UHLError
+from uhl.host import find_slots
 from uhl.peft_method import attach
 
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(3))
@@ -121,6 +122,7 @@ def test_one_file_loads_into_other_hosts_and_says_what_it_did(tmp_path, shape, c
         loaded = PeftModel.from_pretrained(bert(*shape), tmp_path)
     assert not recwarn.list
     (said,) = [r.message for r in caplog.records]
+    assert "trained on BertForSequenceClassification 3 x 24: " in said
     assert f"{6 * shape[0]} weights in {shape[0]} layers at depths 0 to 1, by the `dimension` projector" in said
     assert not torch.allclose(logits(loaded), logits(bert(*shape)), atol=1e-3)
 
@@ -220,7 +222,8 @@ def test_unload_leaves_the_host_as_it_was():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in back.modules())
 
 
-def gradients(checkpointing):
+def trainable(checkpointing=None):
+    """A model in training without dropout, and with or without (non-)reentrant gradient checkpointing."""
     model = get_peft_model(bert(), uhl.UHLConfig(**SMALL))
     with torch.no_grad():
         model.base_model.uhl_adapters["default"].projector.second.add_(0.1)  # at zero its inputs get no gradient
@@ -231,23 +234,140 @@ def gradients(checkpointing):
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    model(input_ids=IDS, labels=torch.tensor([0, 1])).loss.backward()
+    return model
+
+
+def loss(model, ids=IDS, labels=(0, 1)):
+    return model(input_ids=ids, labels=torch.tensor(labels[: len(ids)])).loss
+
+
+def grads(model):
     return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    plain, checkpointed = gradients(None), gradients(False)
-    assert {n for n, g in plain.items() if not g.abs().sum() > 0} == set()
-    for name, gradient in plain.items():
-        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    plain, checkpointed = trainable(), trainable(reentrant)
+    for model in (plain, checkpointed):
+        loss(model).backward()
+    assert {n for n, g in grads(plain).items() if not g.abs().sum() > 0} == set()
+    for name, gradient in grads(plain).items():
+        torch.testing.assert_close(grads(checkpointed)[name], gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_reentrant_checkpointing_trains_and_says_what_it_cuts():
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_other_passes_may_come_between_forward_and_backward(checkpointing):
+    """Passes without gradients, of other lengths, and of the next example; sums and one backward pass after another."""
+    wanted = trainable()
+    (loss(wanted) + loss(wanted, IDS[:, :4])).backward()
+    model = trainable(checkpointing)
+    first = loss(model)
+    logits(model.eval(), IDS[:1, :3])
+    second = loss(model.train(), IDS[:, :4])
+    logits(model, IDS)
+    (first + second).backward()
+    apart = trainable(checkpointing)
+    first, second = loss(apart), loss(apart, IDS[:, :4])
+    second.backward()
+    first.backward()
+    for name, gradient in grads(wanted).items():
+        torch.testing.assert_close(grads(model)[name], gradient, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(grads(apart)[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_the_gate_sum_has_its_gradient_under_checkpointing_or_says_that_it_has_none():
+    found = []
+    for checkpointing in (None, False):
+        model = trainable(checkpointing)
+        loss(model)
+        model.base_model._attached["default"].active().backward()
+        found.append(grads(model)["base_model.uhl_adapters.default.router.weight"])
+    assert found[0].abs().max() > 1e-6
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+    model = trainable(True)
+    loss(model)
     with pytest.warns(UserWarning, match="pass use_reentrant=False"):
-        found = gradients(True)
-    plain = gradients(None)
-    for name, gradient in found.items():
-        assert torch.cosine_similarity(gradient.flatten(), plain[name].flatten(), dim=0) > 0.8, name
+        model.base_model._attached["default"].active()
+
+
+def test_checkpointing_leaves_no_trace_on_the_host():
+    model = trainable(False)
+    loss(model).backward()
+    host = model.unload()
+    assert not any(type(v).__module__ == "uhl.layer" for m in host.modules() for v in vars(m).values())
+
+
+def test_an_encoder_called_alone_trains_without_an_optimiser_between():
+    model = trainable()
+    inner = model.base_model.model.bert
+    sums = []
+    for _ in range(2):
+        inner(input_ids=IDS).last_hidden_state.pow(2).sum().backward()
+        sums.append(grads(model)["base_model.uhl_adapters.default.dictionary.v"].clone())
+    torch.testing.assert_close(sums[1], 2 * sums[0])
+    one, two = (inner(input_ids=IDS).last_hidden_state.sum() for _ in range(2))
+    one.backward()
+    two.backward()
+
+
+def test_inference_mode_before_and_after_training():
+    model = trainable().eval()
+    with torch.inference_mode():
+        first = model(input_ids=IDS).logits.clone()
+    torch.testing.assert_close(first, logits(model))
+    for name, p in model.named_parameters():
+        p.requires_grad_("tasks.main.bias" in name)
+    before = model.base_model.uhl_adapters["default"].tasks["main"].bias
+    loss(model).backward()  # what was folded in inference mode takes part
+    assert before.grad.abs().sum() > 0
+    with torch.inference_mode():
+        inside = trainable().eval()
+        torch.testing.assert_close(inside(input_ids=IDS).logits, first)
+
+
+def test_writes_that_nothing_shows_are_seen_after_a_backward_pass_or_refold():
+    model = trainable().eval()
+    before, u = logits(model), model.base_model.uhl_adapters["default"].dictionary.u
+    loss(model).backward()
+    u.data.mul_(3.0)  # as optimisers with their own copy of the parameters write
+    after = logits(model)
+    assert not torch.allclose(after, before, atol=1e-3)
+    u.data.div_(3.0)
+    model.base_model._attached["default"].refold()
+    torch.testing.assert_close(logits(model), before)
+    u.data = u.data * 3.0
+    torch.testing.assert_close(logits(model), after)
+
+
+def test_threads_do_not_share_a_pass():
+    import threading
+
+    model = trainable().eval()
+    wanted = [logits(model, IDS[:, :n]) for n in (3, 5, 7)]
+    found = {}
+
+    def work(index):
+        for _ in range(20):
+            found[index] = logits(model, IDS[:, : (3, 5, 7)[index]])
+            loss(model, IDS[:, : (3, 5, 7)[index]]).backward()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, expected in enumerate(wanted):
+        torch.testing.assert_close(found[index], expected)
+
+
+def test_a_model_can_be_pickled_and_works_on():
+    import pickle
+
+    model = trainable()
+    loss(model).backward()
+    twin = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(logits(twin.eval()), logits(model.eval()))
+    loss(twin.train()).backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -325,3 +445,200 @@ def test_attach_is_the_same_update_as_peft():
     adapter.load_state_dict(model.base_model.uhl_adapters["default"].state_dict())
     with attach(bert(), adapter, "main") as attached:
         torch.testing.assert_close(logits(attached.model), logits(model))
+
+
+def deberta(seed=0):
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {
+        "intermediate_size": 40,
+        "relative_attention": True,
+        "pos_att_type": ["c2p", "p2c"],
+        "share_att_key": True,
+    }
+    return DebertaV2Model(DebertaV2Config(**sizes, position_buckets=4, initializer_range=0.3)).eval()
+
+
+def test_relative_positions_are_routed_by_themselves_whatever_their_number():
+    """DeBERTa's key weight reads the layer's tokens, then position embeddings: once as many as tokens here."""
+    model = get_peft_model(deberta(), uhl.UHLConfig(**SMALL))
+    attached = model.base_model._attached["default"]
+    layer = model.base_model.model.encoder.layer[0].attention.self
+    seen = []
+    layer.key_proj.register_forward_hook(lambda _m, x, y: seen.append((x[0], y)))
+    for tokens in (7, 8, 9):
+        with torch.no_grad():
+            model(input_ids=torch.arange(5, 5 + tokens)[None])
+        positions, found = seen[-1]
+        assert positions.shape[1] == 8
+        slot = attached.slots[[s.path for s in attached.slots].index("encoder.layer.0.attention.self.key_proj")]
+        assert slot.twice
+        attached.after_host()  # no layer is running: routed by itself
+        torch.testing.assert_close(found, layer.key_proj(positions))
+
+
+def test_flattened_tokens_keep_their_layers_route():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 24, "word_embed_proj_dim": 24, "num_hidden_layers": 2, "ffn_dim": 40}
+    torch.manual_seed(0)
+    host = OPTForCausalLM(OPTConfig(**sizes, num_attention_heads=4, init_std=0.3, do_layer_norm_before=False)).eval()
+    model = get_peft_model(host, uhl.UHLConfig(**SMALL))
+    attached, asked = model.base_model._attached["default"], []
+    own = attached._own_reader
+    attached._own_reader = lambda *a: asked.append(a) or own(*a)
+    logits(model)
+    assert not asked
+
+
+def test_feed_forward_in_chunks_is_an_error():
+    host = bert()
+    host.config.chunk_size_feed_forward = 2
+    with pytest.raises(UHLError, match="set its config.chunk_size_feed_forward to 0"):
+        get_peft_model(host, uhl.UHLConfig(**SMALL))
+
+
+def test_depth_is_that_of_the_host_also_where_few_layers_are_targeted():
+    model = get_peft_model(bert(layers=5), uhl.UHLConfig(**SMALL, target_modules=r".*layer\.1\..*query"))
+    (slot,) = model.base_model._attached["default"].slots
+    assert slot.depth == 0.25
+
+
+def test_types_narrow_the_named_modules():
+    model = get_peft_model(bert(), uhl.UHLConfig(**SMALL, target_modules=["query", "key"], types=["K"]))
+    assert {s.path.rsplit(".")[-1] for s in model.base_model._attached["default"].slots} == {"key"}
+    logits(model)
+
+
+def two_adapters():
+    model = get_peft_model(bert(), uhl.UHLConfig(**SMALL), adapter_name="token")
+    model.add_adapter("static", uhl.UHLConfig(**{**SMALL, "seed": 6}, router="static"))
+    return model
+
+
+def test_merging_asks_the_adapters_that_are_merged():
+    model = two_adapters()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for merge in (model.merge_and_unload, model.merge_adapter):
+        with pytest.raises(UHLError, match="'token' chooses atoms"):
+            merge(adapter_names=["static", "token"])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    model.set_adapter("static")
+    wanted = logits(model)
+    model.set_adapter("token")
+    merged = model.merge_and_unload(adapter_names=["static"])
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_packed_weights_are_refused_where_their_values_are_needed():
+    host = bert()
+    model = get_peft_model(host, uhl.UHLConfig(**SMALL, router="static"))
+    base = model.base_model.model.bert.encoder.layer[0].attention.self.query.base_layer
+    base.weight = nn.Parameter(torch.zeros(24 * 24 // 2, 1, dtype=torch.uint8), requires_grad=False)
+    assert find_slots(model.base_model.model)[0].d_in == 24
+    with pytest.raises(UHLError, match="without quantisation"):
+        model.merge_adapter()
+
+
+def test_sizes_beyond_a_file_are_an_error_at_once():
+    with pytest.raises(UHLError, match="a file holds at most"):
+        uhl.UHLConfig(atoms=20_000, width=512)
+
+
+def test_values_that_are_not_finite_do_not_replace_a_good_file(tmp_path):
+    model = get_peft_model(bert(), uhl.UHLConfig(**SMALL))
+    model.save_pretrained(tmp_path)
+    good = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        model.base_model.uhl_adapters["default"].dictionary.u[0, 0] = float("nan")
+    with pytest.raises(UHLError, match="not finite"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == good
+
+
+@pytest.mark.parametrize("host", ["narrow", "distil", "llama"])
+def test_the_head_of_another_host_is_left_out_and_said(tmp_path, host, caplog, recwarn):
+    """PEFT saves the host's own classifier with a sequence classifier; it cannot move to another width or family."""
+    from transformers import DistilBertConfig, LlamaConfig, LlamaForSequenceClassification
+    from transformers import DistilBertForSequenceClassification as Distil
+
+    get_peft_model(bert(), uhl.UHLConfig(**SMALL, task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    small = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    distil = DistilBertConfig(vocab_size=64, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
+    made = {
+        "narrow": lambda: bert(2, 16),
+        "distil": lambda: Distil(distil).eval(),
+        "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**small, intermediate_size=40)).eval(),
+    }[host]()
+    plain = {n: p.clone() for n, p in made.named_parameters()}
+    recwarn.clear()
+    with caplog.at_level(logging.INFO, "uhl"):
+        model = PeftModel.from_pretrained(made, tmp_path)
+    assert not recwarn.list
+    assert "is of another host, so this host's own stays as it is" in caplog.text
+    logits(model)
+    for name, p in model.base_model.model.named_parameters():
+        assert name.replace(".base_layer", "") not in plain or torch.equal(p, plain[name.replace(".base_layer", "")])
+    model.save_pretrained(tmp_path / "again")
+    assert PeftModel.from_pretrained(bert(), tmp_path / "again")
+
+
+def test_a_loaded_configuration_alone_starts_a_new_adapter(tmp_path):
+    import shutil
+
+    model = get_peft_model(bert(), uhl.UHLConfig(**SMALL))
+    model.save_pretrained(tmp_path / "a")
+    config = uhl.UHLConfig.from_pretrained(tmp_path / "a")
+    shutil.rmtree(tmp_path / "a")
+    config.init_weights = True
+    config.inference_mode = False
+    fresh = get_peft_model(bert(), config)
+    assert torch.equal(logits(fresh), logits(bert()))
+
+
+def test_a_state_dict_of_other_sizes_or_values_is_an_error():
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    model = get_peft_model(bert(), uhl.UHLConfig(**SMALL))
+    state = get_peft_model_state_dict(model)
+    set_peft_model_state_dict(model, state)
+    for name, value, message in (
+        ("dictionary.u", state["dictionary.u"][:-1], "dictionary.u has shape"),
+        ("dictionary.u", state["dictionary.u"].float(), "expected .* I8"),
+        ("dictionary.u.scale", state["dictionary.u.scale"] * float("nan"), "not finite"),
+        ("router", None, "router is missing"),
+    ):
+        changed = state | {name: value} if value is not None else {k: v for k, v in state.items() if k != name}
+        with pytest.raises(UHLError, match=message):
+            set_peft_model_state_dict(model, changed)
+
+
+def test_a_configuration_never_rewrites_another_adapters_file(tmp_path):
+    from peft import get_peft_model_state_dict
+
+    first, other = (get_peft_model(bert(), uhl.UHLConfig(**{**SMALL, "seed": s})) for s in (1, 2))
+    other.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    get_peft_model_state_dict(first)
+    first.peft_config["default"].save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_anchors_and_provenance_come_with_the_file(tmp_path, adapter):
+    from uhl.anchors import Anchors, Codes
+
+    adapter.info = {"source": "tiny", "shape": "3 x 24"}
+    codes = [Codes.of(torch.randn(20, 16)) for _ in range(4)]
+    adapter.anchors = Anchors([f"text {i}" for i in range(20)], "generic, MIT", codes[0], codes[1:])
+    store.save(adapter, tmp_path / "adapter_model.safetensors")
+    config = uhl.UHLConfig(**adapter.config.model_dump() | {"types": None}, task="mood")
+    config.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(bert(), tmp_path)
+    found = model.base_model.uhl_adapters["default"]
+    assert found.info == adapter.info
+    assert found.anchors.texts == adapter.anchors.texts
+    model.save_pretrained(tmp_path / "again")
+    first, second = (f / "adapter_model.safetensors" for f in (tmp_path, tmp_path / "again"))
+    assert first.read_bytes() == second.read_bytes()

@@ -8,7 +8,7 @@ canonical space.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,15 @@ class Folded:
     route: Float[Tensor, "A D"] | None
     own_routes: dict[str, Float[Tensor, "A d_in"]]
     embedding: Float[Tensor, " A"]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor; those that weights share come several times."""
+        for parts in self.atoms.values():
+            yield from parts
+        yield from self.own_routes.values()
+        yield self.embedding
+        if self.route is not None:
+            yield self.route
 
 
 class UHLAdapter(nn.Module):

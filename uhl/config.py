@@ -14,7 +14,7 @@ from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from peft.utils.peft_types import PeftType
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from uhl.errors import UHLError
 
@@ -22,6 +22,7 @@ WeightType = Literal["Q", "K", "V", "O", "FFN"]
 WEIGHT_TYPES: tuple[WeightType, ...] = ("Q", "K", "V", "O", "FFN")
 ProjectorKind = Literal["dimension", "canonical"]
 RouterKind = Literal["token", "static"]
+MAX_FILE = 16 << 20  # bytes of an adapter's file
 ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "shuffled")
 
 
@@ -50,6 +51,13 @@ class Sizes(_Strict):
     router: RouterKind = Field("token", description="atoms chosen per token, or (static) per task, which can be merged")
     types: tuple[WeightType, ...] = Field(WEIGHT_TYPES, min_length=1, description="weight types that carry atoms")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the initial parameters")
+
+    @model_validator(mode="after")
+    def _fits_a_file(self) -> Sizes:
+        size = self.atoms * (3 * self.width + self.hidden) + 10 * self.width
+        if size > MAX_FILE:
+            raise ValueError(f"parts of about {size:,} bytes; a file holds at most {MAX_FILE:,}: lower atoms or width")
+        return self
 
 
 class TrainConfig(_Strict):
@@ -107,6 +115,9 @@ class UHLConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._file: Path | None = None  # where it was loaded from
+        self._left: list[str] = []  # modules_to_save of that file that do not fit the host
+        self._pending: Callable[[Path], None] | None = None  # completes the file that PEFT is writing
         self.peft_type = _peft_type()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
@@ -121,9 +132,13 @@ class UHLConfig(PeftConfig):
     def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         """PEFT's configuration file; the tuner completes the adapter's file beside it."""
         super().save_pretrained(str(save_directory), **kwargs)
-        complete: Callable[[Path], None] | None = getattr(self, "_complete", None)
+        complete, self._pending = self._pending, None
         if complete is not None:
             complete(Path(save_directory))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what a save that is under way has left."""
+        return {name: value for name, value in vars(self).items() if name != "_pending"}
 
     @classmethod
     def from_pretrained(
@@ -136,7 +151,7 @@ class UHLConfig(PeftConfig):
             if not path.is_file() and not path.parent.is_dir():
                 path = _from_hub(str(pretrained_model_name_or_path), subfolder, kwargs)
             if path.is_file():
-                found._file = path  # type: ignore[attr-defined]
+                found._file = path
         return found
 
 

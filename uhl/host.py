@@ -41,9 +41,9 @@ _PATTERNS: tuple[tuple[str, str, bool], ...] = (
     (r"(output\.dense|lin2|down_proj|fc_out|fc2|mlp\.c_proj|wo|dense_4h_to_h)", "FFN", True),
 )
 _LAYER = re.compile(r"^(.*?(?:layers?|h|blocks?)\.(\d+))\.(.+)$")
-_ELSEWHERE = re.compile(
-    r"crossattention|encoder_attn|EncDecAttention|cross_attn"
-)  # may read other states than its layer
+_ELSEWHERE = re.compile(  # may read other states than its layer, or not all of them
+    r"crossattention|encoder_attn|EncDecAttention|cross_attn|experts?\."
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Slot:
     """One weight of a host: where it is, what it is, and its shape (d_out, d_in).
 
     ``layer`` counts all layers of all stacks; -1 is a weight outside of any layer. ``shared``: whether the weight uses
-    its layer's route. Others (outside of layers, cross-attention) are routed by their own input.
+    its layer's route. Others (outside of layers, cross-attention, experts that see some of the tokens) are routed by
+    their own input; so are a ``twice`` weight's calls with another input than its layer's (DeBERTa's positions).
     """
 
     path: str
@@ -63,6 +64,7 @@ class Slot:
     d_in: int
     d_out: int
     shared: bool = True
+    twice: bool = False
 
 
 def find_slots(
@@ -71,14 +73,23 @@ def find_slots(
     """Weights of the wanted types, in layer order. ``depth`` is layer / (L - 1) in its stack, 0 for a single layer.
 
     ``paths`` names the weights instead: those of no known type count as FFN, those outside of layers have depth 0.
-    Raises :class:`UHLError` when the model has no weight of a known type.
+    Raises :class:`UHLError` when the model has no weight of a known type, and for one that runs its feed-forward blocks
+    in chunks, where a token's route would be lost.
     """
+    if getattr(getattr(model, "config", None), "chunk_size_feed_forward", 0):
+        raise UHLError("the host's feed-forward blocks run in chunks; set its config.chunk_size_feed_forward to 0")
     found: list[tuple[str, str, int, str, bool, int, int]] = []
+    last: dict[str, int] = {}  # layer of each stack, whether it carries atoms or not
     for path, module in model.named_modules():
         path = path.removesuffix(".base_layer")  # a weight that carries an adapter is still that weight
-        if not isinstance(module, (nn.Linear, Conv1D)) or (paths is not None and path not in paths):
+        if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         match = _LAYER.match(path)
+        if match:
+            stack = match[1].rpartition(".")[0]
+            last[stack] = max(last.get(stack, 0), int(match[2]))
+        if paths is not None and path not in paths:
+            continue
         kind = _classify(match[3]) if match else None
         if paths is not None:
             kind = kind or ("FFN", False)
@@ -90,17 +101,16 @@ def find_slots(
             f"{type(model).__name__} has no nn.Linear of a known type ({', '.join(types)}) inside numbered layers; "
             f"expected a Transformer such as BERT, RoBERTa, ELECTRA, DeBERTa-v2, DistilBERT, MPNet, Llama or T5"
         )
-    last: dict[str, int] = {}  # of each stack
-    for _, layer_path, number, *_ in found:
-        stack = layer_path.rpartition(".")[0]
-        last[stack] = max(last.get(stack, 0), number)
-    order = {p: i for i, p in enumerate(dict.fromkeys(lp for _, lp, *_ in sorted(found, key=_stack_order(last)) if lp))}
+    inside = sorted((row for row in found if row[1]), key=_stack_order(last))
+    order = {p: i for i, p in enumerate(dict.fromkeys(layer_path for _, layer_path, *_ in inside))}
     slots = []
     for path, layer_path, number, kind_, writer, d_in, d_out in found:
-        end = last[layer_path.rpartition(".")[0]]
+        end = last[layer_path.rpartition(".")[0]] if layer_path else 0
         depth = number / end if end > 0 and number > 0 else 0.0
         shared = bool(layer_path) and not _ELSEWHERE.search(path)
-        slots.append(Slot(path, layer_path, order.get(layer_path, -1), depth, kind_, writer, d_in, d_out, shared))
+        twice = getattr(model.get_submodule(path.rpartition(".")[0]), "share_att_key", False)
+        number = order.get(layer_path, -1)
+        slots.append(Slot(path, layer_path, number, depth, kind_, writer, d_in, d_out, shared, twice))
     return sorted(slots, key=lambda s: s.layer)
 
 
@@ -111,9 +121,10 @@ def _stack_order(last: dict[str, int]) -> Callable[[tuple[Any, ...]], tuple[int,
 
 
 def shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(d_out, d_in); transformers' Conv1D keeps its weight transposed."""
-    rows, columns = module.weight.shape
-    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+    """(d_out, d_in), also of a weight that is stored packed; transformers' Conv1D keeps its weight transposed."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    return module.out_features, module.in_features
 
 
 def stream_width(model: nn.Module) -> int | None:
@@ -139,8 +150,13 @@ def linear_flops(slots: list[Slot]) -> int:
 
 
 def weight(model: nn.Module, slot: Slot) -> torch.Tensor:
-    """The host's weight (d_out, d_in), whether an adapter is attached or not."""
+    """The host's weight (d_out, d_in), with an adapter attached or without. :class:`UHLError` for a packed one."""
     module: Any = model.get_submodule(slot.path)
     module = getattr(module, "base_layer", module)
     found: torch.Tensor = module.weight.detach()
+    if not found.dtype.is_floating_point or found.ndim != 2:
+        raise UHLError(
+            f"{slot.path} is stored as {found.dtype} {tuple(found.shape)}; merging and ported frames need weights in "
+            f"floating point: load the host without quantisation (a `dimension` adapter works on it unmerged)"
+        )
     return found.T if isinstance(module, Conv1D) else found

@@ -6,8 +6,11 @@ update. `uhl.peft_method` puts them into a host and takes them out again.
 
 from __future__ import annotations
 
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,27 +20,86 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from uhl import ops
-from uhl.adapter import Folded, UHLAdapter
+from uhl.adapter import Folded, UHLAdapter, Vectors
 from uhl.errors import UHLError
 from uhl.frame import Frame, dimension_frame
-from uhl.host import Slot, shape, stream_width
+from uhl.host import Slot, shape, stream_width, weight
 from uhl.router import Route, choose, route
 
 
+class _Spent:
+    """Whether a backward pass has run through a fold, which frees what the fold's graph has kept."""
+
+    def __init__(self, cache: _Cache) -> None:
+        self.cache, self.yes = weakref.ref(cache), False  # weak: the graph holds this, and the cache the graph
+
+    def __call__(self, _gradient: Tensor | None) -> None:
+        cache = self.cache()
+        if not self.yes and cache is not None:
+            cache.backwards += 1
+        self.yes = True
+
+
+@dataclass
+class _Fold:
+    """An adapter folded into a host, and what it was made from."""
+
+    frame: Frame
+    folded: Folded
+    learning: bool  # made with gradients
+    state: _State
+    backwards: int  # that had run before it was made
+    spent: _Spent | None = None
+
+
+def _in_backward() -> bool:
+    """Whether this thread is in a backward pass, where gradient checkpointing runs layers again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class _State:
+    """What a fold depends on. Writes through ``.data`` are not seen before the next backward pass or ``refold()``."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *others: object) -> None:
+        self.parameters = list(parameters)  # kept, so that no new parameter can have the identity of an old one
+        self.marks = [(_version(p), p.data_ptr(), p.device, p.dtype, p.requires_grad) for p in parameters]
+        self.others = others
+
+    def same(self, other: _State) -> bool:
+        mine, theirs = self.parameters, other.parameters
+        return (
+            self.marks == other.marks
+            and self.others == other.others
+            and all(a is b for a, b in zip(mine, theirs, strict=True))
+        )
+
+
+def _version(parameter: Tensor) -> int:
+    return -1 if parameter.is_inference() else parameter._version
+
+
+class _Pass(threading.local):
+    """What belongs to one forward pass. Each thread has its own, so that concurrent passes do not meet."""
+
+    def __init__(self) -> None:
+        self.inside = False  # the host's own forward pass is running
+        self.folds: dict[bool, _Fold] = {}  # of this pass, with gradients and without
+        self.graph: _Fold | None = None  # the last one with gradients
+        self.last = -1  # number of the layer that ran last
+        self.layer: tuple[int, Tensor, _Fold] | None = None  # the layer that is running, its input, its fold
+        self.routes: dict[int, Route] = {}
+        self.mask: Tensor | None = None
+
+
+@dataclass
 class _Cache:
     """What is computed from parameters: never copied with its owner, made again when it is needed."""
 
-    def __init__(self) -> None:
-        self.frame: Frame | None = None
-        self.vectors: Any = None
-        self.folded: Folded | None = None
-        self.vectors_stamp: tuple[object, ...] = ()
-        self.stamp: tuple[object, ...] = ()
-        self.graph = self.segmented = False  # folded with gradients; layers run without them, to be run again
-        self.inputs: dict[int, Tensor] = {}  # of layers that may be run again
-        self.again: int | None = None  # the layer that is being run again
-        self.routes: dict[int, Route] = {}
-        self.mask: Tensor | None = None
+    plain: _Fold | None = None
+    graph: _Fold | None = None  # the last one with gradients of any thread, for backward passes in threads of their own
+    vectors: tuple[_State, Frame, dict[str, Vectors]] | None = None  # of a frozen dictionary and projector
+    backwards: int = 0
+    now: _Pass = field(default_factory=_Pass)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Cache:
         return _Cache()
@@ -50,6 +112,10 @@ class Attached:
     """One adapter at work in one host. After a forward pass ``routes`` maps a layer's number to its :class:`Route`.
 
     ``frame`` is what a port returned; without one the adapter's own projector gives it. ``scale`` weighs the mixer.
+
+    Folds are made when an update is asked for. One without gradients is kept until a parameter changes; each forward
+    pass with gradients makes its own. So passes may come between a forward pass and its backward pass, and gradient
+    checkpointing that runs a layer again finds a fold with gradients.
     """
 
     def __init__(
@@ -64,12 +130,12 @@ class Attached:
     ) -> None:
         self.model, self.adapter, self.task_name, self.scale = model, adapter, task, scale
         self.slots = list(slots)
-        self.update: Callable[..., Tensor] = ops.get(path or "dense")
-        self.detach: Callable[[], None] = lambda: None
         self._fixed, self._path = frame, path
         self._width = stream_width(model) or (self.slots[0].d_in if self.slots else 0)
-        self._inside = False
         self._cache = _Cache()
+        self._detach: Callable[[], None] | None = None
+        if path is not None:
+            ops.get(path)
         adapter.task(task)
 
     @property
@@ -79,31 +145,42 @@ class Attached:
 
     def set_frame(self, frame: Frame | None, scale: float = 1.0) -> None:
         """Use another frame and scale from the next forward pass on."""
-        self._fixed, self.scale, self._cache = frame, scale, _Cache()
+        self._fixed, self.scale = frame, scale
+        self.refold()
+
+    def refold(self) -> None:
+        """Forget what was folded. Needed only after parameters were written through ``.data``, which nothing shows."""
+        self._cache = _Cache()
 
     @property
     def routes(self) -> dict[int, Route]:
-        """The last forward pass's routes by layer."""
-        return self._cache.routes
+        """The last forward pass's routes by layer, in this thread."""
+        return self._cache.now.routes
 
     @property
     def mask(self) -> Tensor | None:
         """The last forward pass's attention mask (B, T), where it had one."""
-        return self._cache.mask
+        return self._cache.now.mask
 
     @property
     def folded(self) -> Folded:
-        """The adapter in the host's coordinates, as last folded."""
-        if self._cache.folded is None:
-            self.refold()
-        assert self._cache.folded is not None
-        return self._cache.folded
+        """The adapter in the host's coordinates."""
+        return self._fold().folded
 
     @property
     def current(self) -> Frame:
-        """The frame as last folded."""
-        assert self.folded is not None and self._cache.frame is not None  # noqa: PT018
-        return self._cache.frame
+        """The frame that :attr:`folded` was made with, in the same graph."""
+        return self._fold().frame
+
+    @property
+    def update(self) -> Callable[..., Tensor]:
+        """How an update is computed now.
+
+        Dense, but for tuning (gradients through atoms that do not train themselves), where gathering a token's atoms is
+        quicker.
+        """
+        tuning = torch.is_grad_enabled() and not any(p.requires_grad for p in self._moving())
+        return ops.get(self._path or ("reference" if tuning else "dense"))
 
     @property
     def frame(self) -> Frame:
@@ -116,137 +193,222 @@ class Attached:
         frame = self._fixed or dimension_frame(self.adapter.projector, self.slots, self._width)
         return frame.to(self.adapter.device)
 
-    def refold(self) -> None:
-        """Fold again where gradients are wanted or a parameter changed since the last time.
+    # --- folding -----------------------------------------------------------------------------------------------------
 
-        Atoms that do not train are multiplied by the frame once. The update is dense, but for tuning (gradients through
-        atoms that do not train themselves), where gathering a token's atoms is quicker. Folding is in float32, also
-        under autocast.
-        """
-        with torch.autocast(self.adapter.device.type, enabled=False):
-            self._refold()
+    def _moving(self) -> list[nn.Parameter]:
+        """Parameters that V~ and U~ depend on."""
+        return [*self.adapter.dictionary.parameters(), *self.adapter.projector.parameters()]
 
-    def _refold(self) -> None:
-        adapter, cache = self.adapter, self._cache
-        moving = [*adapter.dictionary.parameters(), *adapter.projector.parameters()]
-        learned, stamp = self._state(moving)
-        tuning = torch.is_grad_enabled() and not learned
-        self.update = ops.get(self._path or ("reference" if tuning else "dense"))
-        if learned or stamp != cache.vectors_stamp:
-            cache.frame = self.frame
-            cache.vectors = adapter.vectors(cache.frame, self.slots)
-            cache.vectors_stamp = stamp
-        wanted, stamp = self._state(adapter.parameters())
-        if wanted or stamp != cache.stamp:
-            assert cache.frame is not None
-            cache.folded = adapter.fold(cache.frame, self.slots, self.task_name, self.scale, cache.vectors)
-            cache.stamp, cache.graph = stamp, wanted
+    def _fold(self) -> _Fold:
+        """The fold to use now: a kept one, or a new one where it was spent or something has changed."""
+        cache, now = self._cache, self._cache.now
+        with_gradients = torch.is_grad_enabled()
+        if now.inside and with_gradients in now.folds:
+            return now.folds[with_gradients]
+        parameters = list(self.adapter.parameters())
+        learning = with_gradients and any(p.requires_grad for p in parameters)
+        state = _State(parameters, self.task_name, self.scale, id(self._fixed))
+        fold = cache.plain
+        if learning:
+            fold = now.graph or (cache.graph if _in_backward() else None)
+        if learning:
+            kept = fold is not None and not (fold.spent and fold.spent.yes)
+        else:
+            kept = fold is not None and fold.backwards == cache.backwards
+        if fold is None or not kept or not fold.state.same(state):
+            fold = self._new_fold(learning, state)
+            if learning:
+                now.graph = cache.graph = fold
+            else:
+                cache.plain = fold
+        if now.inside:
+            now.folds[with_gradients] = fold
+        return fold
 
-    def _state(self, parameters: Iterable[nn.Parameter]) -> tuple[bool, tuple[object, ...]]:
-        """Whether gradients to these parameters are wanted now, and a stamp that changes when they do."""
-        every = list(parameters)
-        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in every)
-        marks = ((id(p), p._version, p.device) for p in every)
-        return wanted, (wanted, self.task_name, self.scale, id(self._fixed), *marks)
+    def _new_fold(self, learning: bool, state: _State) -> _Fold:
+        """In float32, also under autocast. What has no gradients is usable in any later pass with them."""
+        cache, device = self._cache, self.adapter.device.type
+        with torch.inference_mode(False), torch.set_grad_enabled(learning), torch.autocast(device, enabled=False):
+            frame, vectors = self._vectors(learning)
+            folded = self.adapter.fold(frame, self.slots, self.task_name, self.scale, vectors)
+        fold = _Fold(frame, folded, learning, state, cache.backwards)
+        if learning:
+            fold.spent = _Spent(cache)
+            for tensor in {id(t): t for t in (*folded.tensors(), frame.head)}.values():
+                if tensor.requires_grad:
+                    tensor.register_hook(fold.spent)
+        return fold
 
-    def active(self) -> Float[Tensor, ""]:
-        """E[k] of the last forward pass: mean gate sum over the layers and the tokens that are not padding."""
-        sums = torch.stack([r.gate.sum(-1) for r in self.routes.values()])  # (L, B, T)
-        if self.mask is None or self.mask.shape != sums.shape[1:]:
-            return sums.mean()
-        mask = self.mask.to(sums.dtype)
-        return (sums * mask).sum() / (mask.sum() * len(sums))
+    def _vectors(self, learning: bool) -> tuple[Frame, dict[str, Vectors] | None]:
+        """The frame, and the products V~ and U~ where they do not train: these are kept while they do not change."""
+        moving = self._moving()
+        if learning and any(p.requires_grad for p in moving):
+            return self.frame, None
+        trained = any(p.requires_grad for p in moving)
+        state = _State(moving, id(self._fixed), self._cache.backwards if trained else 0)
+        kept = self._cache.vectors
+        if kept is None or not kept[0].same(state):
+            with torch.no_grad():
+                frame = self.frame
+                kept = self._cache.vectors = (state, frame, self.adapter.vectors(frame, self.slots))
+        return kept[1], kept[2]
+
+    # --- one forward pass --------------------------------------------------------------------------------------------
 
     def before_host(self, kwargs: dict[str, Any]) -> None:
-        """Fold once for a forward pass of the whole host."""
-        mask = kwargs.get("attention_mask")
-        self._cache.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        self._cache.segmented, self._cache.again, self._cache.inputs = False, None, {}
-        self.refold()
-        self._inside = True
+        """A forward pass of the whole host begins, with one fold for all of it."""
+        now, mask = self._cache.now, kwargs.get("attention_mask")
+        now.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        now.inside = True
+        self._begin_pass()
+        self._fold()
 
     def after_host(self) -> None:
         """The forward pass has ended."""
-        self._inside = False
+        now = self._cache.now
+        now.inside, now.folds, now.layer = False, {}, None
 
-    def before_layer(self, number: int, hidden: Tensor) -> None:
-        """Choose atoms for the tokens at a layer's input."""
-        self._fresh()
-        if self._cache.graph and getattr(self.model, "is_gradient_checkpointing", False):
-            self._cache.inputs[number] = hidden.detach()
-        reader = self.folded.route
-        if reader is None or hidden.shape[-1] == reader.shape[-1]:
-            self.routes[number] = self._route(hidden, reader)
+    def before_layer(self, number: int, hidden: Tensor, fold: _Fold | None = None) -> None:
+        """A layer begins; its route is made from its input ``hidden`` (B, T, D) when a weight first asks for it.
+
+        ``fold`` is that of the forward pass where the layer runs again.
+        """
+        now = self._cache.now
+        if not now.inside and number <= now.last and not _in_backward():  # an encoder that is called alone, again
+            self._begin_pass()
+        now.layer, now.last = (number, hidden, fold or self._fold()), number
+        now.routes.pop(number, None)
+
+    @property
+    def held(self) -> _Fold | None:
+        """The fold of the layer that is running."""
+        layer = self._cache.now.layer
+        return layer[2] if layer else None
+
+    def _begin_pass(self) -> None:
+        now = self._cache.now
+        now.folds, now.graph, now.routes, now.layer, now.last = {}, None, {}, None, -1
 
     def update_of(self, slot: Slot, x: Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_out"]:
         """The term to add to a weight's output."""
-        self._segment(slot.layer)
-        if not slot.shared:
-            self._fresh()
-        v, u, strength = self.folded.atoms[slot.path]
+        layer = self._cache.now.layer
+        inside = layer is not None and layer[0] == slot.layer
+        fold = layer[2] if layer is not None and inside else self._fold()
+        v, u, strength = fold.folded.atoms[slot.path]
+        chosen = self._layer_route(slot, x, layer[1], fold) if layer is not None and inside else None
         x = x.to(v.dtype)
-        chosen = self.routes.get(slot.layer) if slot.shared else None
-        if chosen is None or chosen.index.shape[:-1] != x.shape[:-1]:
-            chosen = self._route(x, self._own_reader(slot))
+        if chosen is None:
+            chosen = self._route(x, self._own_reader(slot, fold), fold)
         return self.update(x, v, u, strength, chosen)
 
-    def _own_reader(self, slot: Slot) -> Float[Tensor, "A d_in"] | None:
+    def _layer_route(self, slot: Slot, x: Tensor, hidden: Tensor, fold: _Fold) -> Route | None:
+        """The route of a weight's layer; None where the weight's input is not the layer's tokens."""
+        reader, routes = fold.folded.route, self._cache.now.routes
+        if not slot.shared or (reader is not None and hidden.shape[-1] != reader.shape[-1]):
+            return None
+        if slot.twice and x.data_ptr() != hidden.data_ptr():
+            return None
+        flat = x.ndim == 2 and hidden.ndim != 2 and len(x) == hidden.shape[:-1].numel()  # all tokens, flattened
+        if x.shape[:-1] != hidden.shape[:-1] and not flat:
+            return None
+        if slot.layer not in routes:
+            routes[slot.layer] = self._route(hidden, reader, fold)
+        made = routes[slot.layer]
+        return Route(made.index.flatten(0, -2), made.gate.flatten(0, -2)) if flat else made
+
+    def _own_reader(self, slot: Slot, fold: _Fold) -> Float[Tensor, "A d_in"] | None:
         """The router at a weight's own input: outside of layers, or where a layer's tokens are not what it reads."""
-        router, known = self.adapter.router, self.folded.own_routes
+        router, known = self.adapter.router, fold.folded.own_routes
         if router is None or slot.path in known:
             return known.get(slot.path)
-        return router() @ self.current.slots[slot.path][0]
+        return router() @ fold.frame.slots[slot.path][0]
 
-    def delta(self, slot: Slot) -> Float[Tensor, "d_out d_in"]:
-        """The change of a weight under a static router, as a matrix."""
-        self.refold()
-        v, u, strength = self.folded.atoms[slot.path]
-        chosen = choose(self.folded.embedding, self.adapter.config.top_k)
-        weight = strength[chosen.index] * chosen.gate
-        return u[chosen.index].T @ (weight[:, None] * v[chosen.index])
-
-    def _route(self, hidden: Tensor, reader: Tensor | None) -> Route:
-        top_k, embedding = self.adapter.config.top_k, self.folded.embedding
+    def _route(self, hidden: Tensor, reader: Tensor | None, fold: _Fold) -> Route:
+        top_k, embedding = self.adapter.config.top_k, fold.folded.embedding
         if reader is not None:
             return route(hidden.to(reader.dtype), reader, embedding, top_k)
         one = choose(embedding, top_k)
         shape = (*hidden.shape[:-1], one.index.shape[-1])
         return Route(one.index.expand(shape), one.gate.expand(shape))
 
-    def _fresh(self) -> None:
-        """Outside of the host's own forward pass (an encoder is called alone), fold again where something changed.
-
-        Not where nothing did: gradient checkpointing that runs a layer again needs the tensors of the forward pass.
-        """
-        if not self._inside:
-            _, stamp = self._state(self.adapter.parameters())
-            if stamp != self._cache.stamp or self._cache.folded is None:
-                self.refold()
-
-    def _segment(self, layer: int) -> None:
-        """Reentrant gradient checkpointing: each layer runs again with a backward pass, so with a fold, of its own.
-
-        Its route is made again from the layer's input, whose own gradient does not pass through the gates any more.
-        """
-        cache, enabled = self._cache, torch.is_grad_enabled()
-        if self._inside and cache.graph and not enabled and not cache.segmented:
-            cache.segmented = True
+    def active(self) -> Float[Tensor, ""]:
+        """E[k] of the last forward pass: mean gate sum over the layers and the tokens that are not padding."""
+        if not self.routes:
+            raise UHLError("no route was made yet; run the host's forward pass with the adapter active first")
+        sums = [r.gate.sum(-1) for r in self.routes.values()]  # (B, T) each
+        if torch.is_grad_enabled() and self._fold().learning and not any(s.requires_grad for s in sums):
             warnings.warn(
-                "reentrant gradient checkpointing cuts the gradient through the router's gates to earlier layers; pass "
-                "use_reentrant=False",
+                "reentrant gradient checkpointing leaves E[k] without a gradient; pass use_reentrant=False",
                 stacklevel=2,
             )
-        if not self._inside and cache.segmented and enabled and cache.again != layer:
-            self.refold()
-            cache.again = layer
-            if layer in cache.inputs:
-                self.routes[layer] = self._route(cache.inputs[layer], self.folded.route)
+        masks = [s.new_ones(s.shape) if self.mask is None or self.mask.shape != s.shape else self.mask for s in sums]
+        total = torch.stack([(s * m).sum() for s, m in zip(sums, masks, strict=True)]).sum()
+        return total / torch.stack([m.sum() for m in masks]).sum()
+
+    def check_mergeable(self, name: str) -> None:
+        """Raise :class:`UHLError` where no weights equal the adapter called ``name``."""
+        if self.adapter.config.router == "token":
+            raise UHLError(
+                f"adapter {name!r} chooses atoms for each token, so no single weight equals it and it cannot be "
+                f"merged; keep it attached, or train one with UHLConfig(router='static')"
+            )
+        for slot in self.slots:
+            weight(self.model, slot)
+
+    def delta(self, slot: Slot) -> Float[Tensor, "d_out d_in"]:
+        """The change of a weight under a static router, as a matrix."""
+        folded = self._fold().folded
+        v, u, strength = folded.atoms[slot.path]
+        chosen = choose(folded.embedding, self.adapter.config.top_k)
+        gates = strength[chosen.index] * chosen.gate
+        return u[chosen.index].T @ (gates[:, None] * v[chosen.index])
+
+    def detach(self) -> None:
+        """Put the host's own modules back, where :func:`uhl.peft_method.attach` made this. Twice does no harm."""
+        if self._detach is not None:
+            self._detach()
 
     def __enter__(self) -> Attached:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+
+class Rerouted:
+    """A layer's gradient checkpointing function, made to say again how the layer begins when it runs the layer again.
+
+    transformers checkpoints a layer's ``forward``, so that hooks on the layer do not run a second time.
+    """
+
+    def __init__(self, inner: Callable[..., Any], begin: Callable[..., list[Attached]]) -> None:
+        self.inner, self.begin = inner, begin
+
+    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
+        """Checkpoint ``run``."""
+        return self.inner(_Again(run, self.begin), *args, **kwargs)
+
+
+class _Again:
+    """A checkpointed function. When it runs again, its layer begins with the folds of the forward pass.
+
+    Under reentrant checkpointing, whose first run has no gradients, each layer has a backward pass of its own, and so
+    a fold of its own.
+    """
+
+    def __init__(self, run: Any, begin: Callable[..., list[Attached]]) -> None:
+        self.run, self.begin = run, begin
+        self.gradients = torch.is_grad_enabled()
+        self.folds: dict[Attached, _Fold | None] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = getattr(self.run, "keywords", {}) | kwargs
+        if self.folds is None:
+            reentrant = self.gradients and not torch.is_grad_enabled()
+            self.folds = {a: None if reentrant else a.held for a in self.begin(args, given)}
+        else:
+            self.begin(args, given, self.folds)
+        return self.run(*args, **kwargs)
 
 
 class UHLLinear(nn.Module, BaseTunerLayer):
@@ -305,14 +467,16 @@ class UHLLinear(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add static adapters to the base weight; the weight itself is kept for :meth:`unmerge`."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.slots]
-        weight = self.base.weight
+        kernel = self.base.weight
+        for name in names:
+            self._shared[1][name].check_mergeable(name)
         for name in names:
             delta = self.get_delta_weight(name)
-            if safe_merge and not torch.isfinite(weight + delta).all():
+            if safe_merge and not torch.isfinite(kernel + delta).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if self._kept is None:
-                self._kept = weight.detach().clone()
-            weight.data += delta.to(weight.dtype)
+                self._kept = kernel.detach().clone()
+            kernel.data += delta.to(kernel.dtype)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -324,17 +488,10 @@ class UHLLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The change of the weight, in the base layer's shape."""
+        """The change of the weight, in the base layer's shape. Raises :class:`UHLError` for a token router."""
+        self._shared[1][adapter].check_mergeable(adapter)
         delta = self._shared[1][adapter].delta(self.slots[adapter])
         return delta.T if isinstance(self.base, Conv1D) else delta
 
     def __repr__(self) -> str:
         return "uhl." + super().__repr__()
-
-
-def not_mergeable(name: str) -> UHLError:
-    """Why a token router cannot be merged."""
-    return UHLError(
-        f"adapter {name!r} chooses atoms for each token, so no single weight equals it and it cannot be merged; keep "
-        f"it attached, or train one with UHLConfig(router='static')"
-    )

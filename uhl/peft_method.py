@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,13 @@ from transformers.pytorch_utils import Conv1D
 
 from uhl import store
 from uhl.adapter import UHLAdapter
-from uhl.config import NAME, UHLConfig
+from uhl.config import NAME, Sizes, UHLConfig
 from uhl.errors import UHLError
 from uhl.frame import Frame
-from uhl.host import find_slots
-from uhl.layer import Attached, UHLLinear, not_mergeable
+from uhl.host import find_slots, stream_width
+from uhl.layer import Attached, Rerouted, UHLLinear
+
+CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their checkpointing function
 
 
 class UHLModel(BaseTuner):
@@ -48,20 +51,26 @@ class UHLModel(BaseTuner):
         self.uhl_adapters = nn.ModuleDict()
         self._attached: dict[str, Attached] = {}
         self._handles: list[Any] = []
+        self._layers: list[UHLLinear] = []
 
     def _prepare_adapter_config(self, peft_config: UHLConfig, model_config: dict[str, Any]) -> UHLConfig:  # type: ignore[override]
         return peft_config
 
     def _prepare_model(self, peft_config: UHLConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Find the weights of known types where the configuration names none; this is never stored."""
-        if peft_config.target_modules is None:
+        if peft_config.target_modules is None or peft_config.types is not None:
             peft_config._found = {s.path for s in find_slots(model, peft_config.sizes().types)}  # type: ignore[attr-defined]
+        if peft_config._file is not None and peft_config._file.is_file():
+            _keep_own_head(peft_config, model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        found: set[str] | None = getattr(peft_config, "_found", None)
         if peft_config.target_modules is None:
             peft_config = copy.copy(peft_config)
-            peft_config.target_modules = peft_config._found
+            peft_config.target_modules = found
+        elif found is not None and key not in found:  # of another type than the wanted ones
+            return False
         return check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
@@ -104,10 +113,10 @@ class UHLModel(BaseTuner):
         slots = find_slots(self.model, adapter.config.types, set(layers))
         for slot in slots:
             layers[slot.path].slots[name] = slot
+        if not adapter.info:
+            adapter.info = _source_of(self.model)
         given: dict[str, Any] = getattr(config, "_given", {})
         self._attached[name] = Attached(self.model, adapter, config.task, slots, **given)  # type: ignore[attr-defined]
-        if hasattr(config, "_file"):
-            LOG.info("%s", self.report(name))
         weight = next(iter(layers.values())).base.weight
         if weight.device.type != "meta" and adapter.device.type != "meta":
             adapter.to(weight.device)
@@ -124,17 +133,20 @@ class UHLModel(BaseTuner):
         adapter, slots = attached.adapter, attached.slots
         layers = len({s.layer for s in slots})
         depths = sorted({round(s.depth, 3) for s in slots})
-        source = adapter.info.get("source", "an unnamed model")
+        source = " ".join(str(adapter.info[key]) for key in ("source", "shape") if key in adapter.info)
+        config = self.peft_config[name]
+        left = ", ".join(config._left)  # type: ignore[attr-defined]
+        head = f"; the file's head ({left}) is of another host, so this host's own stays as it is" if left else ""
         arm = "a ported frame" if attached.ported else f"the `{adapter.config.projector}` projector"
         return (
-            f"adapter {name!r}, trained on {source} {adapter.info.get('shape', '')}: {len(slots)} weights in {layers} "
-            f"layers at depths {depths[0]:g} to {depths[-1]:g}, by {arm}"
+            f"adapter {name!r}, trained on {source or 'an unnamed model'}: {len(slots)} weights in {layers} "
+            f"layers at depths {depths[0]:g} to {depths[-1]:g}, by {arm}{head}"
         )
 
     def _hook(self) -> None:
         """Hooks at the host's input and at the input of each layer that carries atoms."""
-        for handle in self._handles:
-            handle.remove()
+        self._unhook()
+        self._layers = [m for m in self.model.modules() if isinstance(m, UHLLinear)]
         self._handles = [
             self.model.register_forward_pre_hook(self._before_host, with_kwargs=True),
             self.model.register_forward_hook(self._after_host, always_call=True),
@@ -144,10 +156,18 @@ class UHLModel(BaseTuner):
             hook = partial(self._before_layer, number)
             self._handles.append(self.model.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
 
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for module in self.model.modules():
+            checkpoint = vars(module).get(CHECKPOINT)
+            if isinstance(checkpoint, Rerouted):
+                setattr(module, CHECKPOINT, checkpoint.inner)
+
     def _working(self) -> list[Attached]:
         """The active adapters, none where they are disabled or merged."""
-        layer = next((m for m in self.model.modules() if isinstance(m, UHLLinear)), None)
-        if layer is None or layer.disable_adapters or layer.merged:
+        if all(layer.disable_adapters or layer.merged for layer in self._layers):
             return []
         return [self._attached[name] for name in self.active_adapters if name in self._attached]
 
@@ -159,11 +179,21 @@ class UHLModel(BaseTuner):
         for attached in self._attached.values():
             attached.after_host()
 
-    def _before_layer(self, number: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        checkpoint = vars(module).get(CHECKPOINT)
+        if checkpoint is not None and not isinstance(checkpoint, Rerouted):
+            setattr(module, CHECKPOINT, Rerouted(checkpoint, partial(self._begin_layer, number)))
+        self._begin_layer(number, args, kwargs)
+
+    def _begin_layer(
+        self, number: int, args: Any, kwargs: dict[str, Any], folds: dict[Attached, Any] | None = None
+    ) -> list[Attached]:
         hidden = args[0] if args else kwargs.get("hidden_states")
+        working = self._working() if folds is None else list(folds)
         if isinstance(hidden, Tensor):
-            for attached in self._working():
-                attached.before_layer(number, hidden)
+            for attached in working:
+                attached.before_layer(number, hidden, folds[attached] if folds else None)
+        return working
 
     # --- what PEFT does to layers, done to the shared state ----------------------------------------------------------
 
@@ -182,17 +212,28 @@ class UHLModel(BaseTuner):
             dtype = torch.float32 if autocast_adapter_dtype else layer.base.weight.dtype
             self.uhl_adapters[adapter_name].to(dtype if dtype.is_floating_point else torch.float32)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for name in self.active_adapters:
-            if name in self._attached and self._attached[name].adapter.config.router == "token":
-                raise not_mergeable(name)
+    def _check_mergeable(self, adapter_names: list[str] | None) -> None:
+        """All or nothing: the adapters that would be merged, before any weight is changed."""
+        for name in adapter_names or self.active_adapters:
+            if name in self._attached:
+                self._attached[name].check_mergeable(name)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's. Raises :class:`UHLError` for a token router, and for packed weights."""
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        if merge:
+            self._check_mergeable(adapter_names)
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        self._unhook()
         return model
 
     # --- the file ----------------------------------------------------------------------------------------------------
@@ -211,8 +252,11 @@ class UHLModel(BaseTuner):
         values = {key.split(mark, 1)[1]: value for key, value in state_dict.items() if mark in key}
         adapter = _tuner(model).uhl_adapters[adapter_name]
         assert isinstance(adapter, UHLAdapter)
-        config._complete = partial(_complete_file, weakref.ref(adapter))  # type: ignore[attr-defined]
-        return store.pack_values(adapter, dict(adapter.named_parameters()) | values)
+        values = dict(adapter.named_parameters()) | values
+        store.check_finite(values)
+        packed = store.pack_values(adapter, values)
+        config._pending = partial(_complete_file, weakref.ref(adapter), store.digest(packed))
+        return packed
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -229,7 +273,7 @@ class UHLModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """Stored tensors as the adapter's parameters; anything else passes through."""
+        """Stored tensors, once checked, as the adapter's parameters; a head that fits the host passes through."""
         tuner = _tuner(model)
         adapter = tuner.uhl_adapters[adapter_name]
         assert isinstance(adapter, UHLAdapter)
@@ -237,11 +281,17 @@ class UHLModel(BaseTuner):
             (n.split("uhl_adapters.")[0] for n, _ in model.named_parameters() if f"uhl_adapters.{adapter_name}." in n),
             "base_model.",
         )
-        out = {k: v for k, v in state_dict.items() if not store.is_stored(k)}
-        stored = {k: v for k, v in state_dict.items() if store.is_stored(k)}
-        device = next((v.device for v in stored.values()), torch.device("cpu"))
-        for name, value in store.unpack_values(adapter, {k: v.cpu() for k, v in stored.items()}).items():
+        out = {k: v for k, v in state_dict.items() if not store.is_stored(k) and not _part_of(k, config._left)}
+        stored = {k: v.cpu() for k, v in state_dict.items() if store.is_stored(k)}
+        device = next((v.device for k, v in state_dict.items() if store.is_stored(k)), torch.device("cpu"))
+        store.check_tensors(adapter, stored)
+        for name, value in store.unpack_values(adapter, stored).items():
             out[f"{prefix}uhl_adapters.{adapter_name}.{name}"] = value.to(device)
+        if config._file is not None and config._file.is_file():
+            whole = store.load(config._file)
+            if store.digest(store.to_tensors(whole)) == store.digest(stored):  # not other values of the same sizes
+                adapter.anchors, adapter.info = whole.anchors, whole.info
+                LOG.info("%s", tuner.report(adapter_name))
         return out
 
 
@@ -252,31 +302,70 @@ def _tuner(model: nn.Module) -> UHLModel:
     return found
 
 
-def _complete_file(adapter: weakref.ref[UHLAdapter], folder: Path) -> None:
-    """Header and anchors for the file that PEFT has just written into ``folder``, where it wrote one."""
+def _complete_file(adapter: weakref.ref[UHLAdapter], digest: str, folder: Path) -> None:
+    """Header, anchors and model card for the file that PEFT has just written into ``folder``, where it wrote one."""
     path, alive = folder / SAFETENSORS_WEIGHTS_NAME, adapter()
     if alive is not None and path.is_file():
-        store.complete(alive, path)
+        store.complete(alive, path, digest)
+
+
+def _source_of(model: nn.Module) -> dict[str, object]:
+    """What a new adapter says of the host that it is trained on; of a local folder its name alone."""
+    config: Any = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "") or type(model).__name__
+    name = Path(name).name if Path(name).exists() else name
+    layers, width = getattr(config, "num_hidden_layers", None), stream_width(model)
+    return {"source": name} | ({"shape": f"{layers} x {width}"} if layers and width else {})
+
+
+def _part_of(key: str, modules: Sequence[str]) -> bool:
+    return any(f".{name}." in f".{key}." for name in modules)
+
+
+def _keep_own_head(config: UHLConfig, model: nn.Module) -> None:
+    """Take out of `modules_to_save` what the file holds for another host: this host's own modules stay as they are."""
+    assert config._file is not None
+    stored = store.extra_shapes(config._file)
+    own = {
+        n.replace(".original_module", "").replace(".base_layer", ""): tuple(p.shape)
+        for n, p in model.named_parameters()
+        if ".modules_to_save." not in n  # another adapter's copy
+    }
+    config._left, kept = [], []
+    for name in dict.fromkeys(config.modules_to_save or ()):
+        theirs = {n.removeprefix("base_model.model."): s for n, s in stored.items() if _part_of(n, [name])}
+        mine = {n: s for n, s in own.items() if _part_of(n, [name])}
+        if theirs != mine:
+            config._left.append(name)
+        if theirs == mine or not mine:  # PEFT passes over names that a host does not have
+            kept.append(name)
+    if config.modules_to_save:
+        config.modules_to_save = kept
 
 
 def _adapter_of(config: UHLConfig) -> UHLAdapter:
-    """The adapter that a configuration stands for: the given one, its file's, or a new one with the task's parts."""
+    """The adapter that a configuration stands for: a given one, or a new one with the tasks of its file, if any.
+
+    A file's values come later, from PEFT; a configuration alone, loaded from a folder, starts a new adapter.
+    """
     given: UHLAdapter | None = getattr(config, "_adapter", None)
     if given is not None:
         return given
-    file: Path | None = getattr(config, "_file", None)
-    if file is not None:
-        adapter = store.load(file)
-        wanted = config.sizes().model_copy(update={"seed": adapter.config.seed})
-        if adapter.config != wanted:
+    tasks: dict[str, store.TaskEntry] = {}
+    if config._file is not None and config._file.is_file():
+        header, _ = store.read(config._file)
+        stored, wanted = Sizes(**header.config), config.sizes()
+        if stored != wanted.model_copy(update={"seed": stored.seed}):
             raise UHLError(
-                f"{file} has sizes {adapter.config}, adapter_config.json beside it {wanted}; copy both again"
+                f"{config._file} has sizes {stored}, adapter_config.json beside it {wanted}; copy both again"
             )
-        adapter.task(config.task)
-        return adapter
+        tasks = header.tasks
+        if config.task not in tasks:
+            raise UHLError(f"{config._file} has no task {config.task!r}; it has {', '.join(tasks) or 'none'}")
     seed = int(torch.randint(1 << 31, (), device="cpu")) if config.seed is None else config.seed
     adapter = UHLAdapter(config.sizes().model_copy(update={"seed": seed}))
-    adapter.add_task(config.task, (), "sentence")
+    for name, task in (tasks or {config.task: store.TaskEntry(labels=[], kind="sentence")}).items():
+        adapter.add_task(name, task.labels, task.kind)
     if not config.init_weights:
         with torch.no_grad():
             u = torch.randn(adapter.dictionary.u.shape, generator=torch.Generator().manual_seed(seed + 1))
@@ -309,9 +398,9 @@ def attach(
     for parameter, wanted in trains:
         parameter.requires_grad_(wanted)
     attached = tuner._attached["default"]
-    attached.detach = partial(_detach, tuner)
+    attached._detach = partial(_detach, tuner)
     try:
-        attached.refold()
+        attached.folded  # noqa: B018  # a frame that is missing is found now
     except UHLError:
         attached.detach()
         raise
@@ -324,7 +413,18 @@ def _detach(tuner: UHLModel) -> None:
         tuner.unload()
 
 
+class _Shown(logging.StreamHandler):  # type: ignore[type-arg]
+    """Shows the package's messages on stderr where the program has set up no logging of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
 LOG = logging.getLogger("uhl")
+if not LOG.handlers:
+    LOG.addHandler(_Shown())
+    LOG.setLevel(logging.INFO)
 UHLConfig()  # adds the method to PEFT's enumeration
 if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name=NAME.lower(), config_cls=UHLConfig, model_cls=UHLModel, prefix="uhl_")

@@ -41,7 +41,7 @@ from torch import Tensor
 
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes
-from uhl.config import Sizes
+from uhl.config import MAX_FILE, Sizes
 from uhl.errors import UHLError
 from uhl.files import write_atomic
 from uhl.mixer import BASIS, INPUTS
@@ -49,9 +49,10 @@ from uhl.projector import FEATURES, HIDDEN
 from uhl.quant import QMAX, SMALLEST_SCALE, dequantise, pack4, quantise, to_half, unpack4
 
 FORMAT, VERSION, KEY = "uhl-adapter", "1", "uhl"
-MAX_FILE, MAX_HEADER = 16 << 20, 1 << 20  # bytes of a file, and of its header
+MAX_HEADER = 1 << 20  # bytes
 MAX_TEXT, MAX_LINE = 8 << 20, 64 << 10  # bytes of all anchor texts unpacked, characters of one
 BYTES = {"I8": 1, "U8": 1, "F16": 2}
+_KIND = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16"}
 Spec = tuple[str, tuple[int, ...]]  # a tensor's safetensors dtype and shape
 
 
@@ -182,18 +183,21 @@ def digest(tensors: dict[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bytes, in order of name."""
     total = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        total.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        _hash(total, name, value)
     return total.hexdigest()
+
+
+def _hash(total: Any, name: str, value: Tensor) -> None:
+    total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+    total.update(value.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def to_metadata(adapter: UHLAdapter, tensors: dict[str, Tensor]) -> dict[str, str]:
     """The safetensors metadata: one JSON object under :data:`KEY`."""
-    parts = {name: adapter.task(name) for name in adapter.tasks}
     anchors = adapter.anchors
     header = Header(
         config=adapter.config.model_dump(mode="json"),
-        tasks={name: TaskEntry(labels=list(part.labels), kind=part.kind) for name, part in parts.items()},  # type: ignore[arg-type]
+        tasks=_entries(adapter),
         anchors=AnchorEntry(count=len(anchors.texts), origin=anchors.origin) if anchors else None,
         info=adapter.info,
         extra=sorted(name for name in tensors if not is_stored(name)),
@@ -212,20 +216,39 @@ def save(adapter: UHLAdapter, path: str | Path) -> Path:
     """
     if adapter.anchors and any("\n" in t for t in adapter.anchors.texts):
         raise UHLError("anchor texts are stored one a line; replace line breaks in them by blanks")
-    for name, parameter in adapter.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UHLError(f"{name} holds values that are not finite; train again with lower learning rates")
+    check_finite(dict(adapter.named_parameters()))
     return _write(adapter, to_tensors(adapter), path)
 
 
-def complete(adapter: UHLAdapter, path: str | Path) -> None:
+def check_finite(values: Mapping[str, Tensor]) -> None:
+    """Raise :class:`UHLError` for a parameter with values that are not finite: it must not replace a good file."""
+    for name, value in values.items():
+        if value.device.type != "meta" and not torch.isfinite(value).all():
+            raise UHLError(f"{name} holds values that are not finite; train again with lower learning rates")
+
+
+def complete(adapter: UHLAdapter, path: str | Path, expected: str) -> None:
     """Give a file of an adapter's tensors, as PEFT writes it, its header and its anchors.
 
-    Tensors that are no adapter's (`modules_to_save`) stay in the file and are named in its header.
+    Tensors that are no adapter's (`modules_to_save`) stay in the file and are named in its header. A file whose stored
+    tensors have another digest than ``expected`` is another adapter's, and is left alone.
     """
     tensors = load_file(path)
-    if any(is_stored(name) for name in tensors):
+    if digest({name: value for name, value in tensors.items() if is_stored(name)}) == expected:
         _write(adapter, tensors | _anchor_tensors(adapter), path)
+
+
+def check_tensors(adapter: UHLAdapter, tensors: Mapping[str, Tensor]) -> None:
+    """Raise :class:`UHLError` unless the tensors, beside anchors, are those of an adapter of these sizes and tasks."""
+    found = {n: (_KIND.get(t.dtype, str(t.dtype)), tuple(t.shape)) for n, t in tensors.items() if n[:8] != "anchors."}
+    where = Path("the state dict")
+    _compare(where, layout(adapter.config, _entries(adapter), 0, 0, 0), found)
+    _check_values(where, {name: tensors[name] for name in found})
+
+
+def _entries(adapter: UHLAdapter) -> dict[str, TaskEntry]:
+    parts = {name: adapter.task(name) for name in adapter.tasks}
+    return {name: TaskEntry(labels=list(part.labels), kind=part.kind) for name, part in parts.items()}  # type: ignore[arg-type]
 
 
 def _write(adapter: UHLAdapter, tensors: dict[str, Tensor], path: str | Path) -> Path:
@@ -250,7 +273,10 @@ def load(path: str | Path) -> UHLAdapter:
 
 
 def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
-    """A file's header and tensors, with sizes, layout and hash checked. Errors as for :func:`load`."""
+    """A file's header and the adapter's tensors: sizes, layout, hash and ranges are checked. Errors as :func:`load`.
+
+    Tensors of the host (``extra``) are hashed one after another and not kept.
+    """
     path = Path(path)
     if not path.is_file():
         raise UHLError(
@@ -268,15 +294,28 @@ def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
             own = sum(math.prod(shape) * BYTES[kind] for n, (kind, shape) in found.items() if n not in header.extra)
             if own > MAX_FILE:
                 raise UHLError(f"{path} holds {own:,} bytes of an adapter; files hold at most {MAX_FILE:,}")
-            tensors = {name: file.get_tensor(name) for name in found}
+            total = hashlib.sha256()
+            tensors = {}
+            for name in sorted(found):  # one at a time: the host's are only hashed
+                value = file.get_tensor(name)
+                _hash(total, name, value)
+                if name not in header.extra:
+                    tensors[name] = value
     except UHLError:
         raise
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UHLError(f"{path} is not a whole safetensors file ({error}); copy or download it again") from error
-    if header.sha256 != digest(tensors):
+    if header.sha256 != total.hexdigest():
         raise UHLError(f"{path} was altered or damaged after it was written (sha256 differs); copy it again")
     _check_values(path, tensors)
     return header, tensors
+
+
+def extra_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checked file's tensors that are the host's, by name."""
+    header, _ = read(path)
+    with safe_open(path, "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in header.extra}
 
 
 def _misfit(path: Path, why: object) -> UHLError:
@@ -286,7 +325,7 @@ def _misfit(path: Path, why: object) -> UHLError:
 def _check_sizes(path: Path) -> None:
     """Bound what is read: the file, and the header whose length its first eight bytes give.
 
-    Only a file whose header names tensors of the host (``extra``) may be larger; these are not read by :func:`load`.
+    Only a file whose header names tensors of the host (``extra``) may be larger.
     """
     size = path.stat().st_size
     with open(path, "rb") as handle:
@@ -325,7 +364,11 @@ def _check_layout(path: Path, header: Header, found: dict[str, Spec]) -> None:
     wanted = layout(config, header.tasks, count, depths, text[0] if len(text) == 1 else 0)
     if any(is_stored(name) for name in header.extra):
         raise _misfit(path, "header, extra: names a tensor of the adapter")
-    for name in sorted({*wanted, *found} - {*header.extra}):
+    _compare(path, wanted, {name: spec for name, spec in found.items() if name not in header.extra})
+
+
+def _compare(path: Path, wanted: Mapping[str, Spec], found: Mapping[str, Spec]) -> None:
+    for name in sorted({*wanted, *found}):
         if name not in found:
             raise _misfit(path, f"tensor {name} is missing")
         if name not in wanted:
