@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from uhl import store
+from uhl import fileformat, store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes
-from uhl.config import Sizes
+from uhl.config import MAX_FILE, Sizes
 from uhl.errors import UHLError
 
 EXAMPLES = int(os.environ.get("UHL_FUZZ", "150"))  # of each property; a long run sets it higher
@@ -105,6 +105,28 @@ def test_edited_bytes(sound, path, edits):
     outcome(path)
 
 
+@pytest.fixture(scope="module")
+def sound_pack(sound, tmp_path_factory):
+    """An adapter and the bytes of a task pack that fits it."""
+    folder = tmp_path_factory.mktemp("pack")
+    (folder / "a.safetensors").write_bytes(sound)
+    adapter = store.load(folder / "a.safetensors")
+    return adapter, store.save_task(adapter, "mood", folder / "p.safetensors").read_bytes()
+
+
+@fuzz
+@given(edits=EDITS)
+def test_edited_packs(sound_pack, path, edits):
+    adapter, raw = sound_pack
+    path.write_bytes(edited(raw, edits))
+    before = fileformat.digest(store.to_tensors(adapter))
+    try:
+        store.add_task(adapter, path)
+    except UHLError:
+        assert fileformat.digest(store.to_tensors(adapter)) == before
+    assert all(torch.isfinite(p).all() for p in adapter.parameters())
+
+
 @fuzz
 @given(raw=st.binary(max_size=300), length=st.integers(0, 2**64 - 1))
 def test_any_bytes(path, raw, length):
@@ -137,7 +159,7 @@ def test_any_header(sound, path, data, new, remove):
     """One node of the header's JSON replaced or removed, the file otherwise in order."""
     path.write_bytes(sound)
     with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()[store.KEY])
+        meta = json.loads(file.metadata()[fileformat.KEY])
     at = data.draw(st.sampled_from([p for p in places(meta) if p]))
     inner = meta
     for key in at[:-1]:
@@ -146,7 +168,7 @@ def test_any_header(sound, path, data, new, remove):
         del inner[at[-1]]
     else:
         inner[at[-1]] = new
-    save_file(load_file(path), path, {store.KEY: json.dumps(meta)})
+    save_file(load_file(path), path, {fileformat.KEY: json.dumps(meta)})
     outcome(path)
 
 
@@ -156,7 +178,7 @@ def test_any_tensor(sound, path, data, shape, fill):
     """One tensor replaced by another of any shape, dtype and bytes, with the hash made right."""
     path.write_bytes(sound)
     with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()[store.KEY])
+        meta = json.loads(file.metadata()[fileformat.KEY])
     tensors = load_file(path)
     name = data.draw(st.sampled_from(sorted(tensors)))
     old = tensors[name]
@@ -165,8 +187,8 @@ def test_any_tensor(sound, path, data, shape, fill):
     raw = np.full(int(np.prod(shape)) * torch.empty(0, dtype=dtype).element_size(), fill, np.uint8)
     made = torch.from_numpy(raw).view(dtype).reshape(shape) if raw.size else torch.empty(shape, dtype=dtype)
     tensors[name] = made.clone()
-    meta["sha256"] = store.digest(tensors)
-    save_file(tensors, path, {store.KEY: json.dumps(meta)})
+    meta["sha256"] = fileformat.digest(tensors)
+    save_file(tensors, path, {fileformat.KEY: json.dumps(meta)})
     outcome(path)
 
 
@@ -175,22 +197,22 @@ def test_deep_json_huge_sizes_and_a_bomb_of_text(sound, path):
 
     path.write_bytes(sound)
     with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()[store.KEY])
+        meta = json.loads(file.metadata()[fileformat.KEY])
     tensors = load_file(path)
 
     def refused(header, changed, message):
-        save_file(changed, path, {store.KEY: header if isinstance(header, str) else json.dumps(header)})
+        save_file(changed, path, {fileformat.KEY: header if isinstance(header, str) else json.dumps(header)})
         with pytest.raises(UHLError, match=message):
             store.load(path)
 
     refused("[" * 100_000, tensors, "not a whole safetensors file")
     huge = {**meta, "config": {**meta["config"], "atoms": 10**12, "width": 10**12}}
     refused(huge, tensors, "a file holds at most")
-    bomb = torch.from_numpy(np.frombuffer(zlib.compress(b"a" * (store.MAX_TEXT * 4), 9), np.uint8).copy())
+    bomb = torch.from_numpy(np.frombuffer(zlib.compress(b"a" * (fileformat.MAX_TEXT * 4), 9), np.uint8).copy())
     changed = {**tensors, "anchors.text": bomb}
-    refused({**meta, "sha256": store.digest(changed)}, changed, "cut off or larger")
+    refused({**meta, "sha256": fileformat.digest(changed)}, changed, "cut off or larger")
     refused("{" + '"x":1,' * 200_000 + '"y":1}', tensors, "header of")
     with open(path, "wb") as handle:
-        handle.truncate(store.MAX_FILE + 1)  # a sparse file
+        handle.truncate(MAX_FILE + 1)  # a sparse file
     with pytest.raises(UHLError, match="at most"):
         store.load(path)

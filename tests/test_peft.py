@@ -11,7 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, T5Config, T5
 from transformers.pytorch_utils import Conv1D
 
 import uhl
-from uhl import store
+from uhl import fileformat, store
 from uhl.adapter import UHLAdapter
 from uhl.errors import UHLError
 from uhl.host import find_slots
@@ -60,7 +60,7 @@ def test_shared_state_is_stored_once_in_memory_and_on_disk(tmp_path):
 def test_the_saved_file_is_an_adapter_file(tmp_path):
     model = get_peft_model(bert(), uhl.UHLConfig(**SMALL, task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
-    header, tensors = store.read(tmp_path / "adapter_model.safetensors")
+    header, tensors = fileformat.read(tmp_path / "adapter_model.safetensors")
     assert header.extra == ["base_model.model.classifier.bias", "base_model.model.classifier.weight"]
     assert tensors["dictionary.u"].dtype == torch.int8
     assert tensors["task.main.bias"].dtype == torch.uint8

@@ -1,14 +1,15 @@
 """The file: what is read back is what was trained; broken files are one clear error; bytes equal the formula."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import sentences
+from conftest import fill, sentences
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from uhl import budget, store
+from uhl import budget, fileformat, store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Codes
 from uhl.config import Sizes
@@ -85,10 +86,10 @@ def test_altered_bytes(path):
 
 def rewrite(path, change):
     with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()[store.KEY])
+        meta = json.loads(file.metadata()[fileformat.KEY])
     tensors = load_file(path)
     change(meta, tensors)
-    save_file(tensors, path, {store.KEY: json.dumps(meta)})
+    save_file(tensors, path, {fileformat.KEY: json.dumps(meta)})
 
 
 def test_another_version(path):
@@ -117,11 +118,11 @@ def test_missing(tmp_path):
 def test_wrong_shape_and_missing_tensor(path):
     def shrink(meta, tensors):
         tensors["router"] = tensors["router"][:3].contiguous()
-        meta["sha256"] = store.digest(tensors)
+        meta["sha256"] = fileformat.digest(tensors)
 
     def drop(meta, tensors):
         del tensors["dictionary.u"]
-        meta["sha256"] = store.digest(tensors)
+        meta["sha256"] = fileformat.digest(tensors)
 
     whole = path.read_bytes()
     for change, message in ((shrink, "router has shape"), (drop, "dictionary.u")):
@@ -158,3 +159,105 @@ def test_line_breaks_in_anchor_texts(with_anchors, tmp_path):
     with_anchors.anchors.texts[0] = "two\nlines"
     with pytest.raises(UHLError, match="one a line"):
         store.save(with_anchors, tmp_path / "a.safetensors")
+
+
+def full_size():
+    adapter = fill(UHLAdapter(Sizes()))
+    for name, labels in (("mood", ("negative", "positive")), ("topic", ("a", "b", "c"))):
+        adapter.add_task(name, labels, "sentence")
+        with torch.no_grad():
+            for p in adapter.task(name).parameters():
+                p.add_(torch.randn(p.shape))
+    return adapter
+
+
+def test_a_dictionary_and_its_task_packs_are_small_and_make_the_whole(tmp_path):
+    adapter = full_size()
+    whole = store.save(adapter, tmp_path / "whole.safetensors")
+    dictionary = store.save_dictionary(adapter, tmp_path / "dictionary.safetensors")
+    packs = [store.save_task(adapter, n, tmp_path / f"{n}.task.safetensors") for n in ("mood", "topic")]
+    assert dictionary.stat().st_size <= 110_000
+    assert packs[0].stat().st_size <= 2_000
+    again = store.load(dictionary)
+    assert list(again.tasks) == []
+    assert [store.add_task(again, pack) for pack in reversed(packs)] == ["topic", "mood"]
+    assert store.save(again, tmp_path / "again.safetensors").read_bytes() == whole.read_bytes()
+
+
+def test_a_pack_of_another_dictionary_is_refused_and_changes_nothing(tmp_path):
+    adapter, other = full_size(), full_size()
+    pack = store.save_task(adapter, "mood", tmp_path / "mood.task.safetensors")
+    with torch.no_grad():
+        other.router.weight.mul_(1.5)
+    before = {n: p.clone() for n, p in other.named_parameters()}
+    with pytest.raises(UHLError, match=r"was made for dictionary [0-9a-f]{16}, this one is"):
+        store.add_task(other, pack)
+    assert all(torch.equal(p, before[n]) for n, p in other.named_parameters())
+    with pytest.raises(UHLError, match="a task pack; plug it into its dictionary"):
+        store.load(pack)
+    with pytest.raises(UHLError, match="an adapter; cut it into task packs"):
+        store.add_task(adapter, store.save(adapter, tmp_path / "whole.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "x" * 65])
+def test_names_that_are_no_file_names_make_no_pack(name, config, tmp_path):
+    adapter = UHLAdapter(config)
+    with pytest.raises((UHLError, KeyError), match=r"cannot be a task pack|Module|module|parameter"):
+        adapter.add_task(name, ("a", "b"), "sentence")
+        store.save_task(adapter, name, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_split_and_join_by_command(tmp_path, monkeypatch, capsys):
+    from uhl import __main__ as command
+
+    store.save(full_size(), tmp_path / "whole.safetensors")
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["uhl", *map(str, words)])
+        command.main()
+        return capsys.readouterr().out
+
+    run("split", tmp_path / "whole.safetensors", "--into", tmp_path / "parts")
+    parts = tmp_path / "parts"
+    assert sorted(p.name for p in parts.iterdir()) == [
+        "dictionary.safetensors",
+        "mood.task.safetensors",
+        "topic.task.safetensors",
+    ]
+    packs = (parts / f"{n}.task.safetensors" for n in ("mood", "topic"))
+    run("join", parts / "dictionary.safetensors", *packs, "--out", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert "uhl-task version 1" in run("verify", parts / "mood.task.safetensors")
+    assert "labels negative, positive" in run("inspect", parts / "mood.task.safetensors")
+    told = run("inspect", tmp_path / "whole.safetensors")
+    assert "bytes      dictionary    66,048" in told
+    assert "token router" in told
+
+
+def test_a_file_of_version_1_goes_on_loading():
+    """Written once, by the release that made the format; `python tests/test_store.py` would write another."""
+    path = Path(__file__).parent / "data" / "version-1.safetensors"
+    adapter = store.load(path)
+    assert list(adapter.tasks) == ["mood", "tags"]
+    assert adapter.anchors.texts[:2] == ["text 0", "text 1"]
+    sums = {n: round(float(p.double().abs().sum()), 4) for n, p in adapter.named_parameters()}
+    assert sums == json.loads(path.with_suffix(".json").read_text())
+
+
+def write_golden(folder):
+    """The file of :func:`test_a_file_of_version_1_goes_on_loading`, and the sum of each parameter's absolute values."""
+    adapter = UHLAdapter(Sizes(atoms=6, width=8, hidden=4))
+    adapter.add_task("mood", ("bad", "good"), "sentence")
+    adapter.add_task("tags", ("O", "B-X"), "token")
+    fill(adapter)
+    tables = [Codes.of(torch.randn(20, 8, generator=torch.Generator().manual_seed(i))) for i in range(3)]
+    adapter.anchors = Anchors([f"text {i}" for i in range(20)], "generic, MIT", tables[0], tables[1:])
+    adapter.info = {"source": "tiny", "shape": "3 x 24"}
+    path = store.save(adapter, folder / "version-1.safetensors")
+    sums = {n: round(float(p.double().abs().sum()), 4) for n, p in store.load(path).named_parameters()}
+    path.with_suffix(".json").write_text(json.dumps(sums, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    write_golden(Path(__file__).parent / "data")

@@ -1,4 +1,4 @@
-"""Command line: ``uhl fetch | table | pack | restore | inspect | verify | search``.
+"""Command line: ``uhl fetch | table | pack | restore | inspect | verify | split | join | search``.
 
 Errors of the package print one line, without a traceback.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from uhl import report, runs, store
 from uhl.errors import UHLError
+from uhl.fileformat import Header, read_either
 from uhl.grid import PARAMS, Grid, target_of
 from uhl.models import OFFLINE, resolve
 from uhl.runs import Settings, read_yaml
@@ -65,9 +66,28 @@ def inspect(options: argparse.Namespace) -> None:
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Check an adapter's file: structure, ranges, hash."""
+    """Check an adapter's file or a task pack: structure, ranges, hash."""
+    header, tensors = read_either(options.file)
+    if isinstance(header, Header):
+        store.load(options.file)
+    print(f"{options.file}: ok, {len(tensors)} tensors, {header.format} version {header.version}")
+
+
+def split(options: argparse.Namespace) -> None:
+    """Cut an adapter into a dictionary and one task pack a task, which fit together again with `uhl join`."""
     adapter = store.load(options.file)
-    print(f"{options.file}: ok, {sum(p.numel() for p in adapter.parameters()):,} parameters")
+    made = [store.save_dictionary(adapter, options.into / "dictionary.safetensors")]
+    made += [store.save_task(adapter, name, options.into / f"{name}.task.safetensors") for name in adapter.tasks]
+    for path in made:
+        print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+def join(options: argparse.Namespace) -> None:
+    """Plug task packs into a dictionary (or an adapter) and write the whole."""
+    adapter = store.load(options.file)
+    names = [store.add_task(adapter, pack) for pack in options.packs]
+    path = store.save(adapter, options.out)
+    print(f"{path}: {path.stat().st_size:,} bytes, with {', '.join(names)}")
 
 
 def search(options: argparse.Namespace) -> None:
@@ -107,6 +127,15 @@ def main() -> None:
         command = commands.add_parser(name, help=does.__doc__)
         command.add_argument("file", type=Path)
         command.set_defaults(run=does)
+    command = commands.add_parser("split", help=split.__doc__)
+    command.add_argument("file", type=Path)
+    command.add_argument("--into", type=Path, required=True, help="folder for the pieces")
+    command.set_defaults(run=split)
+    command = commands.add_parser("join", help=join.__doc__)
+    command.add_argument("file", type=Path, help="a dictionary, or an adapter")
+    command.add_argument("packs", type=Path, nargs="+", help="task packs")
+    command.add_argument("--out", type=Path, required=True, help="file to write")
+    command.set_defaults(run=join)
     three = commands.add_parser("search", help=search.__doc__)
     three.add_argument("--profile", default="offline-full")
     three.add_argument("--task", default="movies")

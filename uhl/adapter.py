@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from uhl.anchors import Anchors
 
 
+TASK_BITS = {"bias": 4, "embedding": 8, "head": 8, "head_bias": 16}  # that a task's parameters are stored with
+
+
 class TaskPart(nn.Module):
     """What belongs to one task: router embedding (A,), bias (8, A), head weight (labels, C) and bias (labels,).
 
@@ -105,9 +108,8 @@ class UHLAdapter(nn.Module):
     def bits(self) -> dict[str, int]:
         """Bits that each parameter is stored with, by name; 16 is float16."""
         parts = {"dictionary": 8, "projector": 8, "mixer": 4, "router": 8}
-        of_task = {"bias": 4, "embedding": 8, "head": 8, "head_bias": 16}
         names = [name for name, _ in self.named_parameters()]
-        return {n: of_task[n.split(".")[-1]] if n.startswith("tasks.") else parts[n.split(".")[0]] for n in names}
+        return {n: TASK_BITS[n.split(".")[-1]] if n.startswith("tasks.") else parts[n.split(".")[0]] for n in names}
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from uhl import host, store
+from uhl import fileformat, host, store
 from uhl.adapter import UHLAdapter
 from uhl.config import WEIGHT_TYPES, Sizes
 from uhl.host import Slot
@@ -51,7 +51,9 @@ def file_bytes(path: str | Path) -> dict[str, int]:
     for name, entry in entries.items():
         if name != "__metadata__":
             start, end = entry["data_offsets"]
-            part = {"task": "tasks"}.get(name.split(".")[0], name.split(".")[0]) if store.is_stored(name) else "host"
+            part = (
+                {"task": "tasks"}.get(name.split(".")[0], name.split(".")[0]) if fileformat.is_stored(name) else "host"
+            )
             parts[part] += end - start
     if not parts["host"]:  # nothing but an adapter
         del parts["host"]

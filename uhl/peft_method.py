@@ -26,7 +26,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from uhl import store
+from uhl import fileformat, store
 from uhl.adapter import UHLAdapter
 from uhl.config import NAME, Sizes, UHLConfig
 from uhl.errors import UHLError
@@ -255,13 +255,13 @@ class UHLModel(BaseTuner):
         values = dict(adapter.named_parameters()) | values
         store.check_finite(values)
         packed = store.pack_values(adapter, values)
-        config._pending = partial(_complete_file, weakref.ref(adapter), store.digest(packed))
+        config._pending = partial(_complete_file, weakref.ref(adapter), fileformat.digest(packed))
         return packed
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         """Names of stored tensors hold no adapter name."""
-        if store.is_stored(key):
+        if fileformat.is_stored(key):
             return key
         return super()._remove_adapter_name_from_key(key, adapter_name)
 
@@ -281,15 +281,17 @@ class UHLModel(BaseTuner):
             (n.split("uhl_adapters.")[0] for n, _ in model.named_parameters() if f"uhl_adapters.{adapter_name}." in n),
             "base_model.",
         )
-        out = {k: v for k, v in state_dict.items() if not store.is_stored(k) and not _part_of(k, config._left)}
-        stored = {k: v.cpu() for k, v in state_dict.items() if store.is_stored(k)}
-        device = next((v.device for k, v in state_dict.items() if store.is_stored(k)), torch.device("cpu"))
+        out = {k: v for k, v in state_dict.items() if not fileformat.is_stored(k) and not _part_of(k, config._left)}
+        stored = {k: v.cpu() for k, v in state_dict.items() if fileformat.is_stored(k)}
+        device = next((v.device for k, v in state_dict.items() if fileformat.is_stored(k)), torch.device("cpu"))
         store.check_tensors(adapter, stored)
         for name, value in store.unpack_values(adapter, stored).items():
             out[f"{prefix}uhl_adapters.{adapter_name}.{name}"] = value.to(device)
         if config._file is not None and config._file.is_file():
             whole = store.load(config._file)
-            if store.digest(store.to_tensors(whole)) == store.digest(stored):  # not other values of the same sizes
+            if fileformat.digest(store.to_tensors(whole)) == fileformat.digest(
+                stored
+            ):  # not other values of the same sizes
                 adapter.anchors, adapter.info = whole.anchors, whole.info
                 LOG.info("%s", tuner.report(adapter_name))
         return out
@@ -325,7 +327,7 @@ def _part_of(key: str, modules: Sequence[str]) -> bool:
 def _keep_own_head(config: UHLConfig, model: nn.Module) -> None:
     """Take out of `modules_to_save` what the file holds for another host: this host's own modules stay as they are."""
     assert config._file is not None
-    stored = store.extra_shapes(config._file)
+    stored = fileformat.extra_shapes(config._file)
     own = {
         n.replace(".original_module", "").replace(".base_layer", ""): tuple(p.shape)
         for n, p in model.named_parameters()
@@ -351,9 +353,9 @@ def _adapter_of(config: UHLConfig) -> UHLAdapter:
     given: UHLAdapter | None = getattr(config, "_adapter", None)
     if given is not None:
         return given
-    tasks: dict[str, store.TaskEntry] = {}
+    tasks: dict[str, fileformat.TaskEntry] = {}
     if config._file is not None and config._file.is_file():
-        header, _ = store.read(config._file)
+        header, _ = fileformat.read(config._file)
         stored, wanted = Sizes(**header.config), config.sizes()
         if stored != wanted.model_copy(update={"seed": stored.seed}):
             raise UHLError(
@@ -364,7 +366,7 @@ def _adapter_of(config: UHLConfig) -> UHLAdapter:
             raise UHLError(f"{config._file} has no task {config.task!r}; it has {', '.join(tasks) or 'none'}")
     seed = int(torch.randint(1 << 31, (), device="cpu")) if config.seed is None else config.seed
     adapter = UHLAdapter(config.sizes().model_copy(update={"seed": seed}))
-    for name, task in (tasks or {config.task: store.TaskEntry(labels=[], kind="sentence")}).items():
+    for name, task in (tasks or {config.task: fileformat.TaskEntry(labels=[], kind="sentence")}).items():
         adapter.add_task(name, task.labels, task.kind)
     if not config.init_weights:
         with torch.no_grad():
