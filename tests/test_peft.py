@@ -642,3 +642,59 @@ def test_anchors_and_provenance_come_with_the_file(tmp_path, adapter):
     model.save_pretrained(tmp_path / "again")
     first, second = (f / "adapter_model.safetensors" for f in (tmp_path, tmp_path / "again"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_the_model_card_tells_what_the_file_is_and_keeps_a_persons_text(tmp_path):
+    bert().save_pretrained(tmp_path / "host")
+    host = BertForSequenceClassification.from_pretrained(tmp_path / "host")
+    model = get_peft_model(host, uhl.UHLConfig(**SMALL))
+    model.save_pretrained(tmp_path / "a")
+    readme = tmp_path / "a" / "README.md"
+    text = readme.read_text()
+    assert "Trained on **host 3 x 24**" in text
+    assert "- `main`: the host's own head is used" in text
+    assert f"| file | {(tmp_path / 'a' / 'adapter_model.safetensors').stat().st_size:,} of at most 1,000,000 |" in text
+    assert "More Information Needed" not in text
+    assert str(tmp_path) not in text
+    assert "unihyperlora" in text.split("---")[1]
+    readme.write_text(text + "\nA person's own words.\n")
+    with torch.no_grad():
+        model.base_model.uhl_adapters["default"].dictionary.u.mul_(2)
+    model.save_pretrained(tmp_path / "a")
+    again = readme.read_text()
+    assert again.count("# UniHyperLoRA adapter") == 1
+    assert "A person's own words." in again
+
+
+def test_pushing_to_the_hub_uploads_a_folder_that_loads(tmp_path, monkeypatch):
+    """The hub is a folder here: what would be uploaded is copied."""
+    import shutil
+
+    from transformers.utils import hub
+
+    class Api:
+        def create_repo(self, repo_id, **_):
+            return type("Url", (), {"repo_id": repo_id})()
+
+    monkeypatch.setattr(hub, "hf_api", lambda *_, **__: Api())
+
+    def upload(self, folder, repo_id, *args, **kwargs):
+        shutil.copytree(folder, tmp_path / "hub" / repo_id)
+
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
+    model = get_peft_model(bert(), uhl.UHLConfig(**SMALL))
+    model.push_to_hub("someone/adapter")
+    there = tmp_path / "hub" / "someone" / "adapter"
+    assert {p.name for p in there.iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(bert(), there)), logits(model), atol=1e-4, rtol=0)
+
+
+def test_the_readmes_imports_are_there():
+    import re
+    from pathlib import Path
+
+    blocks = re.findall(r"```python\n(.*?)```", (Path(__file__).parent.parent / "README.md").read_text(), re.S)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith(("import ", "from "))]
+    assert len(lines) >= 4
+    for line in lines:
+        exec(line, {})

@@ -6,8 +6,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import sentences
+from peft import PeftModel
 from sklearn.linear_model import Ridge
+from transformers import BertForSequenceClassification
 
+import uhl
+from uhl import store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import batches, final_means, observe, stream_states
 from uhl.config import ARMS, Sizes
@@ -193,3 +197,48 @@ def test_sentence_means_ignore_padding(encoder):
     means, tokens = stream_states(encoder, ["good", "bad plot"], (0.0, 1.0))
     assert means.shape == (2, 2, 24)
     assert tokens.shape == (4 * (3 + 4), 24)
+
+
+def peft_folder(adapter, folder):
+    """An adapter as PEFT reads it."""
+    store.save(adapter, folder / "adapter_model.safetensors")
+    sizes = adapter.config.model_dump() | {"types": None}
+    uhl.UHLConfig(**sizes, task="mood").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("headed", [False, True])
+def test_porting_a_peft_model_is_the_same_port(encoder, make_encoder, tmp_path, headed, caplog):
+    adapter, _ = trained(encoder)
+    folder = peft_folder(adapter, tmp_path)
+    target = make_encoder(2, 40, seed=4)
+    by_hand = port(store.load(folder / "adapter_model.safetensors"), target, "mood", "anchor")
+    with attach(target.model, store.load(folder / "adapter_model.safetensors"), "mood", by_hand.frame, by_hand.scale):
+        wanted = final_means(target, sentences(20, 9))
+    host = target.model
+    if headed:
+        host = BertForSequenceClassification(target.model.config).eval()
+        host.bert = copy.deepcopy(target.model)
+    model = PeftModel.from_pretrained(host, folder)
+    inner = host.bert if headed else host
+    with pytest.raises(UHLError, match="no projectors of its own"):
+        inner(**encoder.tokenizer(["good"], return_tensors="pt"))
+    with caplog.at_level("INFO", "uhl"):
+        done = uhl.port_model(model, target.tokenizer)
+    assert done.scale == by_hand.scale
+    assert f"12 weights in 2 layers at depths 0 to 1, by the `anchor` arm at scale {done.scale:g}" in caplog.text
+    found = final_means(Encoder("host", inner, target.tokenizer, ""), sentences(20, 9))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    with model.disable_adapter():
+        assert not torch.allclose(final_means(Encoder("h", inner, target.tokenizer, ""), sentences(20, 9)), wanted)
+
+
+def test_porting_a_peft_model_says_what_is_missing(encoder, tmp_path):
+    adapter, _ = trained(encoder)
+    adapter.anchors = None
+    model = PeftModel.from_pretrained(copy.deepcopy(encoder.model), peft_folder(adapter, tmp_path))
+    with pytest.raises(UHLError, match="needs anchors, and the adapter's file has none"):
+        uhl.port_model(model, encoder.tokenizer)
+    with pytest.raises(UHLError, match="has no adapter 'other'; it has default"):
+        uhl.port_model(model, encoder.tokenizer, "other")
+    assert any(hasattr(m, "base_layer") for m in model.modules())  # put back after the error

@@ -9,13 +9,14 @@ import torch
 from conftest import sentences
 
 from uhl import runs, search, stages, store
+from uhl.adapter import UHLAdapter
 from uhl.baselines import METHODS
 from uhl.errors import UHLError
 from uhl.outcome import merge
 from uhl.peft_method import attach
 from uhl.runs import Settings
 from uhl.tasks import load_task
-from uhl.train import Classifier, predict
+from uhl.train import Classifier, predict, train
 
 
 @pytest.fixture
@@ -208,6 +209,51 @@ def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monk
         with attach(target.model, found, "mood", ported.frame, ported.scale) as attached:
             again = predict(Classifier(target.model, found.task("mood"), None, attached), target, data, "test")
     np.testing.assert_allclose(np.stack(again.logits), np.stack(scored.logits), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
+def test_what_is_trained_is_what_is_shipped(tiny_world, own_files, kind, tmp_path):
+    """Every example's logits, before saving and after loading, for the three kinds of task."""
+    settings = tiny_world if kind == "sentence" else own_files(kind)
+    data, encoder = stages.load_data(settings), stages.freeze(stages.load_encoder("big"))
+    adapter = UHLAdapter(settings.adapter_config("dimension"))
+    part = adapter.add_task("t", data.labels, data.kind)
+    logits = []
+    with attach(encoder.model, adapter, "t") as attached:
+        classifier = Classifier(encoder.model, part, None, attached, settings.train_config())
+        train(classifier, encoder, data, settings.train_config(), tmp_path / "trainer")
+        logits.append(predict(classifier, encoder, data, "test").logits)
+    assert part.bias.abs().max() > 0
+    found = store.load(store.save(adapter, tmp_path / "a.safetensors"))
+    with attach(encoder.model, found, "t") as attached:
+        logits.append(predict(Classifier(encoder.model, found.task("t"), None, attached), encoder, data, "test").logits)
+    assert len(logits[0]) == len(data.data["test"])
+    for before, after in zip(*logits, strict=True):
+        np.testing.assert_allclose(after, before, atol=1e-4)
+    assert np.ptp(np.concatenate([np.ravel(x) for x in logits[0]])) > 0.01
+
+
+def test_an_exported_cell_is_a_peft_folder_with_its_scores(tiny_world, tmp_path):
+    from peft import PeftModel
+
+    from uhl import report
+
+    stages.pretrain(tiny_world, "canonical")[1].finish("pretrain-canonical")
+    stages.zero_shot(tiny_world, ("anchor", "zero-atoms")).finish("port-small")
+    runs.update_results("t")
+    folder = report.export("t", "mood", 0, "canonical", tmp_path / "out")
+    text = (folder / "README.md").read_text()
+    assert "| big | mood | uhl-canonical | source |" in text
+    assert "| small | mood | anchor | zero-shot |" in text
+    assert "| small | mood | dimension" not in text
+    assert "40 unlabelled texts travel with the file" in text
+    cell = runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors"
+    assert (folder / "adapter_model.safetensors").read_bytes() == cell.read_bytes()
+    model = PeftModel.from_pretrained(stages.load_encoder("small").model, folder)
+    assert model.base_model.uhl_adapters["default"].anchors.texts == store.load(cell).anchors.texts
+    with pytest.raises(UHLError, match="does not exist"):
+        report.export("t", "mood", 1, "canonical", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_training_again_with_one_seed_gives_the_same_file(tiny_world):

@@ -1,4 +1,5 @@
-"""Command line: ``uhl fetch | table | pack | restore | inspect | verify | split | join | search``.
+"""Command line: ``uhl fetch | table | pack | restore | inspect | verify | split | join |
+export | search``.
 
 Errors of the package print one line, without a traceback.
 """
@@ -90,6 +91,12 @@ def join(options: argparse.Namespace) -> None:
     print(f"{path}: {path.stat().st_size:,} bytes, with {', '.join(names)}")
 
 
+def export(options: argparse.Namespace) -> None:
+    """Write a trained cell's adapter as a PEFT folder, with a model card that has the profile's scores."""
+    path = report.export(options.profile, options.task, options.seed, options.projector, options.into)
+    print(f"{path}: load it with PeftModel.from_pretrained(host, {str(path)!r})")
+
+
 def search(options: argparse.Namespace) -> None:
     """Try the settings of params/<profile>/search.yaml on the profile's source, dev scores only; print CSV."""
     grid = Grid.read(options.profile)
@@ -136,6 +143,13 @@ def main() -> None:
     command.add_argument("packs", type=Path, nargs="+", help="task packs")
     command.add_argument("--out", type=Path, required=True, help="file to write")
     command.set_defaults(run=join)
+    command = commands.add_parser("export", help=export.__doc__)
+    command.add_argument("--profile", default="offline")
+    command.add_argument("--task", default="movies")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--projector", choices=("canonical", "dimension"), default="canonical")
+    command.add_argument("--into", type=Path, required=True, help="folder to write")
+    command.set_defaults(run=export)
     three = commands.add_parser("search", help=search.__doc__)
     three.add_argument("--profile", default="offline-full")
     three.add_argument("--task", default="movies")

@@ -13,7 +13,8 @@ from __future__ import annotations
 import copy
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from uhl import fileformat, store
+from uhl import card, fileformat, store
 from uhl.adapter import UHLAdapter
 from uhl.config import NAME, Sizes, UHLConfig
 from uhl.errors import UHLError
@@ -52,6 +53,7 @@ class UHLModel(BaseTuner):
         self._attached: dict[str, Attached] = {}
         self._handles: list[Any] = []
         self._layers: list[UHLLinear] = []
+        self._arms: dict[str, str] = {}  # how the given frames were found
 
     def _prepare_adapter_config(self, peft_config: UHLConfig, model_config: dict[str, Any]) -> UHLConfig:  # type: ignore[override]
         return peft_config
@@ -122,10 +124,31 @@ class UHLModel(BaseTuner):
             adapter.to(weight.device)
         self._hook()
 
-    def set_frame(self, name: str, frame: Frame | None, scale: float = 1.0) -> None:
-        """Give an adapter the frame that :func:`uhl.port.port` found for this host."""
+    def attached(self, name: str = "default") -> Attached:
+        """An adapter at work in this host: its routes, frame and folds."""
+        return self._attached[name]
+
+    def set_frame(self, name: str, frame: Frame | None, scale: float = 1.0, arm: str = "given") -> None:
+        """Give an adapter the frame that a port (by ``arm``) found for this host; see :func:`uhl.port.port_model`."""
         self._attached[name].set_frame(frame, scale)
+        self._arms[name] = f"the `{arm}` arm at scale {scale:g}"
         LOG.info("%s", self.report(name))
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """The host as it is without any adapter, for the length of a block."""
+        states = [(layer, layer.disable_adapters) for layer in self._layers]
+        places = [(path, layer) for path, layer in self.model.named_modules() if isinstance(layer, UHLLinear)]
+        for path, layer in places:
+            layer._disable_adapters = True
+            self.model.set_submodule(path, layer.base_layer)
+        try:
+            yield
+        finally:
+            for path, layer in places:
+                self.model.set_submodule(path, layer)
+            for layer, disabled in states:
+                layer._disable_adapters = disabled
 
     def report(self, name: str = "default") -> str:
         """What an adapter does in this host: how many weights, at which depths, by which projectors, from where."""
@@ -137,7 +160,9 @@ class UHLModel(BaseTuner):
         config = self.peft_config[name]
         left = ", ".join(config._left)  # type: ignore[attr-defined]
         head = f"; the file's head ({left}) is of another host, so this host's own stays as it is" if left else ""
-        arm = "a ported frame" if attached.ported else f"the `{adapter.config.projector}` projector"
+        arm = (
+            self._arms.get(name, "a given frame") if attached.ported else f"the `{adapter.config.projector}` projector"
+        )
         return (
             f"adapter {name!r}, trained on {source or 'an unnamed model'}: {len(slots)} weights in {layers} "
             f"layers at depths {depths[0]:g} to {depths[-1]:g}, by {arm}{head}"
@@ -203,6 +228,7 @@ class UHLModel(BaseTuner):
         if adapter_name in self.uhl_adapters:
             del self.uhl_adapters[adapter_name]
         self._attached.pop(adapter_name, None)
+        self._arms.pop(adapter_name, None)
         self._hook()
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -250,7 +276,7 @@ class UHLModel(BaseTuner):
         """The adapter's stored tensors: quantised, by the file's names."""
         mark = f"uhl_adapters.{adapter_name}."
         values = {key.split(mark, 1)[1]: value for key, value in state_dict.items() if mark in key}
-        adapter = _tuner(model).uhl_adapters[adapter_name]
+        adapter = tuner_of(model).uhl_adapters[adapter_name]
         assert isinstance(adapter, UHLAdapter)
         values = dict(adapter.named_parameters()) | values
         store.check_finite(values)
@@ -274,7 +300,7 @@ class UHLModel(BaseTuner):
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Stored tensors, once checked, as the adapter's parameters; a head that fits the host passes through."""
-        tuner = _tuner(model)
+        tuner = tuner_of(model)
         adapter = tuner.uhl_adapters[adapter_name]
         assert isinstance(adapter, UHLAdapter)
         prefix = next(
@@ -297,7 +323,8 @@ class UHLModel(BaseTuner):
         return out
 
 
-def _tuner(model: nn.Module) -> UHLModel:
+def tuner_of(model: nn.Module) -> UHLModel:
+    """The tuner inside a PEFT model. Raises :class:`UHLError` where there is none."""
     found = next((m for m in model.modules() if isinstance(m, UHLModel)), None)
     if found is None:
         raise UHLError("the model carries no UniHyperLoRA adapter; wrap it with get_peft_model first")
@@ -307,8 +334,8 @@ def _tuner(model: nn.Module) -> UHLModel:
 def _complete_file(adapter: weakref.ref[UHLAdapter], digest: str, folder: Path) -> None:
     """Header, anchors and model card for the file that PEFT has just written into ``folder``, where it wrote one."""
     path, alive = folder / SAFETENSORS_WEIGHTS_NAME, adapter()
-    if alive is not None and path.is_file():
-        store.complete(alive, path, digest)
+    if alive is not None and path.is_file() and store.complete(alive, path, digest):
+        card.write(folder)
 
 
 def _source_of(model: nn.Module) -> dict[str, object]:

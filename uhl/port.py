@@ -25,7 +25,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Observed, final_means, observe
@@ -34,7 +36,7 @@ from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame, canonical_basis, dimension_frame
 from uhl.host import Slot, find_slots
 from uhl.models import Encoder
-from uhl.peft_method import attach
+from uhl.peft_method import attach, tuner_of
 
 SCALES = (0.0, 0.25, 0.5, 1.0)
 PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squared singular value
@@ -136,6 +138,31 @@ def port(
         done = _anchored(adapter, target, task, arm, slots, seed, seen)
         begun -= seen.seconds if again else 0.0
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
+    return done
+
+
+def port_model(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, name: str = "default", arm: str = "anchor"
+) -> Port:
+    """Port an adapter that a PEFT model carries to that model, and put the frame to work in it. No labels are used.
+
+    The host is an encoder, or a decoder, with any head on it; its other adapters are left alone. Raises
+    :class:`UHLError` for an arm that the adapter does not allow, or that needs its source model.
+    """
+    tuner = tuner_of(model)
+    if name not in tuner.uhl_adapters:
+        raise UHLError(f"the model has no adapter {name!r}; it has {', '.join(tuner.uhl_adapters) or 'none'}")
+    adapter, host = tuner.uhl_adapters[name], tuner.model
+    assert isinstance(adapter, UHLAdapter)
+    inner = getattr(host, "base_model", host)  # transformers' name for a model without its head
+    if getattr(getattr(host, "config", None), "is_encoder_decoder", False):
+        raise UHLError("a model with encoder and decoder has no single stream of states to port to")
+    prefix = next(path for path, module in host.named_modules() if module is inner)
+    with tuner.bare():
+        target = Encoder(str(getattr(host.config, "_name_or_path", "")), inner, tokenizer, "unknown")
+        done = port(adapter, target, tuner.attached(name).task_name, arm)
+    pairs = {f"{prefix}.{path}" if prefix else path: pair for path, pair in done.frame.slots.items()}
+    tuner.set_frame(name, replace(done.frame, slots=pairs), done.scale, arm)
     return done
 
 

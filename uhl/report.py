@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from uhl import runs, stats, viz
+from uhl import card, runs, stats, store, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
+from uhl.config import ARMS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_text
 from uhl.grid import PARAMS, Grid
@@ -248,6 +250,28 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
         f"percent of the host's linear layers. Ran on {' and '.join(sorted(hardware))}; "
         f"commit {', '.join(sorted(commits))}.\n"
     )
+
+
+def export(profile: str, task: str, seed: int, projector: str, folder: Path) -> Path:
+    """A trained cell's adapter as a PEFT folder: its file, the configuration, and a card with the profile's scores.
+
+    Raises :class:`UHLError` where the cell or its file is missing.
+    """
+    file = _cell(profile, task, seed, "source", "", f"uhl-{projector}") / "adapter.safetensors"
+    adapter = store.load(file)
+    name = next(iter(adapter.tasks))
+    sizes = adapter.config.model_dump() | {"types": list(adapter.config.types)}
+    config = UHLConfig(**sizes, task=name, base_model_name_or_path=str(adapter.info.get("source", "")))
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    store.save(adapter, folder / SAFETENSORS_WEIGHTS_NAME)
+    table = summary(profile)
+    arms = {f"uhl-{projector}"} | set(ARMS if projector == "canonical" else ("dimension",))
+    rows = table[(table["task"] == task) & table["arm"].isin(arms) & table["phase"].isin(["source", "zero-shot"])]
+    rows = rows[(rows["arm"] != "dimension") | (projector == "dimension")].rename(columns={"target": "host"})
+    card.write(folder, rows.to_dict("records"))  # type: ignore[arg-type]
+    return folder
 
 
 def _list(values: Iterable[object]) -> str:

@@ -140,15 +140,17 @@ def check_finite(values: Mapping[str, Tensor]) -> None:
             raise UHLError(f"{name} holds values that are not finite; train again with lower learning rates")
 
 
-def complete(adapter: UHLAdapter, path: str | Path, expected: str) -> None:
-    """Give a file of an adapter's tensors, as PEFT writes it, its header and its anchors.
+def complete(adapter: UHLAdapter, path: str | Path, expected: str) -> bool:
+    """Give a file of an adapter's tensors, as PEFT writes it, its header and its anchors; whether that was done.
 
     Tensors that are no adapter's (`modules_to_save`) stay in the file and are named in its header. A file whose stored
     tensors have another digest than ``expected`` is another adapter's, and is left alone.
     """
     tensors = load_file(path)
-    if digest({name: value for name, value in tensors.items() if is_stored(name)}) == expected:
-        _write(adapter, tensors | _anchor_tensors(adapter), path)
+    if digest({name: value for name, value in tensors.items() if is_stored(name)}) != expected:
+        return False
+    _write(adapter, tensors | _anchor_tensors(adapter), path)
+    return True
 
 
 def check_tensors(adapter: UHLAdapter, tensors: Mapping[str, Tensor]) -> None:
