@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig
 
 from uhl import budget
+from uhl.baselines import file_sizes
 from uhl.config import Sizes
 from uhl.host import find_slots
 from uhl.peft_method import attach
@@ -39,3 +40,18 @@ def test_extra_flops_on_real_shapes(layers, width, inner, most):
         slots = find_slots(AutoModel.from_config(shape))
     extra = budget.extra_flops_pct(Sizes(), slots, slots, width)
     assert 0.5 < extra <= most
+
+
+def test_file_sizes_are_those_of_files_that_peft_wrote():
+    host = AutoModel.from_config(
+        BertConfig(vocab_size=64, hidden_size=256, num_hidden_layers=1, num_attention_heads=4, intermediate_size=300)
+    )
+    before = {n: p.clone() for n, p in host.named_parameters()}
+    table = file_sizes(host, ["query", "value"]).set_index("method")
+    assert table.loc["LoRA r8", "trained"] == 2 * 8 * (256 + 256)
+    assert table.loc["VeRA r256", "trained"] == 2 * (256 + 256)
+    assert table.loc["FourierFT", "trained"] == 2 * 1000
+    assert table.loc["Uni-LoRA", "trained"] == 23_040
+    assert (table["bytes"] >= 4 * table["trained"].where(table.index != "VB-LoRA", 0)).all()
+    assert (table["bytes, float16"] < table["bytes"]).all()
+    assert all(torch.equal(p, before[n]) for n, p in host.named_parameters())

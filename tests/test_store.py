@@ -1,6 +1,8 @@
 """The file: what is read back is what was trained; broken files are one clear error; bytes equal the formula."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -149,10 +151,56 @@ def test_an_interrupted_write_leaves_the_old_file(path, adapter, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(store, "save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UHLError, match="disk full.*the older file is as it was"):
         store.save(adapter, path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.glob("*a.safetensors*")] == ["a.safetensors"]
+
+
+def in_a_process(work, *args):
+    """Run a function of this file in a fresh process, and give back what it printed."""
+    code = (
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import test_store as t; t.{work}(*sys.argv[1:])"
+    )
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, text=True)
+
+
+def save_with_little_room(path):
+    import resource
+    import signal
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then the write itself fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    try:
+        store.save(UHLAdapter(Sizes()), path)
+    except UHLError as error:
+        print(error)
+
+
+def test_a_full_disk_leaves_the_old_file(path):
+    before = path.read_bytes()
+    told, _ = in_a_process("save_with_little_room", path).communicate(timeout=120)
+    assert "could not be written" in told
+    assert "the older file is as it was" in told
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def save_many_times(path, seed):
+    adapter = UHLAdapter(Sizes(atoms=64, width=64, seed=int(seed)))
+    for _ in range(200):
+        store.save(adapter, path)
+
+
+def test_two_processes_writing_one_file_leave_a_whole_one(tmp_path):
+    path, seeds = tmp_path / "a.safetensors", set()
+    store.save(UHLAdapter(Sizes(atoms=64, width=64)), path)
+    writers = [in_a_process("save_many_times", path, seed) for seed in (1, 2)]
+    while any(w.poll() is None for w in writers):
+        seeds.add(store.load(path).config.seed)  # whole at any moment
+    assert [w.returncode for w in writers] == [0, 0]
+    assert {1, 2} <= seeds
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_line_breaks_in_anchor_texts(with_anchors, tmp_path):
@@ -241,7 +289,7 @@ def test_a_file_of_version_1_goes_on_loading():
     adapter = store.load(path)
     assert list(adapter.tasks) == ["mood", "tags"]
     assert adapter.anchors.texts[:2] == ["text 0", "text 1"]
-    sums = {n: round(float(p.double().abs().sum()), 4) for n, p in adapter.named_parameters()}
+    sums = {n: round(float(p.detach().double().abs().sum()), 4) for n, p in adapter.named_parameters()}
     assert sums == json.loads(path.with_suffix(".json").read_text())
 
 
@@ -255,7 +303,7 @@ def write_golden(folder):
     adapter.anchors = Anchors([f"text {i}" for i in range(20)], "generic, MIT", tables[0], tables[1:])
     adapter.info = {"source": "tiny", "shape": "3 x 24"}
     path = store.save(adapter, folder / "version-1.safetensors")
-    sums = {n: round(float(p.double().abs().sum()), 4) for n, p in store.load(path).named_parameters()}
+    sums = {n: round(float(p.detach().double().abs().sum()), 4) for n, p in store.load(path).named_parameters()}
     path.with_suffix(".json").write_text(json.dumps(sums, indent=1) + "\n")
 
 

@@ -1,5 +1,5 @@
 """Command line: ``uhl fetch | table | pack | restore | inspect | verify | split | join |
-export | search``.
+export | bench | search``.
 
 Errors of the package print one line, without a traceback.
 """
@@ -97,6 +97,13 @@ def export(options: argparse.Namespace) -> None:
     print(f"{path}: load it with PeftModel.from_pretrained(host, {str(path)!r})")
 
 
+def bench(options: argparse.Namespace) -> None:
+    """Measure loading an adapter into a host of a known shape, beside rank-8 LoRA; print CSV."""
+    from uhl.bench import loading
+
+    print(loading(options.shape).to_csv(index=False), end="")
+
+
 def search(options: argparse.Namespace) -> None:
     """Try the settings of params/<profile>/search.yaml on the profile's source, dev scores only; print CSV."""
     grid = Grid.read(options.profile)
@@ -150,6 +157,9 @@ def main() -> None:
     command.add_argument("--projector", choices=("canonical", "dimension"), default="canonical")
     command.add_argument("--into", type=Path, required=True, help="folder to write")
     command.set_defaults(run=export)
+    command = commands.add_parser("bench", help=bench.__doc__)
+    command.add_argument("--shape", choices=("bert-base", "bert-large"), default="bert-large")
+    command.set_defaults(run=bench)
     three = commands.add_parser("search", help=search.__doc__)
     three.add_argument("--profile", default="offline-full")
     three.add_argument("--task", default="movies")

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import (
+    FourierFTConfig,
+    LoraConfig,
+    PeftConfig,
+    UniLoraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from uhl import budget
@@ -103,3 +114,41 @@ def round_trained(classifier: Classifier) -> None:
     for name, parameter in classifier.named_parameters():
         if parameter.requires_grad and not name.startswith("part."):
             parameter.copy_(parameter.half().float())
+
+
+def peft_methods(targets: Sequence[str]) -> dict[str, PeftConfig]:
+    """PEFT's small methods on the weights whose names end in ``targets``, with the sizes that their authors report.
+
+    LoRA (Hu et al. 2021) at rank 8, VeRA (Kopiczko et al. 2023) at rank 256, VB-LoRA (Li et al. 2024) with 90 vectors
+    of 256, FourierFT (Gao et al. 2024) with 1,000 coefficients, Uni-LoRA (Li et al. 2025) with a vector of 23,040.
+    """
+    names = list(targets)
+    return {
+        "LoRA r8": LoraConfig(r=RANK, target_modules=names),
+        "VeRA r256": VeraConfig(r=256, target_modules=names, save_projection=False),
+        "VB-LoRA": VBLoRAConfig(
+            r=4, num_vectors=90, vector_length=256, topk=2, target_modules=names, save_only_topk_weights=True
+        ),
+        "FourierFT": FourierFTConfig(n_frequency=1000, target_modules=names),
+        "Uni-LoRA": UniLoraConfig(r=4, theta_d_length=23_040, target_modules=names),
+    }
+
+
+def file_sizes(model: nn.Module, targets: Sequence[str]) -> pd.DataFrame:
+    """Bytes of each of PEFT's methods on a host, of files that PEFT wrote: as it trains (float32), and as float16."""
+    rows = []
+    for name, config in peft_methods(targets).items():
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+        own = [p for p in adapted.parameters() if p.requires_grad]
+        trained = sum(p.numel() for p in own)
+        sizes = []
+        for dtype in (torch.float32, torch.float16):
+            with tempfile.TemporaryDirectory() as folder:
+                for p in own:
+                    p.data = p.data.to(dtype)
+                adapted.save_pretrained(folder)
+                sizes.append((Path(folder) / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
+        rows.append({"method": name, "trained": trained, "bytes": sizes[0], "bytes, float16": sizes[1]})
+        model = adapted.unload()  # type: ignore[operator]
+    return pd.DataFrame(rows)

@@ -203,7 +203,28 @@ def read_either(path: str | Path) -> tuple[Header | PackHeader, dict[str, Tensor
 def _read(
     path: Path, check: Callable[[Path, Any, dict[str, Spec]], Header | PackHeader]
 ) -> tuple[Header | PackHeader, dict[str, Tensor]]:
-    """Read a file whose header and layout ``check`` accepts."""
+    """Read a file whose header and layout ``check`` accepts; again where another process replaced it meanwhile."""
+    for _ in range(20):
+        before = _identity(path)
+        try:
+            return _read_once(path, check)
+        except UHLError:
+            if _identity(path) == before:
+                raise
+    return _read_once(path, check)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError:
+        return ()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _read_once(
+    path: Path, check: Callable[[Path, Any, dict[str, Spec]], Header | PackHeader]
+) -> tuple[Header | PackHeader, dict[str, Tensor]]:
     if not path.is_file():
         raise UHLError(
             f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb "

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from uhl.errors import UHLError
 
 
@@ -29,18 +31,26 @@ def check_sha256(path: str | Path, expected: str, remedy: str) -> None:
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Call ``write(temporary_path)``, then move the result to ``path``. An interruption leaves the old file whole."""
+    """Call ``write(temporary_path)``, then move the result to ``path``. An interruption leaves the old file whole.
+
+    Raises :class:`UHLError` where the file system refuses, as a full disk does.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary: Path | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        os.close(handle)
+        temporary = Path(name)
         write(temporary)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        kept = "the older file is as it was" if path.exists() else "no file was left behind"
+        raise UHLError(f"{path} could not be written ({error}); {kept}: free space or choose another folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
     return path
 
 
