@@ -31,7 +31,7 @@ def write(folder: str | Path, scores: Sequence[Score] = ()) -> Path:
     data = card.data
     data["library_name"] = "peft"
     named, tags = data.get("base_model"), {*(data.get("tags") or ()), "peft", "unihyperlora"}
-    if isinstance(named, str) and Path(named).exists():  # a folder of this machine says nothing elsewhere
+    if isinstance(named, str) and Path(named).is_absolute():  # a folder of this machine says nothing elsewhere
         data["base_model"] = str(header.info.get("source", Path(named).name))
         tags = {tag for tag in tags if named not in tag}
     data["tags"] = sorted(tags)
