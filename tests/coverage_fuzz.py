@@ -26,9 +26,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Codes
-from uhl.config import Sizes
 from uhl.errors import UHLError
 
 FOLDER = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
@@ -36,21 +33,10 @@ VALUES = [None, True, -1, 0, 1, 2, 3, 7, 2**31, 2**63, 10**40, 0.5, 1e308, "", "
 KINDS = [torch.int8, torch.uint8, torch.float16, torch.float32, torch.int64]
 
 
-def sound() -> tuple[UHLAdapter, dict[str, object], dict[str, torch.Tensor], bytes]:
-    """A small adapter with every kind of tensor, its header, its tensors and its bytes."""
-    torch.manual_seed(0)
-    adapter = UHLAdapter(Sizes(atoms=6, width=8, hidden=4))
-    adapter.add_task("mood", ("bad", "good"), "sentence")
-    adapter.add_task("tags", ("O", "B-X"), "token")
-    tables = [Codes.of(torch.randn(20, 8)) for _ in range(3)]
-    adapter.anchors = Anchors([f"text {i}" for i in range(20)], "generic, MIT", tables[0], tables[1:])
-    path = store.save(adapter, FOLDER / "sound.safetensors")
-    with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()[fileformat.KEY])
-    return adapter, meta, load_file(path), path.read_bytes()
-
-
-ADAPTER, META, TENSORS, RAW = sound()
+SOUND = Path(__file__).parent / "data" / "version-1.safetensors"  # small, with every kind of tensor
+ADAPTER, TENSORS, RAW = store.load(SOUND), load_file(SOUND), SOUND.read_bytes()
+with safe_open(SOUND, "pt") as sound:
+    META = json.loads(sound.metadata()[fileformat.KEY])
 PACK = store.save_task(ADAPTER, "mood", FOLDER / "pack.safetensors").read_bytes()
 COUNT = {"inputs": 0, "loaded": 0, "refused": 0}
 SLOWEST = 0.0

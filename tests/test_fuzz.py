@@ -4,20 +4,18 @@ import json
 import os
 import struct
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import sentences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from uhl import fileformat, store
-from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Codes
-from uhl.config import MAX_FILE, Sizes
+from uhl.config import MAX_FILE
 from uhl.errors import UHLError
 
 EXAMPLES = int(os.environ.get("UHL_FUZZ", "150"))  # of each property; a long run sets it higher
@@ -27,16 +25,9 @@ fuzz = settings(
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory):
+def sound():
     """Bytes of a small, sound file with every kind of tensor in it."""
-    adapter = UHLAdapter(Sizes(atoms=6, width=8, hidden=4))
-    adapter.add_task("mood", ("bad", "good"), "sentence")
-    adapter.add_task("tags", ("O", "B-X"), "token")
-    texts = sorted(set(sentences(20)))
-    tables = [Codes.of(torch.randn(len(texts), 8)) for _ in range(3)]
-    adapter.anchors = Anchors(texts, "generic, MIT", tables[0], tables[1:])
-    adapter.info = {"source": "tiny"}
-    return store.save(adapter, tmp_path_factory.mktemp("fuzz") / "a.safetensors").read_bytes()
+    return (Path(__file__).parent / "data" / "version-1.safetensors").read_bytes()
 
 
 def outcome(path):

@@ -60,7 +60,8 @@ def test_shared_state_is_stored_once_in_memory_and_on_disk(tmp_path):
 def test_the_saved_file_is_an_adapter_file(tmp_path):
     model = get_peft_model(bert(), uhl.UHLConfig(**SMALL, task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
-    header, tensors = fileformat.read(tmp_path / "adapter_model.safetensors")
+    found = fileformat.read(tmp_path / "adapter_model.safetensors")
+    header, tensors = found.header, found.tensors
     assert header.extra == ["base_model.model.classifier.bias", "base_model.model.classifier.weight"]
     assert tensors["dictionary.u"].dtype == torch.int8
     assert tensors["task.main.bias"].dtype == torch.uint8

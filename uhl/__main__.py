@@ -68,10 +68,10 @@ def inspect(options: argparse.Namespace) -> None:
 
 def verify(options: argparse.Namespace) -> None:
     """Check an adapter's file or a task pack: structure, ranges, hash."""
-    header, tensors = read_either(options.file)
-    if isinstance(header, Header):
-        store.load(options.file)
-    print(f"{options.file}: ok, {len(tensors)} tensors, {header.format} version {header.version}")
+    found = read_either(options.file)
+    if isinstance(found.header, Header):
+        store.build(found)  # type: ignore[arg-type]
+    print(f"{options.file}: ok, {len(found.tensors)} tensors, {found.header.format} version {found.header.version}")
 
 
 def split(options: argparse.Namespace) -> None:

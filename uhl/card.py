@@ -26,7 +26,7 @@ def write(folder: str | Path, scores: Sequence[Score] = ()) -> Path:
     """Write README.md beside the adapter file in ``folder``, or bring its part up to date."""
     folder = Path(folder)
     file, readme = folder / SAFETENSORS_WEIGHTS_NAME, folder / "README.md"
-    header, _ = read(file)
+    header = read(file).header
     card = ModelCard(readme.read_text(encoding="utf-8") if readme.is_file() else "---\n---\n")
     data = card.data
     data["library_name"] = "peft"
@@ -44,15 +44,19 @@ def write(folder: str | Path, scores: Sequence[Score] = ()) -> Path:
     return write_text(readme, str(card))
 
 
+def source(info: Mapping[str, object]) -> str:
+    """The model that an adapter was trained on, and its shape, as far as its file says so."""
+    return " ".join(str(info[key]) for key in ("source", "shape") if key in info) or "a model not named"
+
+
 def body(header: Header, sizes: Mapping[str, int], scores: Sequence[Score] = ()) -> str:
     """Our part of the card, Markdown. ``sizes``: bytes by part, see :func:`uhl.budget.file_bytes`."""
     config = Sizes(**header.config)
-    source = " ".join(str(header.info[k]) for k in ("source", "shape") if k in header.info) or "a model not named"
     total = sum(sizes.values())
     lines = [
         "# UniHyperLoRA adapter",
         "",
-        f"Trained on **{source}**"
+        f"Trained on **{source(header.info)}**"
         + (f" (revision `{str(header.info['revision'])[:12]}`)" if header.info.get("revision") else "")
         + f": {config.atoms} rank-1 atoms of canonical width {config.width}, {config.router} router, at most "
         f"{min(config.top_k, config.atoms)} atoms a token, `{config.projector}` projector, on weights "

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
@@ -17,6 +17,9 @@ from peft.utils.peft_types import PeftType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from uhl.errors import UHLError
+
+if TYPE_CHECKING:
+    from uhl.fileformat import Content, Header
 
 WeightType = Literal["Q", "K", "V", "O", "FFN"]
 WEIGHT_TYPES: tuple[WeightType, ...] = ("Q", "K", "V", "O", "FFN")
@@ -116,6 +119,7 @@ class UHLConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._file: Path | None = None  # where it was loaded from
+        self._content: Content[Header] | None = None  # of that file, while it is being loaded
         self._left: list[str] = []  # modules_to_save of that file that do not fit the host
         self._pending: Callable[[Path], None] | None = None  # completes the file that PEFT is writing
         self.peft_type = _peft_type()
@@ -137,8 +141,8 @@ class UHLConfig(PeftConfig):
             complete(Path(save_directory))
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what a save that is under way has left."""
-        return {name: value for name, value in vars(self).items() if name != "_pending"}
+        """Without what a load or a save that is under way has left."""
+        return vars(self) | {"_content": None, "_pending": None}
 
     @classmethod
     def from_pretrained(

@@ -40,8 +40,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -52,13 +53,14 @@ from uhl.config import MAX_FILE, Sizes
 from uhl.errors import UHLError
 from uhl.mixer import BASIS, INPUTS
 from uhl.projector import FEATURES, HIDDEN
-from uhl.quant import QMAX, SMALLEST_SCALE
+from uhl.quant import QMAX, SMALLEST_SCALE, unpack4
 
 FORMAT, PACK, VERSION, KEY = "uhl-adapter", "uhl-task", "1", "uhl"
 MAX_HEADER = 1 << 20  # bytes
 MAX_TEXT, MAX_LINE = 8 << 20, 64 << 10  # bytes of all anchor texts unpacked, characters of one
 BYTES = {"I8": 1, "U8": 1, "F16": 2}
 KIND = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16"}
+H = TypeVar("H", bound="Header | PackHeader")
 Spec = tuple[str, tuple[int, ...]]  # a tensor's safetensors dtype and shape
 
 
@@ -106,11 +108,6 @@ class PackHeader(BaseModel):
     labels: list[str]
     base: str
     sha256: str
-
-    @property
-    def entry(self) -> TaskEntry:
-        """The task as an adapter's header names it."""
-        return TaskEntry(labels=self.labels, kind=self.kind)
 
 
 def layout(config: Sizes, tasks: Mapping[str, TaskEntry], anchors: int, depths: int, text: int) -> dict[str, Spec]:
@@ -172,37 +169,41 @@ def _hash(total: Any, name: str, value: Tensor) -> None:
     total.update(value.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def read(path: str | Path) -> tuple[Header, dict[str, Tensor]]:
-    """An adapter file's header and tensors: sizes, layout, hash and ranges are checked.
+@dataclass(frozen=True)
+class Content(Generic[H]):
+    """What a checked file holds. ``extra``: shapes of the host's tensors in it, which are not kept."""
+
+    path: Path
+    header: H
+    tensors: dict[str, Tensor]
+    extra: dict[str, tuple[int, ...]]
+
+
+def read(path: str | Path) -> Content[Header]:
+    """Read an adapter's file: sizes, layout, hash and ranges are checked.
 
     Tensors of the host (``extra``) are hashed one after another and not kept. Raises :class:`UHLError` for a file that
     is missing, cut off, altered, of another version or no adapter at all.
     """
-    header, tensors = _read(Path(path), _adapter_header)
-    assert isinstance(header, Header)
-    return header, tensors
+    return _read(Path(path), _adapter_header)
 
 
-def read_pack(path: str | Path) -> tuple[PackHeader, dict[str, Tensor]]:
-    """A task pack's header and tensors, checked. Errors as for :func:`read`."""
-    header, tensors = _read(Path(path), _pack_header)
-    assert isinstance(header, PackHeader)
-    return header, tensors
+def read_pack(path: str | Path) -> Content[PackHeader]:
+    """Read a task pack, checked. Errors as for :func:`read`."""
+    return _read(Path(path), _pack_header)
 
 
-def read_either(path: str | Path) -> tuple[Header | PackHeader, dict[str, Tensor]]:
-    """An adapter's or a task pack's header and tensors, checked. Errors as for :func:`read`."""
+def read_either(path: str | Path) -> Content[Header] | Content[PackHeader]:
+    """Read an adapter's file or a task pack, checked. Errors as for :func:`read`."""
 
     def either(path: Path, meta: Any, found: dict[str, Spec]) -> Header | PackHeader:
         packed = isinstance(meta, dict) and meta.get("format") == PACK
         return (_pack_header if packed else _adapter_header)(path, meta, found)
 
-    return _read(Path(path), either)
+    return _read(Path(path), either)  # type: ignore[return-value]  # one of the two
 
 
-def _read(
-    path: Path, check: Callable[[Path, Any, dict[str, Spec]], Header | PackHeader]
-) -> tuple[Header | PackHeader, dict[str, Tensor]]:
+def _read(path: Path, check: Callable[[Path, Any, dict[str, Spec]], H]) -> Content[H]:
     """Read a file whose header and layout ``check`` accepts; again where another process replaced it meanwhile."""
     for _ in range(20):
         before = _identity(path)
@@ -222,9 +223,7 @@ def _identity(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _read_once(
-    path: Path, check: Callable[[Path, Any, dict[str, Spec]], Header | PackHeader]
-) -> tuple[Header | PackHeader, dict[str, Tensor]]:
+def _read_once(path: Path, check: Callable[[Path, Any, dict[str, Spec]], H]) -> Content[H]:
     if not path.is_file():
         raise UHLError(
             f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb "
@@ -255,14 +254,7 @@ def _read_once(
     if header.sha256 != total.hexdigest():
         raise UHLError(f"{path} was altered or damaged after it was written (sha256 differs); copy it again")
     check_values(path, tensors)
-    return header, tensors
-
-
-def extra_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checked file's tensors that are the host's, by name."""
-    header, _ = read(path)
-    with safe_open(path, "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in header.extra}
+    return Content(path, header, tensors, {name: found[name][1] for name in extra})
 
 
 def misfit(path: Path, why: object) -> UHLError:
@@ -359,3 +351,9 @@ def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise misfit(path, f"tensor {name} holds a scale below {SMALLEST_SCALE:g}")
         if value.dtype == torch.int8 and (value < -QMAX[8]).any():
             raise misfit(path, f"tensor {name} holds {-QMAX[8] - 1}, which is outside of 8-bit rows")
+        if (
+            value.dtype == torch.uint8
+            and name != "anchors.text"
+            and (unpack4(value, (2 * len(value),)) < -QMAX[4]).any()
+        ):
+            raise misfit(path, f"tensor {name} holds {-QMAX[4] - 1}, which is outside of 4-bit rows")

@@ -242,9 +242,9 @@ class Attached:
     def _vectors(self, learning: bool) -> tuple[Frame, dict[str, Vectors] | None]:
         """The frame, and the products V~ and U~ where they do not train: these are kept while they do not change."""
         moving = self._moving()
-        if learning and any(p.requires_grad for p in moving):
-            return self.frame, None
         trained = any(p.requires_grad for p in moving)
+        if learning and trained:
+            return self.frame, None
         state = _State(moving, id(self._fixed), self._cache.backwards if trained else 0)
         kept = self._cache.vectors
         if kept is None or not kept[0].same(state):
@@ -345,14 +345,14 @@ class Attached:
         total = torch.stack([(s * m).sum() for s, m in zip(sums, masks, strict=True)]).sum()
         return total / torch.stack([m.sum() for m in masks]).sum()
 
-    def check_mergeable(self, name: str) -> None:
-        """Raise :class:`UHLError` where no weights equal the adapter called ``name``."""
+    def check_mergeable(self, name: str, slots: Sequence[Slot] | None = None) -> None:
+        """Raise :class:`UHLError` where no weights equal the adapter called ``name``; ``slots``: all, by default."""
         if self.adapter.config.router == "token":
             raise UHLError(
                 f"adapter {name!r} chooses atoms for each token, so no single weight equals it and it cannot be "
                 f"merged; keep it attached, or train one with UHLConfig(router='static')"
             )
-        for slot in self.slots:
+        for slot in self.slots if slots is None else slots:
             weight(self.model, slot)
 
     def delta(self, slot: Slot) -> Float[Tensor, "d_out d_in"]:
@@ -468,10 +468,8 @@ class UHLLinear(nn.Module, BaseTunerLayer):
         """Add static adapters to the base weight; the weight itself is kept for :meth:`unmerge`."""
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.slots]
         kernel = self.base.weight
-        for name in names:
-            self._shared[1][name].check_mergeable(name)
-        for name in names:
-            delta = self.get_delta_weight(name)
+        deltas = {name: self.get_delta_weight(name) for name in names}  # all of them, before the weight is changed
+        for name, delta in deltas.items():
             if safe_merge and not torch.isfinite(kernel + delta).all():
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             if self._kept is None:
@@ -489,7 +487,7 @@ class UHLLinear(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight, in the base layer's shape. Raises :class:`UHLError` for a token router."""
-        self._shared[1][adapter].check_mergeable(adapter)
+        self._shared[1][adapter].check_mergeable(adapter, [self.slots[adapter]])
         delta = self._shared[1][adapter].delta(self.slots[adapter])
         return delta.T if isinstance(self.base, Conv1D) else delta
 

@@ -31,6 +31,7 @@ from uhl import card, fileformat, store
 from uhl.adapter import UHLAdapter
 from uhl.config import NAME, Sizes, UHLConfig
 from uhl.errors import UHLError
+from uhl.fileformat import Content, Header
 from uhl.frame import Frame
 from uhl.host import find_slots, stream_width
 from uhl.layer import Attached, Rerouted, UHLLinear
@@ -62,8 +63,10 @@ class UHLModel(BaseTuner):
         """Find the weights of known types where the configuration names none; this is never stored."""
         if peft_config.target_modules is None or peft_config.types is not None:
             peft_config._found = {s.path for s in find_slots(model, peft_config.sizes().types)}  # type: ignore[attr-defined]
-        if peft_config._file is not None and peft_config._file.is_file():
-            _keep_own_head(peft_config, model)
+        file = peft_config._file
+        peft_config._content = fileformat.read(file) if file is not None and file.is_file() else None
+        if peft_config._content is not None:
+            _keep_own_head(peft_config, peft_config._content, model)
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -137,17 +140,19 @@ class UHLModel(BaseTuner):
     @contextmanager
     def bare(self) -> Iterator[None]:
         """The host as it is without any adapter, for the length of a block."""
-        states = [(layer, layer.disable_adapters) for layer in self._layers]
-        places = [(path, layer) for path, layer in self.model.named_modules() if isinstance(layer, UHLLinear)]
-        for path, layer in places:
+        places = [
+            (path, layer, layer.disable_adapters)
+            for path, layer in self.model.named_modules()
+            if isinstance(layer, UHLLinear)
+        ]
+        for path, layer, _ in places:
             layer._disable_adapters = True
             self.model.set_submodule(path, layer.base_layer)
         try:
             yield
         finally:
-            for path, layer in places:
+            for path, layer, disabled in places:
                 self.model.set_submodule(path, layer)
-            for layer, disabled in states:
                 layer._disable_adapters = disabled
 
     def report(self, name: str = "default") -> str:
@@ -156,7 +161,6 @@ class UHLModel(BaseTuner):
         adapter, slots = attached.adapter, attached.slots
         layers = len({s.layer for s in slots})
         depths = sorted({round(s.depth, 3) for s in slots})
-        source = " ".join(str(adapter.info[key]) for key in ("source", "shape") if key in adapter.info)
         config = self.peft_config[name]
         left = ", ".join(config._left)  # type: ignore[attr-defined]
         head = f"; the file's head ({left}) is of another host, so this host's own stays as it is" if left else ""
@@ -164,7 +168,7 @@ class UHLModel(BaseTuner):
             self._arms.get(name, "a given frame") if attached.ported else f"the `{adapter.config.projector}` projector"
         )
         return (
-            f"adapter {name!r}, trained on {source or 'an unnamed model'}: {len(slots)} weights in {layers} "
+            f"adapter {name!r}, trained on {card.source(adapter.info)}: {len(slots)} weights in {layers} "
             f"layers at depths {depths[0]:g} to {depths[-1]:g}, by {arm}{head}"
         )
 
@@ -307,19 +311,18 @@ class UHLModel(BaseTuner):
             (n.split("uhl_adapters.")[0] for n, _ in model.named_parameters() if f"uhl_adapters.{adapter_name}." in n),
             "base_model.",
         )
-        out = {k: v for k, v in state_dict.items() if not fileformat.is_stored(k) and not _part_of(k, config._left)}
-        stored = {k: v.cpu() for k, v in state_dict.items() if fileformat.is_stored(k)}
-        device = next((v.device for k, v in state_dict.items() if fileformat.is_stored(k)), torch.device("cpu"))
+        stored = {name: value for name, value in state_dict.items() if fileformat.is_stored(name)}
+        out = {k: v for k, v in state_dict.items() if k not in stored and not _part_of(k, config._left)}
+        device = next((value.device for value in stored.values()), torch.device("cpu"))
+        stored = {name: value.cpu() for name, value in stored.items()}
         store.check_tensors(adapter, stored)
         for name, value in store.unpack_values(adapter, stored).items():
             out[f"{prefix}uhl_adapters.{adapter_name}.{name}"] = value.to(device)
-        if config._file is not None and config._file.is_file():
-            whole = store.load(config._file)
-            if fileformat.digest(store.to_tensors(whole)) == fileformat.digest(
-                stored
-            ):  # not other values of the same sizes
-                adapter.anchors, adapter.info = whole.anchors, whole.info
-                LOG.info("%s", tuner.report(adapter_name))
+        content, config._content = config._content, None
+        if content and fileformat.digest(content.tensors) == fileformat.digest(stored):  # not other values
+            whole = store.build(content)
+            adapter.anchors, adapter.info = whole.anchors, whole.info
+            LOG.info("%s", tuner.report(adapter_name))
         return out
 
 
@@ -351,10 +354,8 @@ def _part_of(key: str, modules: Sequence[str]) -> bool:
     return any(f".{name}." in f".{key}." for name in modules)
 
 
-def _keep_own_head(config: UHLConfig, model: nn.Module) -> None:
+def _keep_own_head(config: UHLConfig, content: Content[Header], model: nn.Module) -> None:
     """Take out of `modules_to_save` what the file holds for another host: this host's own modules stay as they are."""
-    assert config._file is not None
-    stored = fileformat.extra_shapes(config._file)
     own = {
         n.replace(".original_module", "").replace(".base_layer", ""): tuple(p.shape)
         for n, p in model.named_parameters()
@@ -362,7 +363,7 @@ def _keep_own_head(config: UHLConfig, model: nn.Module) -> None:
     }
     config._left, kept = [], []
     for name in dict.fromkeys(config.modules_to_save or ()):
-        theirs = {n.removeprefix("base_model.model."): s for n, s in stored.items() if _part_of(n, [name])}
+        theirs = {n.removeprefix("base_model.model."): s for n, s in content.extra.items() if _part_of(n, [name])}
         mine = {n: s for n, s in own.items() if _part_of(n, [name])}
         if theirs != mine:
             config._left.append(name)
@@ -381,8 +382,8 @@ def _adapter_of(config: UHLConfig) -> UHLAdapter:
     if given is not None:
         return given
     tasks: dict[str, fileformat.TaskEntry] = {}
-    if config._file is not None and config._file.is_file():
-        header, _ = fileformat.read(config._file)
+    if config._content is not None:
+        header = config._content.header
         stored, wanted = Sizes(**header.config), config.sizes()
         if stored != wanted.model_copy(update={"seed": stored.seed}):
             raise UHLError(

@@ -28,6 +28,7 @@ from uhl.fileformat import (
     MAX_LINE,
     MAX_TEXT,
     AnchorEntry,
+    Content,
     Header,
     PackHeader,
     TaskEntry,
@@ -44,7 +45,7 @@ from uhl.fileformat import (
     specs,
 )
 from uhl.files import write_atomic
-from uhl.quant import QMAX, dequantise, pack4, quantise, to_half, unpack4
+from uhl.quant import dequantise, pack4, quantise, to_half, unpack4
 
 
 def _parameters(adapter: UHLAdapter) -> dict[str, tuple[str, int]]:
@@ -67,7 +68,7 @@ def pack_values(adapter: UHLAdapter, values: Mapping[str, Tensor]) -> dict[str, 
 
 
 def unpack_values(adapter: UHLAdapter, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of :func:`pack_values`, float32. Raises :class:`UHLError` for values outside of their bits."""
+    """The inverse of :func:`pack_values`, float32."""
     named = dict(adapter.named_parameters())
     return {
         parameter: _unpack(name, tensors, bits, tuple(named[parameter].shape))
@@ -79,10 +80,7 @@ def _unpack(name: str, tensors: Mapping[str, Tensor], bits: int, shape: tuple[in
     stored = tensors[name]
     if bits == 16:
         return stored.float()
-    integers = unpack4(stored, shape) if bits == 4 else stored
-    if bits == 4 and (integers < -QMAX[4]).any():
-        raise UHLError(f"tensor {name} holds {-QMAX[4] - 1}, which is outside of 4-bit rows")
-    return dequantise(integers, tensors[name + ".scale"])
+    return dequantise(unpack4(stored, shape) if bits == 4 else stored, tensors[name + ".scale"])
 
 
 def to_tensors(adapter: UHLAdapter) -> dict[str, Tensor]:
@@ -216,19 +214,16 @@ def add_task(adapter: UHLAdapter, path: str | Path) -> str:
 
     Raises :class:`UHLError` for a pack of another dictionary, and for files as :func:`load` does.
     """
-    header, tensors = read_pack(path)
+    found = read_pack(path)
+    header, tensors = found.header, found.tensors
     if header.base != base_of(adapter):
         raise UHLError(
             f"{path} was made for dictionary {header.base}, this one is {base_of(adapter)}; use the dictionary file "
             f"that came with it"
         )
-    compare(Path(path), pack_layout(adapter.config.atoms, adapter.config.width, len(header.labels)), specs(tensors))
+    compare(found.path, pack_layout(adapter.config.atoms, adapter.config.width, len(header.labels)), specs(tensors))
     part = TaskPart(adapter.config, header.labels, header.kind)
-    try:
-        values = {n: _unpack(n, tensors, TASK_BITS[n], tuple(p.shape)) for n, p in part.named_parameters()}
-    except UHLError as error:
-        raise misfit(Path(path), error) from error
-    part.load_state_dict(values)
+    part.load_state_dict({n: _unpack(n, tensors, TASK_BITS[n], tuple(p.shape)) for n, p in part.named_parameters()})
     adapter.tasks[header.name] = part
     return header.name
 
@@ -237,12 +232,15 @@ def load(path: str | Path) -> UHLAdapter:
     """Read an adapter. Raises :class:`UHLError` for a file that is missing, truncated, altered, of another version or
     not an adapter at all.
     """
-    path = Path(path)
-    header, tensors = read(path)
+    return build(read(path))
+
+
+def build(found: Content[Header]) -> UHLAdapter:
+    """The adapter of a file that was read."""
     try:
-        return _build(header, tensors)
+        return _build(found.header, found.tensors)
     except (KeyError, ValueError, TypeError, RuntimeError, zlib.error) as error:
-        raise misfit(path, error) from error
+        raise misfit(found.path, error) from error
 
 
 def _build(header: Header, tensors: dict[str, Tensor]) -> UHLAdapter:
@@ -279,15 +277,16 @@ def describe(path: str | Path) -> str:
     """A file's parts, bytes, tasks, anchors and provenance, for people. The file is checked first."""
     from uhl import budget
 
-    header, _ = read_either(path)
-    path = Path(path)
+    found = read_either(path)
+    path, header = found.path, found.header
     size = f"{path.name}: {path.stat().st_size:,} bytes, version {header.version}, sha256 {header.sha256[:12]} checked"
     if isinstance(header, PackHeader):
         return (
             f"{size}\ntask       {header.name}: {header.kind}, labels {', '.join(header.labels) or 'none'}\n"
             f"belongs to dictionary {header.base}; plug it in with `uhl join`"
         )
-    config, adapter = Sizes(**header.config), load(path)
+    adapter = build(found)  # type: ignore[arg-type]
+    config = adapter.config
     lines = [
         size,
         f"adapter    {config.atoms} atoms of width {config.width}, at most {config.top_k} a token, "
