@@ -203,6 +203,7 @@ def test_deep_json_huge_sizes_and_a_bomb_of_text(sound, path):
     changed = {**tensors, "anchors.text": bomb}
     refused({**meta, "sha256": fileformat.digest(changed)}, changed, "cut off or larger")
     refused("{" + '"x":1,' * 200_000 + '"y":1}', tensors, "header of")
+    refused({**meta, "extra": ["absent"]}, tensors, "extra: names 'absent', which the file does not hold")
     with open(path, "wb") as handle:
         handle.truncate(MAX_FILE + 1)  # a sparse file
     with pytest.raises(UHLError, match="at most"):

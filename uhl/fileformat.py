@@ -313,6 +313,8 @@ def _adapter_header(path: Path, meta: Any, found: dict[str, Spec]) -> Header:
     wanted = layout(config, header.tasks, count, depths, text[0] if len(text) == 1 else 0)
     if any(is_stored(name) for name in header.extra):
         raise misfit(path, "header, extra: names a tensor of the adapter")
+    if missing := sorted(set(header.extra) - set(found)):
+        raise misfit(path, f"header, extra: names {missing[0]!r}, which the file does not hold")
     compare(path, wanted, {name: spec for name, spec in found.items() if name not in header.extra})
     return header
 
