@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -123,9 +124,12 @@ def peft_methods(targets: Sequence[str]) -> dict[str, PeftConfig]:
     of 256, FourierFT (Gao et al. 2024) with 1,000 coefficients, Uni-LoRA (Li et al. 2025) with a vector of 23,040.
     """
     names = list(targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B")  # as meant: a seed remakes them
+        vera = VeraConfig(r=256, target_modules=names, save_projection=False)
     return {
         "LoRA r8": LoraConfig(r=RANK, target_modules=names),
-        "VeRA r256": VeraConfig(r=256, target_modules=names, save_projection=False),
+        "VeRA r256": vera,
         "VB-LoRA": VBLoRAConfig(
             r=4, num_vectors=90, vector_length=256, topk=2, target_modules=names, save_only_topk_weights=True
         ),
