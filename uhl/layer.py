@@ -88,6 +88,7 @@ class _Pass(threading.local):
         self.last = -1  # number of the layer that ran last
         self.layer: tuple[int, Tensor, _Fold] | None = None  # the layer that is running, its input, its fold
         self.routes: dict[int, Route] = {}
+        self.paths: dict[str, str] = {}
         self.mask: Tensor | None = None
 
 
@@ -130,7 +131,7 @@ class Attached:
     ) -> None:
         self.model, self.adapter, self.task_name, self.scale = model, adapter, task, scale
         self.slots = list(slots)
-        self._fixed, self._path = frame, path
+        self._fixed, self.path = frame, path
         self._width = stream_width(model) or (self.slots[0].d_in if self.slots else 0)
         self._cache = _Cache()
         self._detach: Callable[[], None] | None = None
@@ -173,14 +174,9 @@ class Attached:
         return self._fold().frame
 
     @property
-    def update(self) -> Callable[..., Tensor]:
-        """How an update is computed now.
-
-        Dense, but for tuning (gradients through atoms that do not train themselves), where gathering a token's atoms is
-        quicker.
-        """
-        tuning = torch.is_grad_enabled() and not any(p.requires_grad for p in self._moving())
-        return ops.get(self._path or ("reference" if tuning else "dense"))
+    def paths(self) -> dict[str, str]:
+        """How the last forward pass computed each weight's update, in this thread; ``path`` decides for all."""
+        return self._cache.now.paths
 
     @property
     def frame(self) -> Frame:
@@ -299,7 +295,9 @@ class Attached:
         x = x.to(v.dtype)
         if chosen is None:
             chosen = self._route(x, self._own_reader(slot, fold), fold)
-        return self.update(x, v, u, strength, chosen)
+        path = self.path or ops.choose(x.shape[:-1].numel(), len(v), slot.d_in, slot.d_out)
+        self._cache.now.paths[slot.path] = path
+        return ops.get(path)(x, v, u, strength, chosen)
 
     def _layer_route(self, slot: Slot, x: Tensor, hidden: Tensor, fold: _Fold) -> Route | None:
         """The route of a weight's layer; None where the weight's input is not the layer's tokens."""
