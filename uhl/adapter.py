@@ -139,15 +139,15 @@ class UHLAdapter(nn.Module):
     def vectors(self, frame: Frame, slots: Sequence[Slot]) -> dict[str, Vectors]:
         """(V~, U~) of every weight in a host's frame. Weights that share a P share the product."""
         u, v = self.dictionary()
-        reads: dict[int, Tensor] = {}
-        writes: dict[int, Tensor] = {}
+        reads: dict[Tensor, Tensor] = {}  # by identity
+        writes: dict[Tensor, Tensor] = {}
         for p_in, p_out in (frame.slots[slot.path] for slot in slots):
-            if id(p_in) not in reads:
-                reads[id(p_in)] = v @ p_in
-            if id(p_out) not in writes:
-                writes[id(p_out)] = u @ p_out.T
+            if p_in not in reads:
+                reads[p_in] = v @ p_in
+            if p_out not in writes:
+                writes[p_out] = u @ p_out.T
         pairs = ((slot.path, frame.slots[slot.path]) for slot in slots)
-        return {path: (reads[id(p_in)], writes[id(p_out)]) for path, (p_in, p_out) in pairs}
+        return {path: (reads[p_in], writes[p_out]) for path, (p_in, p_out) in pairs}
 
     def fold(
         self,

@@ -44,12 +44,12 @@ class Frame:
 
     def to(self, device: torch.device) -> Frame:
         """The same frame on a device; weights that share a P go on sharing it."""
-        moved: dict[int, Tensor] = {}
+        moved: dict[Tensor, Tensor] = {}  # by identity
 
         def move(p: Tensor) -> Tensor:
-            if id(p) not in moved:
-                moved[id(p)] = p.to(device)
-            return moved[id(p)]
+            if p not in moved:
+                moved[p] = p.to(device)
+            return moved[p]
 
         slots = {path: (move(a), move(b)) for path, (a, b) in self.slots.items()}
         return Frame(slots, move(self.route), move(self.head), move(self.shift), self.rescale)

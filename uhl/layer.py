@@ -6,6 +6,7 @@ update. `uhl.peft_method` puts them into a host and takes them out again.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 import weakref
@@ -47,14 +48,20 @@ class _Fold:
     frame: Frame
     folded: Folded
     learning: bool  # made with gradients
-    state: _State
+    state: _State | None  # None inside a compiled host, where tracing cannot ask
     backwards: int  # that had run before it was made
     spent: _Spent | None = None
+    tensors: list[Tensor] = field(default_factory=list)  # each once, where compiled hosts hold them
+
+
+def _distinct(fold: _Fold) -> list[Tensor]:
+    """Every tensor of a fold, once."""
+    return list({id(t): t for t in (*fold.folded.tensors(), fold.frame.head)}.values())
 
 
 def _in_backward() -> bool:
     """Whether this thread is in a backward pass, where gradient checkpointing runs layers again."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
 
 
 class _State:
@@ -98,8 +105,10 @@ class _Cache:
 
     plain: _Fold | None = None
     graph: _Fold | None = None  # the last one with gradients of any thread, for backward passes in threads of their own
+    compiled: _Fold | None = None  # whose tensors compiled hosts hold; `uhl::refresh` writes into them
     vectors: tuple[_State, Frame, dict[str, Vectors]] | None = None  # of a frozen dictionary and projector
     backwards: int = 0
+    key: int = field(default_factory=itertools.count().__next__)  # names the owner to `uhl::refresh`
     now: _Pass = field(default_factory=_Pass)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Cache:
@@ -201,9 +210,11 @@ class Attached:
         with_gradients = torch.is_grad_enabled()
         if now.inside and with_gradients in now.folds:
             return now.folds[with_gradients]
-        parameters = list(self.adapter.parameters())
-        learning = with_gradients and any(p.requires_grad for p in parameters)
-        state = _State(parameters, self.task_name, self.scale, id(self._fixed))
+        learning = with_gradients and any(p.requires_grad for p in self.adapter.parameters())
+        if torch.compiler.is_compiling():
+            fold = now.folds[with_gradients] = self._traced_fold(learning)
+            return fold
+        state = self._state()
         fold = cache.plain
         if learning:
             fold = now.graph or (cache.graph if _in_backward() else None)
@@ -211,7 +222,7 @@ class Attached:
             kept = fold is not None and not (fold.spent and fold.spent.yes)
         else:
             kept = fold is not None and fold.backwards == cache.backwards
-        if fold is None or not kept or not fold.state.same(state):
+        if fold is None or not kept or fold.state is None or not fold.state.same(state):
             fold = self._new_fold(learning, state)
             if learning:
                 now.graph = cache.graph = fold
@@ -220,6 +231,48 @@ class Attached:
         if now.inside:
             now.folds[with_gradients] = fold
         return fold
+
+    def _state(self) -> _State:
+        return _State(list(self.adapter.parameters()), self.task_name, self.scale, id(self._fixed))
+
+    def _traced_fold(self, learning: bool) -> _Fold:
+        """The fold of a host that is being compiled. What trains is folded inside the graph, for its gradients.
+
+        What does not is kept outside of it, and the graph begins by asking whether it still holds: tracing cannot.
+        """
+        atoms_train = learning and any(p.requires_grad for p in self._moving())
+        if atoms_train:
+            frame, vectors = self.frame, None
+        else:
+            _prepare(self)
+            kept = self._cache.compiled
+            assert kept is not None
+            refresh(kept.tensors, self._cache.key)
+            frame = kept.frame
+            if not learning:
+                return kept
+            vectors = {path: (v, u) for path, (v, u, _) in kept.folded.atoms.items()}
+        with torch.autocast(self.adapter.device.type, enabled=False):
+            folded = self.adapter.fold(frame, self.slots, self.task_name, self.scale, vectors)
+        return _Fold(frame, folded, learning, None, 0)
+
+    def prepare_compiled(self) -> None:
+        """Make the fold that compiled hosts hold, if there is none."""
+        if self._cache.compiled is None:
+            self._cache.compiled = fold = self._new_fold(False, self._state())
+            fold.tensors = _distinct(fold)
+            _OWNERS[self._cache.key] = self
+
+    def refresh_compiled(self, tensors: Sequence[Tensor]) -> None:
+        """Write anew what compiled hosts hold, where a parameter has changed since."""
+        cache, state = self._cache, self._state()
+        held = cache.compiled
+        if held is None or (held.state and held.state.same(state) and held.backwards == cache.backwards):
+            return
+        with torch.no_grad():
+            for old, new in zip(tensors, _distinct(self._new_fold(False, state)), strict=True):
+                old.copy_(new)
+        held.state, held.backwards = state, cache.backwards
 
     def _new_fold(self, learning: bool, state: _State) -> _Fold:
         """In float32, also under autocast. What has no gradients is usable in any later pass with them."""
@@ -230,7 +283,7 @@ class Attached:
         fold = _Fold(frame, folded, learning, state, cache.backwards)
         if learning:
             fold.spent = _Spent(cache)
-            for tensor in {id(t): t for t in (*folded.tensors(), frame.head)}.values():
+            for tensor in _distinct(fold):
                 if tensor.requires_grad:
                     tensor.register_hook(fold.spent)
         return fold
@@ -304,7 +357,7 @@ class Attached:
         reader, routes = fold.folded.route, self._cache.now.routes
         if not slot.shared or (reader is not None and hidden.shape[-1] != reader.shape[-1]):
             return None
-        if slot.twice and x.data_ptr() != hidden.data_ptr():
+        if slot.twice and (x is not hidden if torch.compiler.is_compiling() else x.data_ptr() != hidden.data_ptr()):
             return None
         flat = x.ndim == 2 and hidden.ndim != 2 and len(x) == hidden.shape[:-1].numel()  # all tokens, flattened
         if x.shape[:-1] != hidden.shape[:-1] and not flat:
@@ -371,6 +424,28 @@ class Attached:
 
     def __exit__(self, *_: object) -> None:
         self.detach()
+
+
+_OWNERS: weakref.WeakValueDictionary[int, Attached] = weakref.WeakValueDictionary()  # of what compiled hosts hold
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepare(attached: Attached) -> None:
+    """Runs once, while the host is compiled."""
+    attached.prepare_compiled()
+
+
+@torch.library.custom_op("uhl::refresh", mutates_args=("tensors",))
+def refresh(tensors: list[Tensor], key: int) -> None:
+    """The first thing that a compiled host does: have its folds written anew if a parameter has changed."""
+    owner = _OWNERS.get(key)
+    if owner is not None:
+        owner.refresh_compiled(tensors)
+
+
+@refresh.register_fake
+def _(tensors: list[Tensor], key: int) -> None:
+    return None
 
 
 class Rerouted:
@@ -452,7 +527,8 @@ class UHLLinear(nn.Module, BaseTunerLayer):
             return result
         for name in self.active_adapters:
             if name in self.slots:
-                result = result + self._shared[1][name].update_of(self.slots[name], x).to(result.dtype)
+                update = self._shared[1][name].update_of(self.slots[name], x).to(result.dtype)
+                result = update.add_(result)  # the update is ours to write to, the host's output is not
         return result
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

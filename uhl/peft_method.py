@@ -209,8 +209,8 @@ class UHLModel(BaseTuner):
             attached.after_host()
 
     def _before_layer(self, number: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        checkpoint = vars(module).get(CHECKPOINT)
-        if checkpoint is not None and not isinstance(checkpoint, Rerouted):
+        checkpoint = getattr(module, CHECKPOINT, None)
+        if checkpoint is not None and not torch.compiler.is_compiling() and not isinstance(checkpoint, Rerouted):
             setattr(module, CHECKPOINT, Rerouted(checkpoint, partial(self._begin_layer, number)))
         self._begin_layer(number, args, kwargs)
 
