@@ -19,7 +19,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0  # float16's smallest normal n
 def quantise(x: Float[Tensor, "*rows n"], bits: int) -> tuple[Int8[Tensor, "*rows n"], Float[Tensor, "*rows"]]:
     """Integers and float16 scales of each row (the last axis) of ``x``. ``bits`` is 8 or 4."""
     qmax = QMAX[bits]
-    scale = (x.abs().amax(-1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE).half()
+    scale = _half((x.abs().amax(-1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE))
     integers = (x / scale.float().unsqueeze(-1)).round().clamp(-qmax, qmax).to(torch.int8)
     return integers, scale
 
@@ -37,7 +37,25 @@ def fake_quantise(x: Float[Tensor, "*rows n"], bits: int) -> Float[Tensor, "*row
 
 def to_half(x: Tensor) -> Tensor:
     """``x`` as float16, the largest where it is larger."""
-    return x.clamp(-LARGEST_SCALE, LARGEST_SCALE).half()
+    return _half(x.clamp(-LARGEST_SCALE, LARGEST_SCALE))
+
+
+def _half(x: Tensor) -> Tensor:
+    """``x.half()``, also where `torch.compile` would leave out a cast to float16 and back for being more exact."""
+    if torch.compiler.is_compiling():
+        return opaque_half(x)
+    return x.half()
+
+
+@torch.library.custom_op("uhl::half", mutates_args=())
+def opaque_half(x: Tensor) -> Tensor:
+    """A cast to float16 that no compiler looks into."""
+    return x.half()
+
+
+@opaque_half.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float16)
 
 
 def fake_half(x: Tensor) -> Tensor:
