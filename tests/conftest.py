@@ -1,10 +1,13 @@
 import os
 
 os.environ["UHL_BATCH"] = "1"
+if not os.path.exists("/dev/nvidia0"):  # Triton's kernels run in its interpreter; must be said before it is imported
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import jaxtyping
 
-jaxtyping.install_import_hook("uhl", "beartype.beartype")  # shapes in annotations are enforced
+if "UHL_UNCHECKED" not in os.environ:  # set where functions are compiled, which checkers around them would prevent
+    jaxtyping.install_import_hook("uhl", "beartype.beartype")  # shapes in annotations are enforced
 
 import pytest
 import torch

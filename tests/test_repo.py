@@ -16,15 +16,20 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def pins():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     groups = [project["dependencies"], *project["optional-dependencies"].values()]
-    return dict(entry.lower().split("==") for group in groups for entry in group)
+    return versions(entry for group in groups for entry in group)
+
+
+def versions(entries):
+    """Name to version, without the marker that says for which systems."""
+    return dict(entry.lower().split(";")[0].split("==") for entry in entries)
 
 
 def test_lock_environment_and_project_agree():
-    lock = dict(line.lower().split("==") for line in (ROOT / "requirements.lock").read_text().split())
+    lock = versions((ROOT / "requirements.lock").read_text().splitlines())
     lock = {name.replace("_", "-"): version for name, version in lock.items()}
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
     assert environment.pop() == "-e ."
-    assert dict(entry.lower().split("==") for entry in environment) == pins()
+    assert versions(environment) == pins()
     assert {name: lock.get(name) for name in pins()} == pins()
     assert lock["torch"] == "2.13.0"
 

@@ -338,19 +338,20 @@ class Attached:
         now = self._cache.now
         now.folds, now.graph, now.routes, now.layer, now.last = {}, None, {}, None, -1
 
-    def update_of(self, slot: Slot, x: Float[Tensor, "*b d_in"]) -> Float[Tensor, "*b d_out"]:
-        """The term to add to a weight's output."""
+    def update(
+        self, slot: Slot, y: Float[Tensor, "*b d_out"], x: Float[Tensor, "*b d_in"]
+    ) -> Float[Tensor, "*b d_out"]:
+        """A weight's output ``y`` for the input ``x``, with the update added."""
         layer = self._cache.now.layer
         inside = layer is not None and layer[0] == slot.layer
         fold = layer[2] if layer is not None and inside else self._fold()
         v, u, strength = fold.folded.atoms[slot.path]
         chosen = self._layer_route(slot, x, layer[1], fold) if layer is not None and inside else None
-        x = x.to(v.dtype)
         if chosen is None:
             chosen = self._route(x, self._own_reader(slot, fold), fold)
-        path = self.path or ops.choose(x.shape[:-1].numel(), len(v), slot.d_in, slot.d_out)
+        path = self.path or ops.choose(x.device.type, x.shape[:-1].numel(), len(v), slot.d_in, slot.d_out)
         self._cache.now.paths[slot.path] = path
-        return ops.get(path)(x, v, u, strength, chosen)
+        return ops.get(path)(y, x, v, u, strength, chosen)
 
     def _layer_route(self, slot: Slot, x: Tensor, hidden: Tensor, fold: _Fold) -> Route | None:
         """The route of a weight's layer; None where the weight's input is not the layer's tokens."""
@@ -435,7 +436,7 @@ def _prepare(attached: Attached) -> None:
     attached.prepare_compiled()
 
 
-@torch.library.custom_op("uhl::refresh", mutates_args=("tensors",))
+@torch.library.custom_op("uhl::refresh", mutates_args=("tensors",), schema="(Tensor(a!)[] tensors, int key) -> ()")
 def refresh(tensors: list[Tensor], key: int) -> None:
     """The first thing that a compiled host does: have its folds written anew if a parameter has changed."""
     owner = _OWNERS.get(key)
@@ -527,8 +528,7 @@ class UHLLinear(nn.Module, BaseTunerLayer):
             return result
         for name in self.active_adapters:
             if name in self.slots:
-                update = self._shared[1][name].update_of(self.slots[name], x).to(result.dtype)
-                result = update.add_(result)  # the update is ours to write to, the host's output is not
+                result = self._shared[1][name].update(self.slots[name], result, x)
         return result
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -47,7 +47,7 @@ def _half(x: Tensor) -> Tensor:
     return x.half()
 
 
-@torch.library.custom_op("uhl::half", mutates_args=())
+@torch.library.custom_op("uhl::half", mutates_args=(), schema="(Tensor x) -> Tensor")
 def opaque_half(x: Tensor) -> Tensor:
     """A cast to float16 that no compiler looks into."""
     return x.half()

@@ -1,39 +1,51 @@
-"""The update of one weight, ``y + sum_k s_k m_{i_k} (x . v~_{i_k}) u~_{i_k}``: three ways to compute it, and one choice.
+"""The update of one weight, ``y + sum_k s_k m_{i_k} (x . v~_{i_k}) u~_{i_k}``, computed in four ways, and one choice.
 
 ``reference`` is written to be read, ``dense`` is two matrix products over all atoms, ``gather`` touches only the atoms
-that a token chose. :func:`choose` picks by size; ``attach(..., path=...)`` or ``Attached.path`` overrides it, and
-``Attached.paths`` says what the last forward pass used.
+that a token chose, ``fused`` is the same as Triton kernels. :func:`choose` picks by device and size; ``attach(...,
+path=...)`` or ``Attached.path`` overrides it, and ``Attached.paths`` says what the last forward pass used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from uhl.errors import one_of
+from uhl.errors import UHLError, one_of
 from uhl.ops import dense, gather, reference
 
-PATHS: dict[str, Callable[..., Tensor]] = {
-    "reference": reference.update,
-    "dense": dense.update,
-    "gather": gather.update,
-}
-LAUNCH = 1_500_000  # multiply-adds that two matrix products do in the time that gathering needs to start (notebook 08)
+PATHS = ("reference", "dense", "gather", "fused")
+LAUNCH = 1_500_000  # multiply-adds of two matrix products in the time that gathering needs to start (notebook 08)
 
 
-def choose(tokens: int, atoms: int, d_in: int, d_out: int) -> str:
-    """The quickest path for a weight of that size, as measured on a CPU.
+def choose(device: str, tokens: int, atoms: int, d_in: int, d_out: int) -> str:
+    """The path for a weight of that size on a device of that type ("cpu", "cuda").
 
-    Gathering is quicker wherever the dense products have enough to do: below :data:`LAUNCH` multiply-adds, T A (d_in +
-    d_out), they are done before it has started. A compiled host starts nothing, so it gathers always.
+    On CPUs gathering is quicker wherever the matrix products have enough to do: below :data:`LAUNCH` multiply-adds,
+    T A (d_in + d_out), they are done before it has started (measured; notebook 08). A compiled host starts nothing, so
+    it gathers always. On CUDA devices Triton's kernels do everything, where Triton is installed.
     """
-    if torch.compiler.is_compiling() or tokens * atoms * (d_in + d_out) >= LAUNCH:
+    if torch.compiler.is_compiling():
         return "gather"
-    return "dense"
+    if device == "cuda" and _has_triton():
+        return "fused"
+    return "gather" if tokens * atoms * (d_in + d_out) >= LAUNCH else "dense"
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def get(name: str) -> Callable[..., Tensor]:
-    """The update function of that name."""
-    return PATHS[one_of(name, PATHS, "path")]
+    """The update function of that name. Raises :class:`UHLError` for another name, and where Triton is missing."""
+    if one_of(name, PATHS, "path") != "fused":
+        return {"reference": reference.update, "dense": dense.update, "gather": gather.update}[name]
+    try:
+        from uhl.ops import fused
+    except ImportError as err:
+        raise UHLError("the path `fused` needs Triton: pip install triton (Linux), or choose `gather`") from err
+    return fused.update
