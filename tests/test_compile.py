@@ -54,7 +54,7 @@ def test_without_type_checks():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:logging", __file__]
     done = subprocess.run(command, env=os.environ | {"UHL_UNCHECKED": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
-    assert " passed" in done.stdout
+    assert "...." in done.stdout  # they ran
 
 
 @plain

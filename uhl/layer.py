@@ -212,8 +212,8 @@ class Attached:
             return now.folds[with_gradients]
         learning = with_gradients and any(p.requires_grad for p in self.adapter.parameters())
         if torch.compiler.is_compiling():
-            fold = now.folds[with_gradients] = self._traced_fold(learning)
-            return fold
+            now.folds[with_gradients] = self._traced_fold(learning)
+            return now.folds[with_gradients]
         state = self._state()
         fold = cache.plain
         if learning:
