@@ -1,6 +1,7 @@
 # make run [PROFILE=offline]   set up, run the whole workbook, print the results table
 # make test                    set up, lint, types, unit tests, PEFT's own tests, notebooks
 # make port TARGET=minilm-l3   one target: pre-train if needed, port
+# make bench                   times and memory of the layers on this machine
 # make lab                     JupyterLab on notebooks/
 
 PROFILE ?= offline
@@ -22,7 +23,7 @@ BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wa
 # The jobs of one target follow one another, so each has all threads.
 port: CORES = 1
 
-.PHONY: run test lint unit notebooks conformance port lab table clean
+.PHONY: run test lint unit notebooks conformance port bench lab table clean
 
 $(STAMP): pyproject.toml requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -66,6 +67,13 @@ notebooks: $(STAMP)
 conformance: $(STAMP)
 	$(BIN)/python tests/conformance.py -n $(CORES)
 	$(BIN)/python tests/conformance.py -n $(CORES) --router token
+
+# Times and memory on this machine: notebook 08 in full, on BERT-base. Goes on where it stopped; writes figures/speed_*.
+bench: export UHL_BATCH = 1
+bench: $(STAMP)
+	@mkdir -p $(or $(UHL_RUNS),$(CURDIR)/runs)/bench
+	$(BIN)/papermill notebooks/08_budget_and_speed.ipynb $(or $(UHL_RUNS),$(CURDIR)/runs)/bench/notebook.ipynb --cwd notebooks \
+		-p full True -p shape bert-base -p batch 8 -p length 128 -p repeats 9
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks

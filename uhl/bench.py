@@ -1,4 +1,7 @@
-"""What an adapter costs a host in time and memory, measured. Each measurement runs in a process of its own."""
+"""What an adapter costs a host in time and memory, measured.
+
+Memory is measured in a process of its own, times in pairs: the rivals take turns in one process.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,43 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from pydantic import Field
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from uhl.config import UHLConfig
+from uhl import baselines, ops
+from uhl.config import UHLConfig, _Strict
+from uhl.files import write_atomic
+from uhl.peft_method import LOG
+from uhl.router import Route
 
-SHAPES = {"bert-base": (12, 768, 3072, 12), "bert-large": (24, 1024, 4096, 16)}  # layers, width, inner, heads
+SHAPES = {
+    "tiny": (2, 256, 512, 4),
+    "tinybert-4l": (4, 312, 1200, 12),
+    "bert-base": (12, 768, 3072, 12),
+    "bert-large": (24, 1024, 4096, 16),
+}  # layers, width, inner, heads
+SIX = ["query", "key", "value", "output.dense", "intermediate.dense"]  # names of a BERT layer's six weights
+
+
+class Settings(_Strict):
+    """Parameters of notebook 08."""
+
+    shape: Literal["tiny", "tinybert-4l", "bert-base", "bert-large"] = Field("tiny", description="the host")
+    batch: int = Field(2, ge=1, description="sequences")
+    length: int = Field(64, ge=1, description="tokens of a sequence")
+    repeats: int = Field(5, ge=2, description="rounds")
+    full: bool = Field(False, description="the whole sweep, compiled hosts too; figures are kept")
+    threads: int = Field(2, ge=1)
 
 
 def bert(shape: str) -> nn.Module:
@@ -31,8 +58,7 @@ def bert(shape: str) -> nn.Module:
 
 
 def _configs() -> dict[str, PeftConfig]:
-    six = ["query", "key", "value", "output.dense", "intermediate.dense"]
-    return {"UHL": UHLConfig(seed=0, init_weights=False), "LoRA r8": LoraConfig(r=8, target_modules=six)}
+    return {"UHL": UHLConfig(seed=0, init_weights=False), "LoRA r8": LoraConfig(r=8, target_modules=SIX)}
 
 
 def _peak() -> int:
@@ -79,3 +105,165 @@ def _alone(work: Callable[..., Any], *args: Any) -> Any:
     """Run in a fresh process, so that one measurement's memory is not another's."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, args)
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+Step = Callable[[], object]
+
+
+def paired(steps: dict[str, Step], repeats: int, warm: int = 2) -> pd.DataFrame:
+    """Time the steps in turn, round after round, so that what disturbs the machine disturbs all of them.
+
+    Columns: ``seconds`` (median), ``low`` and ``high`` (quartiles), ``ratio`` (to the first step: median of the rounds'
+    ratios), ``ratio low`` and ``ratio high`` (their quartiles).
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(warm + repeats):
+        for name, step in steps.items():
+            begun = time.perf_counter()
+            step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= warm:
+                times[name].append(time.perf_counter() - begun)
+    first = next(iter(times.values()))
+    rows = []
+    for name, mine in times.items():
+        low, middle, high = statistics.quantiles(mine, n=4)
+        ratios = statistics.quantiles([a / b for a, b in zip(mine, first, strict=True)], n=4)
+        rows.append(
+            {"step": name, "seconds": middle, "low": low, "high": high}
+            | dict(zip(("ratio low", "ratio", "ratio high"), ratios, strict=True))
+        )
+    return pd.DataFrame(rows)
+
+
+def _weight_steps(tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, train: bool) -> dict[str, Step]:
+    """One frozen `nn.Linear`, by itself, with each path's update, and with rank-8 LoRA's."""
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, learned: bool = True) -> torch.Tensor:
+        return torch.randn(*shape, generator=g).requires_grad_(train and learned)
+
+    x, linear = draw(tokens, d_in), nn.Linear(d_in, d_out).requires_grad_(False)
+    v, u, strength = draw(atoms, d_in), draw(atoms, d_out), draw(atoms)
+    chosen = Route(draw(tokens, atoms, learned=False).topk(top_k).indices, torch.ones(tokens, top_k))
+    down, up, ones = draw(8, d_in), draw(d_out, 8), torch.ones(tokens, d_out)
+
+    def step(forward: Callable[[], torch.Tensor]) -> Step:
+        def run() -> None:
+            with torch.set_grad_enabled(train):
+                y = forward()
+            if train:
+                y.backward(ones)
+
+        return run
+
+    def path(name: str) -> Step:
+        return step(lambda: ops.get(name)(linear(x), x, v, u, strength, chosen))
+
+    return {
+        "bare": step(lambda: linear(x)),
+        "LoRA r8": step(lambda: linear(x) + (x @ down.T) @ up.T),
+        **{name: path(name) for name in ("dense", "gather", "reference")},
+    }
+
+
+def weights(
+    grid: Iterable[dict[str, int]], file: str | Path | None = None, repeats: int = 20, train: bool = False
+) -> pd.DataFrame:
+    """:func:`paired` times of one weight for each of ``grid``'s sizes (tokens, d_in, d_out, atoms, top_k).
+
+    With ``file`` (CSV) every size is kept as soon as it is measured, and sizes that are in it are not measured again.
+    """
+    kept = pd.read_csv(file) if file is not None and Path(file).exists() else pd.DataFrame()
+    sizes = list(grid)
+    for number, size in enumerate(sizes, 1):
+        key: dict[str, Any] = size | {"train": train}
+        if len(kept) and (kept[list(key)] == pd.Series(key)).all(axis=1).any():
+            continue
+        found = paired(_weight_steps(**size, train=train), repeats).assign(**key)
+        kept = pd.concat([kept, found], ignore_index=True)
+        if file is not None:
+            LOG.info("%d of %d: %s", number, len(sizes), ", ".join(f"{k} {v}" for k, v in key.items()))
+            rows = kept
+            write_atomic(Path(file), lambda tmp, rows=rows: rows.to_csv(tmp, index=False))  # type: ignore[misc]
+    return kept
+
+
+def _methods(shape: str, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The host of that shape with each method on the same six weights a layer; "bare" is the frozen host."""
+    configs = baselines.peft_methods(SIX) | {"UHL": UHLConfig(seed=0, init_weights=False)}
+    made: dict[str, nn.Module] = {}
+    for name in names:
+        host = bert(shape).requires_grad_(False)
+        made[name] = host if name == "bare" else get_peft_model(host, configs[name])  # type: ignore[arg-type]
+    return made
+
+
+def host_step(model: nn.Module, batch: int, length: int, train: bool) -> Step:
+    """A forward pass of random tokens, or a training step: forward, backward, AdamW."""
+    ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    learned = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-6) if train and learned else None
+
+    def step() -> None:
+        with torch.set_grad_enabled(optimizer is not None):
+            loss = model(**inputs).last_hidden_state.pow(2).mean()
+        if optimizer is not None:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def hosts(
+    shape: str = "bert-base",
+    batch: int = 8,
+    length: int = 128,
+    train: bool = False,
+    compiled: bool = False,
+    methods: Sequence[str] = ("bare", "LoRA r8", "UHL"),
+    repeats: int = 15,
+) -> pd.DataFrame:
+    """:func:`paired` times of a whole host with each method; "bare" is only ever a forward pass."""
+    models = _methods(shape, methods)
+    if compiled:
+        torch._dynamo.reset()
+        models = {name: torch.compile(m) for name, m in models.items()}  # type: ignore[misc]
+    steps = {name: host_step(m, batch, length, train) for name, m in models.items()}
+    return paired(steps, repeats).assign(host=shape, tokens=batch * length, train=train, compiled=compiled)
+
+
+def _peak_of(method: str, shape: str, batch: int, length: int) -> float:
+    warnings.simplefilter("ignore")  # of the libraries, in this process
+    step = host_step(_methods(shape, [method])[method], batch, length, train=True)
+    step()
+    return _peak() / 1e6
+
+
+def peaks(
+    shape: str = "bert-base", batch: int = 8, length: int = 128, methods: Sequence[str] = ("bare", "LoRA r8", "UHL")
+) -> pd.DataFrame:
+    """Peak resident memory (MB) of one training step, each method in a process of its own."""
+    found = {method: _alone(_peak_of, method, shape, batch, length) for method in methods}
+    return pd.DataFrame({"method": list(found), "peak MB": list(found.values()), "host": shape})
+
+
+def power_law(found: pd.DataFrame, step: str, by: Sequence[str]) -> dict[str, float]:
+    """Least squares of log(seconds over the bare weight's) on the logs of ``by``: exponents, ``seconds`` at 1, ``r2``.
+
+    Sizes at which the step was not slower than the bare weight are left out.
+    """
+    table = found.pivot_table(index=list(by), columns="step", values="seconds").reset_index()
+    extra = table[step] - table["bare"]
+    table, extra = table[extra > 0], extra[extra > 0]
+    design = np.column_stack([*(np.log(table[name].astype(float)) for name in by), np.ones(len(table))])
+    wanted = np.log(extra.to_numpy())
+    solution, *_ = np.linalg.lstsq(design, wanted, rcond=None)
+    left = wanted - design @ solution
+    r2 = 1 - float((left**2).sum() / ((wanted - wanted.mean()) ** 2).sum())
+    return dict(zip(by, solution[:-1].tolist(), strict=True)) | {"seconds": float(np.exp(solution[-1])), "r2": r2}

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pandas as pd
 import torch
@@ -40,6 +40,9 @@ COLUMNS = (
 PHASES = ("source", "zero-shot", "tuned", "retrained")
 VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "scikit-learn")
 LITERALS = (str, int, float, bool, list, tuple, dict, type(None))
+
+
+S = TypeVar("S", bound=_Strict)
 
 
 class Settings(_Strict):
@@ -100,7 +103,7 @@ class Settings(_Strict):
         return TrainConfig(**{**shared, **changes})
 
 
-def read_parameters(namespace: Mapping[str, object]) -> Settings:
+def read_parameters(namespace: Mapping[str, object], kind: type[S] = Settings) -> S:  # type: ignore[assignment]
     """Check a notebook's parameters: the names that its parameters cell, or papermill, set to plain values.
 
     In a live kernel these are the cells of nothing but literals before the calling one, so that a notebook may be run
@@ -113,7 +116,7 @@ def read_parameters(namespace: Mapping[str, object]) -> Settings:
     cells = namespace.get("In")
     if isinstance(cells, list) and (names := _parameter_names(cells[:-1])):
         found = {k: v for k, v in found.items() if k in names}
-    return Settings(**found)
+    return kind(**found)
 
 
 _IPYTHON = {"In", "Out"}

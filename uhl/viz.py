@@ -240,3 +240,31 @@ def routing_explorer(attached: Attached, encoder: Encoder, text: str) -> Any:
         control.observe(draw, names="value")
     draw()
     return widgets.VBox([box, widgets.HBox([slider, every]), out])
+
+
+def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figure, pd.DataFrame]:
+    """Time of one weight over the bare weight's, as each size is varied about ``base``; forward above, training below.
+
+    ``measured`` as from :func:`uhl.bench.weights`. Bars span the quartiles of the rounds' ratios.
+    """
+    names = {"tokens": "tokens T", "d_in": "width D", "atoms": "atoms A", "top_k": "active atoms K"}
+    colours = {"LoRA r8": BASELINE, "dense": CONTROL, "gather": OURS, "reference": "#7a5195"}
+    fig, axes = plt.subplots(2, len(names), figsize=(12, 6), sharey="row")
+    for row, train in zip(axes, (False, True), strict=True):
+        for ax, (name, label) in zip(row, names.items(), strict=True):
+            fixed = [k for k in base if k != name and not (name == "d_in" and k == "d_out")]
+            here = measured[(measured[fixed] == pd.Series(base)[fixed]).all(axis=1) & (measured["train"] == train)]
+            if name != "d_in":
+                here = here[(here["d_in"] == base["d_in"])]
+            for step, colour in colours.items():
+                line = here[here["step"] == step].sort_values(name)
+                error = [line["ratio"] - line["ratio low"], line["ratio high"] - line["ratio"]]
+                ax.errorbar(line[name], line["ratio"], error, color=colour, marker="o", ms=4, label=step)
+            ax.axhline(1, color="black", lw=0.8)
+            ax.set(xscale="log", xlabel=label)
+            ax.set_xticks(sorted(here[name].unique()), [f"{v:g}" for v in sorted(here[name].unique())])
+            ax.minorticks_off()
+        row[0].set(yscale="log", ylabel=f"{'training' if train else 'forward'}: time / bare weight")
+    axes[0][0].legend(fontsize=8)
+    fig.tight_layout()
+    return fig, measured
