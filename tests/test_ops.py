@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from uhl import ops
 from uhl.errors import UHLError
-from uhl.ops.gather import ByAtom
-from uhl.router import Route
+from uhl.router import ByAtom, Route
 
 GPU = torch.cuda.is_available()
 PLACES = [(path, "cpu") for path in ("reference", "dense", "gather")]

@@ -10,20 +10,82 @@ task, for all tokens and layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
 
 from uhl.quant import fake_quantise
 
 
-class Route(NamedTuple):
-    """One layer's decision: atom indices and gates, both (..., T, K); gates are 0 or 1 in the forward pass."""
+class ByAtom:
+    """The tokens of each atom, one after the other: places in the flat index, and where each atom's begin."""
 
-    index: Int64[Tensor, "*b T K"]  # type: ignore[assignment]  # hides tuple.index, which nobody calls
+    def __init__(self, index: Int64[Tensor, "T K"], atoms: int) -> None:
+        flat = index.reshape(-1)
+        self.order = flat.argsort(stable=True)
+        self.tokens = self.order // index.shape[1]
+        self.starts = torch.searchsorted(flat[self.order], torch.arange(atoms, device=index.device))
+
+    def sums(self, s: Float[Tensor, "T K"], x: Float[Tensor, "T d"]) -> Float[Tensor, "A d"]:
+        """For each atom the sum of s_tk x_t over its tokens."""
+        if not len(self.order):
+            return x.new_zeros(len(self.starts), x.shape[-1])
+        return embedding_bag(self.tokens, x, self.starts, per_sample_weights=s.reshape(-1)[self.order], mode="sum")
+
+
+class Places:
+    """Where a route's atoms are: ``index`` (T, K), all tokens in a row, and tables made when first asked for."""
+
+    def __init__(self, index: Int64[Tensor, "*b T K"]) -> None:
+        self.index = index.reshape(-1, index.shape[-1])
+        self._by_atom: ByAtom | None = None
+
+    @cached_property
+    def starts(self) -> Int64[Tensor, " T"]:
+        """Where each token's places begin in the flat index."""
+        count, k = self.index.shape
+        return torch.arange(0, count * k, k, device=self.index.device)
+
+    @cached_property
+    def tokens(self) -> Int64[Tensor, " TK"]:
+        """The token of each place."""
+        count, k = self.index.shape
+        return torch.arange(count, device=self.index.device).repeat_interleave(k)
+
+    def by_atom(self, atoms: int) -> ByAtom:
+        """The places sorted by atom, of ``atoms`` atoms."""
+        if self._by_atom is None or len(self._by_atom.starts) != atoms:
+            self._by_atom = ByAtom(self.index, atoms)
+        return self._by_atom
+
+
+@dataclass(eq=False)
+class Route:
+    """One layer's decision: atom indices and gates, both (..., T, K); gates are 0 or 1 in the forward pass.
+
+    What is derived from it is kept with it, since six weights and their backward passes ask for the same.
+    """
+
+    index: Int64[Tensor, "*b T K"]
     gate: Float[Tensor, "*b T K"]
+    _places: Places | None = field(default=None, init=False, repr=False)
+    _flat: Route | None = field(default=None, init=False, repr=False)
+
+    def places(self) -> Places:
+        """Where the atoms are; the same object every time."""
+        if self._places is None:
+            self._places = Places(self.index)
+        return self._places
+
+    def flat(self) -> Route:
+        """The route of all tokens in a row, (T, K); the same object every time."""
+        if self._flat is None:
+            self._flat = Route(self.index.flatten(0, -2), self.gate.flatten(0, -2))
+        return self._flat
 
 
 class Router(nn.Module):
@@ -52,4 +114,4 @@ def choose(scores: Float[Tensor, "*b A"], top_k: int) -> Route:
     top, index = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
     soft = torch.sigmoid(top)
     hard = (soft > 0.5).to(soft.dtype)
-    return Route(index, hard + (soft - soft.detach()))
+    return Route(index, hard + (soft - soft.detach()) if soft.requires_grad else hard)

@@ -49,3 +49,14 @@ def get(name: str) -> Callable[..., Tensor]:
     except ImportError as err:
         raise UHLError("the path `fused` needs Triton: pip install triton (Linux), or choose `gather`") from err
     return fused.update
+
+
+def halves(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:
+    """The path's ``read(x, v, route)`` and ``write(y, dots, u, strength, route)``, of which the update is made.
+
+    Weights that read the same need to read once. None where a path does both at once, and in compiled hosts, where the
+    compiler sees what is the same.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    return {"dense": (dense.read, dense.write), "gather": (gather.read, gather.write)}.get(name)

@@ -17,6 +17,21 @@ def update(
     chosen: Route,
 ) -> Float[Tensor, "*b T d_out"]:
     """Same result as :func:`uhl.ops.reference.update`; costs 2 A (d_in + d_out) FLOPs a token."""
-    read = x.to(v.dtype) @ v.T  # (..., T, A)
-    mask = read.new_zeros(read.shape).scatter(-1, chosen.index, chosen.gate.to(read.dtype))
-    return ((read * mask * strength) @ u).to(y.dtype).add_(y)
+    return write(y, read(x, v, chosen), u, strength, chosen)
+
+
+def read(x: Float[Tensor, "*b T d_in"], v: Float[Tensor, "A d_in"], chosen: Route) -> Float[Tensor, "*b T A"]:
+    """What all atoms read, x . v~."""
+    return x.to(v.dtype) @ v.T
+
+
+def write(
+    y: Float[Tensor, "*b T d_out"],
+    dots: Float[Tensor, "*b T A"],
+    u: Float[Tensor, "A d_out"],
+    strength: Float[Tensor, " A"],
+    chosen: Route,
+) -> Float[Tensor, "*b T d_out"]:
+    """``y`` plus what the chosen atoms write for what they have read."""
+    mask = dots.new_zeros(dots.shape).scatter(-1, chosen.index, chosen.gate.to(dots.dtype))
+    return ((dots * mask * strength) @ u).to(y.dtype).add_(y)

@@ -16,8 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from uhl.ops.gather import ByAtom
-from uhl.router import Route
+from uhl.router import ByAtom, Places, Route
 
 TOKENS, COLUMNS = 16, 128  # of a block
 
@@ -31,10 +30,11 @@ def update(
     chosen: Route,
 ) -> Float[Tensor, "*b T d_out"]:
     """Same result as :func:`uhl.ops.reference.update`, to float32's precision. First gradients only."""
-    index = chosen.index.reshape(-1, chosen.index.shape[-1])
+    places = chosen.places()
+    index = places.index
     scale = chosen.gate.reshape(index.shape).float() * strength[index].float()
     flat = y.reshape(-1, y.shape[-1])
-    out: Tensor = _Update.apply(flat, x.reshape(-1, x.shape[-1]), v, u, scale, index)
+    out: Tensor = _Update.apply(flat, x.reshape(-1, x.shape[-1]), v, u, scale, index, places)
     return out.reshape(y.shape)
 
 
@@ -127,7 +127,10 @@ def sums(s: Float[Tensor, "T K"], x: Float[Tensor, "T d"], by_atom: ByAtom, dtyp
 
 class _Update(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, v: Tensor, u: Tensor, scale: Tensor, index: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, v: Tensor, u: Tensor, scale: Tensor, index: Tensor, places: Places
+    ) -> Tensor:
+        ctx.places = places
         if not index.numel():
             ctx.save_for_backward(x, v, u, scale, index, scale)
             return y.clone()
@@ -140,15 +143,16 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, v, u, scale, index, dots = ctx.saved_tensors
         if not index.numel():
-            return (g, *(torch.zeros_like(t) for t in (x, v, u, scale)), None)
-        _, for_x, for_v, for_u, for_scale, _ = ctx.needs_input_grad
+            return (g, *(torch.zeros_like(t) for t in (x, v, u, scale)), None, None)
+        _, for_x, for_v, for_u, for_scale, *_ = ctx.needs_input_grad
         dx, back = rows(g, u, v, scale, index)
-        by_atom = ByAtom(index, len(v)) if for_v or for_u else None
+        by_atom = ctx.places.by_atom(len(v)) if for_v or for_u else None
         return (
             g,
             dx.to(x.dtype) if for_x else None,
             sums(back * scale, x, by_atom, v.dtype) if by_atom and for_v else None,
             sums(dots * scale, g, by_atom, u.dtype) if by_atom and for_u else None,
             back * dots if for_scale else None,
+            None,
             None,
         )
