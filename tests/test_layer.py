@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from uhl import ops
 from uhl.adapter import UHLAdapter
 from uhl.anchors import observe
 from uhl.errors import UHLError
@@ -151,3 +152,54 @@ def test_two_adapters_at_once_are_an_error_and_leave_the_first(encoder, adapter)
 def test_unknown_task(encoder, adapter):
     with pytest.raises(UHLError, match="no task 'other'; it has mood"):
         attach(encoder.model, adapter, "other")
+
+
+@pytest.mark.parametrize("path", ["gather", "dense"])
+def test_weights_that_read_the_same_read_once(encoder, adapter, path, monkeypatch):
+    """Q, K and V share what they read: four readings a layer, not six, with the reference's results and gradients."""
+    calls = []
+    read, write = ops.halves(path)
+
+    def counted(*given):
+        calls.append(given)
+        return read(*given)
+
+    monkeypatch.setattr(ops, "halves", lambda _: (counted, write))
+    found = {}
+    for name in (path, "reference"):
+        if name == "reference":
+            monkeypatch.setattr(ops, "halves", lambda _: None)
+        adapter.zero_grad()
+        with attach(encoder.model, adapter, "mood", path=name):
+            out = run(encoder)
+            (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+        found[name] = [out, *(p.grad.clone() for p in adapter.parameters() if p.grad is not None)]
+    assert len(calls) == 4 * 3
+    assert len(found[path]) == len(found["reference"])
+    for mine, wanted in zip(found[path], found["reference"], strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_what_was_read_is_read_again_where_anything_differs(encoder, adapter):
+    with torch.no_grad(), attach(encoder.model, adapter, "mood", path="gather") as attached:
+        layer = encoder.model.encoder.layer[0].attention.self
+        x = torch.randn(1, 4, 24)
+        attached.before_layer(0, x)
+        layer.query(x)
+        kept = attached._cache.now.reading
+        layer.key(x)
+        assert attached._cache.now.reading is kept
+        layer.key(x.clone())
+        assert attached._cache.now.reading is not kept  # another tensor
+        layer.query(x)
+        kept = attached._cache.now.reading
+        x.mul_(2)  # the same tensor with other values
+        layer.key(x)
+        assert attached._cache.now.reading is not kept
+        kept = attached._cache.now.reading
+        with torch.enable_grad():
+            layer.value(x)
+        assert attached._cache.now.reading is not kept  # this one has gradients
+    with torch.inference_mode(), attach(encoder.model, adapter, "mood", path="gather") as attached:
+        run(encoder)
+        assert attached._cache.now.reading is None

@@ -85,6 +85,25 @@ def _version(parameter: Tensor) -> int:
     return -1 if parameter.is_inference() else parameter._version
 
 
+class _Reading:
+    """What a layer's weight has read, for the layer's other weights that read the same."""
+
+    def __init__(self, x: Tensor, v: Tensor, chosen: Route, read: Callable[..., Tensor]) -> None:
+        self.x = weakref.ref(x)  # weak: what is read lives no longer for it
+        self.same = (v, chosen, read, *self._mode(x))
+        self.dots = read(x, v, chosen)
+
+    @staticmethod
+    def _mode(x: Tensor) -> tuple[int, bool, int]:
+        """What must be equal beside the tensors; in a backward pass, that it is the same one: it runs layers again."""
+        return x._version, torch.is_grad_enabled(), torch._C._current_graph_task_id()
+
+    def fits(self, x: Tensor, v: Tensor, chosen: Route, read: Callable[..., Tensor]) -> bool:
+        """Whether it is what these would give, by identity."""
+        now = (v, chosen, read, *self._mode(x))
+        return self.x() is x and all(a is b or (type(a) is int and a == b) for a, b in zip(self.same, now, strict=True))
+
+
 class _Pass(threading.local):
     """What belongs to one forward pass. Each thread has its own, so that concurrent passes do not meet."""
 
@@ -95,6 +114,7 @@ class _Pass(threading.local):
         self.last = -1  # number of the layer that ran last
         self.layer: tuple[int, Tensor, _Fold] | None = None  # the layer that is running, its input, its fold
         self.routes: dict[int, Route] = {}
+        self.reading: _Reading | None = None  # the last one of the layer that is running
         self.paths: dict[str, str] = {}
         self.mask: Tensor | None = None
 
@@ -315,7 +335,7 @@ class Attached:
     def after_host(self) -> None:
         """The forward pass has ended."""
         now = self._cache.now
-        now.inside, now.folds, now.layer = False, {}, None
+        now.inside, now.folds, now.layer, now.reading = False, {}, None, None
 
     def before_layer(self, number: int, hidden: Tensor, fold: _Fold | None = None) -> None:
         """A layer begins; its route is made from its input ``hidden`` (B, T, D) when a weight first asks for it.
@@ -325,7 +345,7 @@ class Attached:
         now = self._cache.now
         if not now.inside and number <= now.last and not _in_backward():  # an encoder that is called alone, again
             self._begin_pass()
-        now.layer, now.last = (number, hidden, fold or self._fold()), number
+        now.layer, now.last, now.reading = (number, hidden, fold or self._fold()), number, None
         now.routes.pop(number, None)
 
     @property
@@ -336,7 +356,7 @@ class Attached:
 
     def _begin_pass(self) -> None:
         now = self._cache.now
-        now.folds, now.graph, now.routes, now.layer, now.last = {}, None, {}, None, -1
+        now.folds, now.graph, now.routes, now.layer, now.last, now.reading = {}, None, {}, None, -1, None
 
     def update(
         self, slot: Slot, y: Float[Tensor, "*b d_out"], x: Float[Tensor, "*b d_in"]
@@ -351,7 +371,18 @@ class Attached:
             chosen = self._route(x, self._own_reader(slot, fold), fold)
         path = self.path or ops.choose(x.device.type, x.shape[:-1].numel(), len(v), slot.d_in, slot.d_out)
         self._cache.now.paths[slot.path] = path
-        return ops.get(path)(y, x, v, u, strength, chosen)
+        halves = ops.halves(path) if inside else None
+        if halves is None or x.is_inference():  # whether those were written to since cannot be seen
+            return ops.get(path)(y, x, v, u, strength, chosen)
+        read, write = halves
+        return write(y, self._read(x, v, chosen, read), u, strength, chosen)
+
+    def _read(self, x: Tensor, v: Tensor, chosen: Route, read: Callable[..., Tensor]) -> Tensor:
+        """``read(x, v, chosen)``, once for weights one after the other (Q, K and V) that read the same."""
+        now = self._cache.now
+        if now.reading is None or not now.reading.fits(x, v, chosen, read):
+            now.reading = _Reading(x, v, chosen, read)
+        return now.reading.dots
 
     def _layer_route(self, slot: Slot, x: Tensor, hidden: Tensor, fold: _Fold) -> Route | None:
         """The route of a weight's layer; None where the weight's input is not the layer's tokens."""
@@ -366,7 +397,7 @@ class Attached:
         if slot.layer not in routes:
             routes[slot.layer] = self._route(hidden, reader, fold)
         made = routes[slot.layer]
-        return Route(made.index.flatten(0, -2), made.gate.flatten(0, -2)) if flat else made
+        return made.flat() if flat else made
 
     def _own_reader(self, slot: Slot, fold: _Fold) -> Float[Tensor, "A d_in"] | None:
         """The router at a weight's own input: outside of layers, or where a layer's tokens are not what it reads."""
