@@ -31,3 +31,17 @@ def test_peak_is_that_of_the_process_alone():
     here, child = bench._peak(), bench._alone(bench._peak)
     assert here > held.nbytes
     assert child < here - held.nbytes / 2
+
+
+def test_folding_bert_large_takes_two_seconds_and_150_mb_at_most():
+    (row,) = bench.folding("bert-large", ["dimension"]).to_dict("records")
+    assert row["seconds"] < 2
+    assert row["folded MB"] < row["peak MB"] + 1
+    assert row["peak MB"] < 150
+
+
+def test_folding_keeps_no_projector_of_a_weight():
+    """A residual frame's products, 2 x 12 x 6 MB for BERT-base, are never held: little beyond what is folded."""
+    (row,) = bench.folding("bert-base", ["residual"]).to_dict("records")
+    assert row["folded MB"] > 40
+    assert row["peak MB"] < row["folded MB"] + 40

@@ -128,7 +128,7 @@ def test_residual_frame_is_an_edit_of_the_stream(encoder, adapter):
     slots = find_slots(encoder.model)
     frame = basis_of(observe(encoder, ["good film", "bad plot", "the cast was fine"]), 16).frame(encoder.model, slots)
     reader, writer = slots[0], next(s for s in slots if s.writer)
-    (m_read, wn), (mw, n) = frame.slots[reader.path], frame.slots[writer.path]
+    (m_read, wn), (mw, n) = frame.pair(reader.path), frame.pair(writer.path)
     torch.testing.assert_close(wn, weight(encoder.model, reader) @ n)
     torch.testing.assert_close(frame.route / frame.route.norm(), m_read / m_read.norm())
     inputs = encoder.tokenizer(["good film"], return_tensors="pt")

@@ -93,8 +93,8 @@ def test_lineage_to_the_source_itself_is_the_identity(encoder):
     adapter, frame = trained(encoder)
     ported = port(adapter, encoder, "mood", "lineage", encoder)
     assert torch.equal(ported.frame.head, frame.head)
-    for path, pair in frame.slots.items():
-        assert all(torch.equal(a, b) for a, b in zip(pair, ported.frame.slots[path], strict=True))
+    for path in frame.slots:
+        assert all(torch.equal(a, b) for a, b in zip(frame.pair(path), ported.frame.pair(path), strict=True))
 
 
 def permuted(encoder, order):
@@ -242,3 +242,20 @@ def test_porting_a_peft_model_says_what_is_missing(encoder, tmp_path):
     with pytest.raises(UHLError, match="has no adapter 'other'; it has default"):
         uhl.port_model(model, encoder.tokenizer, "other")
     assert any(hasattr(m, "base_layer") for m in model.modules())  # put back after the error
+
+
+def test_a_product_is_folded_in_one_factor_after_the_other_and_shared(encoder):
+    adapter, frame = trained(encoder)
+    slots = find_slots(encoder.model)
+    v, u = adapter.vectors(frame, slots), adapter.vectors(frame.formed(), slots)
+    for path in v:
+        for mine, wanted in zip(v[path], u[path], strict=True):
+            torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
+            assert not torch.allclose(mine, wanted.flip(-1), atol=1e-2)
+    readers = [v[s.path][0] for s in slots if not s.writer]
+    assert len({t.data_ptr() for t in readers}) == 1  # V M, of which there is one
+    assert all(v[s.path][1].data_ptr() == v[slots[3].path][1].data_ptr() for s in slots if s.writer == slots[3].writer)
+    half = copy.deepcopy(encoder)
+    half.model.to(torch.bfloat16)
+    halved = adapter.vectors(port(adapter, half, "mood", "lineage", encoder).frame, slots)
+    assert {t.dtype for pair in halved.values() for t in pair} == {torch.float32}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from uhl.config import Sizes
 from uhl.dictionary import AtomDictionary
 from uhl.errors import UHLError
-from uhl.frame import Frame
+from uhl.frame import Frame, Times
 from uhl.host import Slot
 from uhl.mixer import BASIS, Mixer, bias_features, type_features
 from uhl.projector import Projector
@@ -138,16 +138,9 @@ class UHLAdapter(nn.Module):
 
     def vectors(self, frame: Frame, slots: Sequence[Slot]) -> dict[str, Vectors]:
         """(V~, U~) of every weight in a host's frame. Weights that share a P share the product."""
-        u, v = self.dictionary()
-        reads: dict[Tensor, Tensor] = {}  # by identity
-        writes: dict[Tensor, Tensor] = {}
-        for p_in, p_out in (frame.slots[slot.path] for slot in slots):
-            if p_in not in reads:
-                reads[p_in] = v @ p_in
-            if p_out not in writes:
-                writes[p_out] = u @ p_out.T
+        writes, reads = (Times(rows) for rows in self.dictionary())
         pairs = ((slot.path, frame.slots[slot.path]) for slot in slots)
-        return {path: (reads[p_in], writes[p_out]) for path, (p_in, p_out) in pairs}
+        return {path: (reads(p_in), writes.transposed(p_out)) for path, (p_in, p_out) in pairs}
 
     def fold(
         self,
@@ -164,9 +157,9 @@ class UHLAdapter(nn.Module):
         embedding = self.task(task).route_embedding()
         if self.router is None:
             return Folded(atoms, None, {}, embedding)
-        router = self.router()
-        own = {slot.path: router @ frame.slots[slot.path][0] for slot in slots if not slot.shared}
-        return Folded(atoms, router @ frame.route, own, embedding)
+        reads = Times(self.router())
+        own = {slot.path: reads(frame.slots[slot.path][0]) for slot in slots if not slot.shared}
+        return Folded(atoms, reads(frame.route), own, embedding)
 
 
 def _as_stored(adapter: UHLAdapter, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:

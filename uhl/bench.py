@@ -24,8 +24,11 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from uhl import baselines, ops
-from uhl.config import UHLConfig, _Strict
+from uhl.adapter import UHLAdapter
+from uhl.config import Sizes, UHLConfig, _Strict
 from uhl.files import write_atomic
+from uhl.frame import dimension_frame, residual_frame
+from uhl.host import find_slots
 from uhl.peft_method import LOG
 from uhl.router import Route
 
@@ -103,6 +106,38 @@ def _load(method: str, shape: str, repeats: int) -> dict[str, object]:
 def loading(shape: str = "bert-large", repeats: int = 5) -> pd.DataFrame:
     """Load time and memory of our file and of rank-8 LoRA's on the same weights of a host."""
     return pd.DataFrame([_alone(_load, method, shape, repeats) for method in _configs()])
+
+
+def _fold_cost(shape: str, frame: str) -> dict[str, object]:
+    """Seconds of one fold without gradients, its tensors' bytes, and how far the peak of memory rises."""
+    dimension, width = frame == "dimension", SHAPES[shape][1]
+    adapter = UHLAdapter(Sizes(projector="dimension" if dimension else "canonical"))
+    adapter.add_task("main", [], "sentence")
+    with torch.device("meta"):
+        host = bert(shape)
+    if not dimension:  # only then are weights read
+        host.to_empty(device="cpu")
+        for parameter in host.parameters():
+            parameter.data.fill_(0.01)
+    slots, c = find_slots(host), adapter.config.width
+    with torch.no_grad():
+        adapter.fold(dimension_frame(adapter.projector, slots[:1], 64), slots[:1], "main")  # what first use costs
+        before, begun = _peak(), time.perf_counter()
+        if dimension:
+            made = dimension_frame(adapter.projector, slots, width)
+        else:
+            read = torch.ones(c, width) / width
+            made = residual_frame(host, slots, read, read.T.contiguous(), read, read[:, 0], 1.0)
+        folded = adapter.fold(made, slots, "main")
+    seconds, peak = time.perf_counter() - begun, _peak() - before
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in folded.tensors()}
+    sizes = {"peak MB": round(peak / 1e6, 1), "folded MB": round(sum(held.values()) / 1e6, 1)}
+    return {"host": shape, "frame": frame, "seconds": round(seconds, 3), **sizes}
+
+
+def folding(shape: str = "bert-large", frames: Sequence[str] = ("dimension", "residual")) -> pd.DataFrame:
+    """Time and memory of folding an adapter into a host, by kind of frame; each in a process of its own."""
+    return pd.DataFrame([_alone(_fold_cost, shape, frame) for frame in frames])
 
 
 def _alone(work: Callable[..., Any], *args: Any) -> Any:

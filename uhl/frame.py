@@ -12,13 +12,15 @@ stream (Q, K, V, FFN-in) and after a weight that writes to it (O, FFN-out):
     reader of the stream   P_in = M      P_out = W N
     writer to the stream   P_in = M W    P_out = N
 
-so nothing depends on how heads or feed-forward neurons are numbered.
+so nothing depends on how heads or feed-forward neurons are numbered. These products are not formed: for BERT-large they
+take 300 MB, and the host's weights are there already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -29,7 +31,47 @@ from uhl import host
 from uhl.host import Slot
 from uhl.projector import Projector
 
-Pair = tuple[Float[Tensor, "C d_in"], Float[Tensor, "d_out C"]]
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """left @ right, not formed, (n, m). One factor is the host's own weight, of any dtype and on any device.
+
+    It is not a copy, so what is folded after the weight was changed in place is folded with the new values.
+    """
+
+    left: Float[Tensor, "n r"]
+    right: Float[Tensor, "r m"]
+
+    def formed(self) -> Float[Tensor, "n m"]:
+        """The product as a tensor."""
+        dtype = torch.promote_types(self.left.dtype, self.right.dtype)
+        return self.left.to(dtype) @ self.right.to(self.left.device, dtype)
+
+
+Factor = Tensor | Product
+Pair = tuple[Factor, Factor]  # P_in (C, d_in), P_out (d_out, C)
+
+
+class Times:
+    """rows @ P for many P, rows (A, C) being an adapter's: a P, or a factor, that comes again is multiplied once."""
+
+    def __init__(self, rows: Float[Tensor, "A C"]) -> None:
+        self.rows, self.made = rows, dict[Any, Tensor]()  # by identity, which keeps what it names alive
+
+    def __call__(self, p: Factor) -> Float[Tensor, "A d"]:
+        """Give rows @ p; a product's factors are multiplied in one after the other."""
+        if p not in self.made:
+            left, right = (self(p.left), p.right) if isinstance(p, Product) else (self.rows, p)
+            self.made[p] = left @ right.to(self.rows)
+        return self.made[p]
+
+    def transposed(self, p: Factor) -> Float[Tensor, "A d"]:
+        """Give rows @ p.T."""
+        key = (p, "T")
+        if key not in self.made:
+            left, right = (self.transposed(p.right), p.left) if isinstance(p, Product) else (self.rows, p)
+            self.made[key] = left @ right.to(self.rows).T
+        return self.made[key]
 
 
 @dataclass
@@ -51,8 +93,21 @@ class Frame:
                 moved[p] = p.to(device)
             return moved[p]
 
-        slots = {path: (move(a), move(b)) for path, (a, b) in self.slots.items()}
+        def factor(p: Factor) -> Factor:
+            return p if isinstance(p, Product) else move(p)  # a host's weight moves when it is multiplied, for as long
+
+        slots = {path: (factor(a), factor(b)) for path, (a, b) in self.slots.items()}
         return Frame(slots, move(self.route), move(self.head), move(self.shift), self.rescale)
+
+    def pair(self, path: str) -> tuple[Float[Tensor, "C d_in"], Float[Tensor, "d_out C"]]:
+        """P_in and P_out of a weight, as tensors."""
+        a, b = (p.formed() if isinstance(p, Product) else p for p in self.slots[path])
+        return a, b
+
+    def formed(self) -> Frame:
+        """The same frame with every product formed: more memory, and quicker where it is folded over and over."""
+        pairs: dict[str, Pair] = {path: self.pair(path) for path in self.slots}
+        return replace(self, slots=pairs)
 
     def codes(self, hidden: Float[Tensor, "*n D"]) -> Float[Tensor, "*n C"]:
         """Canonical coordinates of final states, what the head reads."""
@@ -72,7 +127,7 @@ def dimension_frame(projector: Projector, slots: Sequence[Slot], width: int) -> 
         return made[dim, write]
 
     reader = p(width, False)
-    pairs = {s.path: (p(s.d_in, False), p(s.d_out, True)) for s in slots}
+    pairs: dict[str, Pair] = {s.path: (p(s.d_in, False), p(s.d_out, True)) for s in slots}
     return Frame(pairs, reader, reader, reader.new_zeros(projector.width), rescale=True)
 
 
@@ -91,8 +146,8 @@ def residual_frame(
     """
     pairs: dict[str, Pair] = {}
     for slot in slots:
-        matrix = host.weight(model, slot).to(read)
-        pairs[slot.path] = (read @ matrix, write) if slot.writer else (read, matrix @ write)
+        matrix = host.weight(model, slot)
+        pairs[slot.path] = (Product(read, matrix), write) if slot.writer else (read, Product(matrix, write))
     return Frame(pairs, read * rms, head, shift)
 
 

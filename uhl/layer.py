@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from uhl import ops
 from uhl.adapter import Folded, UHLAdapter, Vectors
 from uhl.errors import UHLError
-from uhl.frame import Frame, dimension_frame
+from uhl.frame import Frame, Times, dimension_frame
 from uhl.host import Slot, shape, stream_width, weight
 from uhl.router import Route, choose, route
 
@@ -127,6 +127,7 @@ class _Cache:
     graph: _Fold | None = None  # the last one with gradients of any thread, for backward passes in threads of their own
     compiled: _Fold | None = None  # whose tensors compiled hosts hold; `uhl::refresh` writes into them
     vectors: tuple[_State, Frame, dict[str, Vectors]] | None = None  # of a frozen dictionary and projector
+    formed: Frame | None = None  # a given frame with its products formed, where the dictionary trains
     backwards: int = 0
     key: int = field(default_factory=itertools.count().__next__)  # names the owner to `uhl::refresh`
     now: _Pass = field(default_factory=_Pass)
@@ -312,8 +313,10 @@ class Attached:
         """The frame, and the products V~ and U~ where they do not train: these are kept while they do not change."""
         moving = self._moving()
         trained = any(p.requires_grad for p in moving)
-        if learning and trained:
-            return self.frame, None
+        if learning and trained:  # folded in every step, which formed products make cheaper
+            if self._fixed is not None and self._cache.formed is None:
+                self._cache.formed = self._fixed.formed()
+            return (self._cache.formed or self.frame).to(self.adapter.device), None
         state = _State(moving, id(self._fixed), self._cache.backwards if trained else 0)
         kept = self._cache.vectors
         if kept is None or not kept[0].same(state):
@@ -404,7 +407,7 @@ class Attached:
         router, known = self.adapter.router, fold.folded.own_routes
         if router is None or slot.path in known:
             return known.get(slot.path)
-        return router() @ fold.frame.slots[slot.path][0]
+        return Times(router())(fold.frame.slots[slot.path][0])
 
     def _route(self, hidden: Tensor, reader: Tensor | None, fold: _Fold) -> Route:
         top_k, embedding = self.adapter.config.top_k, fold.folded.embedding
