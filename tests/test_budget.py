@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig
 
 from uhl import budget
+from uhl.adapter import UHLAdapter
 from uhl.baselines import file_sizes
 from uhl.config import Sizes
 from uhl.host import find_slots
@@ -19,8 +20,11 @@ def count(encoder, inputs):
 
 
 @pytest.mark.parametrize(("layers", "width"), [(3, 24), (1, 16)])
-def test_formula_equals_the_counter(make_encoder, adapter, layers, width):
+@pytest.mark.parametrize("routing", ["layer", "weight", "model"])
+def test_formula_equals_the_counter(make_encoder, config, layers, width, routing):
     encoder = make_encoder(layers, width)
+    adapter = UHLAdapter(config.model_copy(update={"routing": routing}))
+    adapter.add_task("mood", ("a", "b"), "sentence")
     inputs = encoder.tokenizer(["good film the plot"], return_tensors="pt")
     slots, tokens = find_slots(encoder.model), inputs["input_ids"].numel()
     bare = count(encoder, inputs)
@@ -29,6 +33,13 @@ def test_formula_equals_the_counter(make_encoder, adapter, layers, width):
     formula = budget.routing_flops(adapter.config, slots, width) + budget.update_flops(adapter.config, slots)
     assert extra == tokens * formula
     assert extra != tokens * budget.update_flops(adapter.config, slots)
+    routed = {"layer": layers * width, "weight": layers * 7 * width, "model": width}[routing]
+    assert budget.routing_flops(adapter.config, slots, width) == 2 * adapter.config.atoms * routed
+
+
+def test_static_routes_cost_nothing(encoder, config):
+    static = config.model_copy(update={"router": "static"})
+    assert budget.routing_flops(static, find_slots(encoder.model), 24) == 0
 
 
 @pytest.mark.parametrize(

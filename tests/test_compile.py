@@ -58,9 +58,11 @@ def test_without_type_checks():
 
 
 @plain
-@pytest.mark.parametrize("router", ["token", "static"])
-def test_compiled_host_is_the_eager_host(router):
-    model = bert(router=router).eval()
+@pytest.mark.parametrize(
+    "kind", [{"router": "token"}, {"router": "static"}, {"routing": "weight"}, {"routing": "model"}], ids=str
+)
+def test_compiled_host_is_the_eager_host(kind):
+    model = bert(**kind).eval()
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         eager, found = run(model), run(compiled)
@@ -75,8 +77,9 @@ def test_compiled_host_is_the_eager_host(router):
     for name, gradient in eager.items():
         assert (found[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max(), name
     routes = model.base_model.attached().routes
-    assert sorted(routes) == [0, 1]
-    assert routes[1].gate.requires_grad
+    wanted = {"weight": sorted(s.path for s in model.base_model.attached().slots), "model": [0]}
+    assert sorted(routes) == wanted.get(kind.get("routing"), [0, 1])
+    assert all(r.gate.requires_grad for r in routes.values())
 
 
 @plain

@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from uhl import ops
+from uhl import ops, store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import observe
+from uhl.config import Sizes
 from uhl.errors import UHLError
 from uhl.frame import dimension_frame
 from uhl.host import find_slots, weight
 from uhl.peft_method import attach
 from uhl.port import basis_of
+from uhl.router import route
 
 IDS = torch.randint(5, 20, (2, 6), generator=torch.Generator().manual_seed(3))
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
@@ -203,3 +205,69 @@ def test_what_was_read_is_read_again_where_anything_differs(encoder, adapter):
     with torch.inference_mode(), attach(encoder.model, adapter, "mood", path="gather") as attached:
         run(encoder)
         assert attached._cache.now.reading is None
+
+
+def routed(adapter, config, routing):
+    """The same adapter with another routing."""
+    made = UHLAdapter(config.model_copy(update={"routing": routing}))
+    made.add_task("mood", ("negative", "positive"), "sentence")
+    made.load_state_dict(adapter.state_dict())
+    return made
+
+
+def test_each_weight_may_have_its_own_route(encoder, adapter, config):
+    with attach(encoder.model, routed(adapter, config, "weight"), "mood") as attached:
+        run(encoder)
+        assert sorted(attached.routes) == sorted(s.path for s in attached.slots)
+        slot = next(s for s in attached.slots if s.d_in == 48)  # feed-forward, out
+        x, reader = torch.randn(2, 6, 48), attached.folded.own_routes[slot.path]
+        layer = encoder.model.get_submodule(slot.path)
+        layer(x)
+        found = attached.routes[slot.path]
+        wanted = route(x, reader, attached.folded.embedding, 2)
+        assert torch.equal(found.index, wanted.index)
+        p_in = dimension_frame(adapter.projector, attached.slots, 24).slots[slot.path][0]
+        torch.testing.assert_close(reader, attached.adapter.router() @ p_in)
+        gates = torch.stack([r.gate.detach().sum(-1) for r in attached.routes.values()])
+        assert attached.active().item() == pytest.approx(float((gates * MASK).sum() / (len(gates) * MASK.sum())))
+
+
+def test_all_layers_may_share_one_route(encoder, adapter, config):
+    shared = routed(adapter, config, "model")
+    with attach(encoder.model, shared, "mood") as attached:
+        first = run(encoder)
+        assert list(attached.routes) == [0]
+        inputs = {}
+        layer = encoder.model.encoder.layer[0]
+        handle = layer.register_forward_pre_hook(lambda _m, args: inputs.update(hidden=args[0]))
+        run(encoder)
+        handle.remove()
+        wanted = route(inputs["hidden"], attached.folded.route, attached.folded.embedding, 2)
+        assert torch.equal(attached.routes[0].index, wanted.index)
+        gates = attached.routes[0].gate.detach().sum(-1)
+        assert attached.active().item() == pytest.approx(float((gates * MASK).sum() / MASK.sum()))
+        asked = []
+        attached._route = lambda *given: asked.append(1) or type(attached)._route(attached, *given)
+        run(encoder)
+        assert len(asked) == 1
+    with attach(encoder.model, adapter, "mood"):
+        assert not torch.allclose(run(encoder), first, atol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["layer", "weight", "model"])
+def test_every_routing_has_gradients_and_its_own_file(encoder, adapter, config, routing, tmp_path):
+    made = routed(adapter, config, routing)
+    with attach(encoder.model, made, "mood") as attached:
+        (run(encoder).pow(2).sum() + attached.active()).backward()
+        assert made.router.weight.grad.abs().max() > 1e-6
+        wanted = run(encoder)
+    path = store.save(made, tmp_path / "a.safetensors")
+    assert (b"routing" in path.read_bytes()) == (routing != "layer")  # so that older releases read the usual ones
+    with attach(encoder.model, store.load(path), "mood") as attached:
+        assert attached.adapter.config.routing == routing
+        torch.testing.assert_close(run(encoder), wanted, atol=1e-3, rtol=1e-3)
+
+
+def test_a_static_router_has_no_other_routing():
+    with pytest.raises(UHLError, match="leave routing at `layer`"):
+        Sizes(router="static", routing="model")

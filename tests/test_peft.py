@@ -223,9 +223,9 @@ def test_unload_leaves_the_host_as_it_was():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in back.modules())
 
 
-def trainable(checkpointing=None):
+def trainable(checkpointing=None, **sizes):
     """A model in training without dropout, and with or without (non-)reentrant gradient checkpointing."""
-    model = get_peft_model(bert(), uhl.UHLConfig(**SMALL))
+    model = get_peft_model(bert(), uhl.UHLConfig(**SMALL, **sizes))
     with torch.no_grad():
         model.base_model.uhl_adapters["default"].projector.second.add_(0.1)  # at zero its inputs get no gradient
     if checkpointing is not None:
@@ -254,6 +254,42 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
     assert {n for n, g in grads(plain).items() if not g.abs().sum() > 0} == set()
     for name, gradient in grads(plain).items():
         torch.testing.assert_close(grads(checkpointed)[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("routing", "reentrant"), [("weight", False), ("weight", True), ("model", False)])
+def test_checkpointing_gives_the_same_gradients_for_other_routings(routing, reentrant):
+    """Also where another pass of the same shape comes before the backward pass."""
+    plain, checkpointed = trainable(routing=routing), trainable(reentrant, routing=routing)
+    for model in (plain, checkpointed):
+        value = loss(model)
+        loss(model, IDS.flip(0))
+        value.backward()
+    assert grads(plain)["base_model.uhl_adapters.default.router.weight"].abs().sum() > 0
+    for name, gradient in grads(plain).items():
+        torch.testing.assert_close(grads(checkpointed)[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_one_route_for_all_layers_is_an_error_where_it_would_be_lost():
+    with pytest.raises(UHLError, match="has no gradient under reentrant checkpointing"):
+        loss(trainable(True, routing="model"))
+    model = trainable(routing="model")
+    layer = model.base_model.model.bert.encoder.layer[1]
+    inner = layer.forward
+
+    def run_again(*args, **kwargs):
+        def call(*given):
+            layer.forward = inner
+            try:
+                return layer(*given, **kwargs)  # hooks and all
+            finally:
+                layer.forward = run_again
+
+        return torch.utils.checkpoint.checkpoint(call, *args, use_reentrant=False)
+
+    layer.forward = run_again
+    value = loss(model)
+    with pytest.raises(UHLError, match="lost where a layer runs again by itself"):
+        value.backward()
 
 
 @pytest.mark.parametrize("checkpointing", [None, False, True])

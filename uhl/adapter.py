@@ -71,7 +71,7 @@ class Folded:
     """An adapter in one host's coordinates. ``atoms`` maps a weight's path to (V~, U~, strength).
 
     ``route`` reads a layer's input (None: the router is static); ``own_routes`` read the inputs of weights that do not
-    share their layer's route.
+    share a route: all of them where each weight is to have its own.
     """
 
     atoms: dict[str, tuple[Float[Tensor, "A d_in"], Float[Tensor, "A d_out"], Float[Tensor, " A"]]]
@@ -157,8 +157,8 @@ class UHLAdapter(nn.Module):
         embedding = self.task(task).route_embedding()
         if self.router is None:
             return Folded(atoms, None, {}, embedding)
-        reads = Times(self.router())
-        own = {slot.path: reads(frame.slots[slot.path][0]) for slot in slots if not slot.shared}
+        reads, alone = Times(self.router()), self.config.routing == "weight"
+        own = {slot.path: reads(frame.slots[slot.path][0]) for slot in slots if alone or not slot.shared}
         return Folded(atoms, reads(frame.route), own, embedding)
 
 

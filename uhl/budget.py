@@ -16,7 +16,7 @@ import pandas as pd
 from uhl import fileformat, host, store
 from uhl.adapter import UHLAdapter
 from uhl.config import WEIGHT_TYPES, Sizes
-from uhl.host import Slot
+from uhl.host import Slot, first_layers
 from uhl.mixer import BASIS
 from uhl.projector import FEATURES, HIDDEN
 
@@ -70,8 +70,15 @@ def adapter_parts(adapter: UHLAdapter) -> dict[str, int]:
 
 
 def routing_flops(config: Sizes, slots: Sequence[Slot], width: int) -> int:
-    """FLOPs per token of the routes: 2 A D a layer that carries atoms."""
-    return 2 * config.atoms * width * len({s.layer for s in slots})
+    """FLOPs per token of the routes: 2 A D a layer, or 2 A d_in a weight, or 2 A D a stack, as ``config.routing`` says.
+
+    Weights that share no route (outside of layers, cross-attention) add 2 A d_in each. Static routes cost nothing.
+    """
+    if config.router == "static":
+        return 0
+    own = sum(s.d_in for s in slots if config.routing == "weight" or not s.shared)
+    layers = {"layer": set(first_layers(slots)), "weight": set(), "model": set(first_layers(slots).values())}
+    return 2 * config.atoms * (own + width * len(layers[config.routing]))
 
 
 def update_flops(config: Sizes, slots: Sequence[Slot]) -> int:

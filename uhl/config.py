@@ -25,6 +25,8 @@ WeightType = Literal["Q", "K", "V", "O", "FFN"]
 WEIGHT_TYPES: tuple[WeightType, ...] = ("Q", "K", "V", "O", "FFN")
 ProjectorKind = Literal["dimension", "canonical"]
 RouterKind = Literal["token", "static"]
+Routing = Literal["layer", "weight", "model"]
+ROUTINGS: tuple[Routing, ...] = ("layer", "weight", "model")
 MAX_FILE = 16 << 20  # bytes of an adapter's file
 ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "shuffled")
 
@@ -52,6 +54,7 @@ class Sizes(_Strict):
     alpha: float = Field(1.0, gt=0, le=1e4, allow_inf_nan=False, description="scale of the whole update")
     projector: ProjectorKind = Field("dimension", description="how P is obtained on the source")
     router: RouterKind = Field("token", description="atoms chosen per token, or (static) per task, which can be merged")
+    routing: Routing = Field("layer", description="a token's routes: one a layer, one a weight, or one for all layers")
     types: tuple[WeightType, ...] = Field(WEIGHT_TYPES, min_length=1, description="weight types that carry atoms")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the initial parameters")
 
@@ -61,6 +64,20 @@ class Sizes(_Strict):
         if size > MAX_FILE:
             raise ValueError(f"parts of about {size:,} bytes; a file holds at most {MAX_FILE:,}: lower atoms or width")
         return self
+
+    @model_validator(mode="after")
+    def _routes(self) -> Sizes:
+        if self.router == "static" and self.routing != "layer":
+            raise ValueError("a static router reads no input; leave routing at `layer`, or choose router='token'")
+        return self
+
+    def routed(self) -> str:
+        """The router in words."""
+        return "static router" if self.router == "static" else f"token router, one route a {self.routing}"
+
+    def stored(self) -> dict[str, object]:
+        """As a file's header holds them: without ``routing`` where it is `layer`, so that older releases read on."""
+        return self.model_dump(mode="json", exclude={"routing"} if self.routing == "layer" else None)
 
 
 class TrainConfig(_Strict):
@@ -94,7 +111,7 @@ def _peft_type() -> PeftType:
 
 @dataclass
 class UHLConfig(PeftConfig):
-    """Configuration of the PEFT method `UNIHYPERLORA`; the first eight fields are those of :class:`Sizes`.
+    """Configuration of the PEFT method `UNIHYPERLORA`; the first ten fields are those of :class:`Sizes`.
 
     ``target_modules`` (names, or a regular expression) defaults to every weight of a known type, found in the host at
     hand and not stored, so that the same adapter serves other hosts. ``task`` names the task whose parts are used.
@@ -108,6 +125,7 @@ class UHLConfig(PeftConfig):
     alpha: float = field(default=1.0, metadata={"help": "scale of the whole update"})
     projector: str = field(default="dimension", metadata={"help": "dimension or canonical"})
     router: str = field(default="token", metadata={"help": "token, or static (can be merged)"})
+    routing: str = field(default="layer", metadata={"help": "a token's routes: one a layer, a weight, or a model"})
     types: list[str] | None = field(default=None, metadata={"help": "weight types that carry atoms; all by default"})
     seed: int | None = field(default=None, metadata={"help": "of the initial parameters; by default torch's own"})
     task: str = field(default="main", metadata={"help": "the task whose parts are used"})

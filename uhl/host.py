@@ -8,7 +8,7 @@ DistilBERT, MPNet, T5, BART, GPT-2 (a fused QKV weight counts as Q), and decoder
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,6 +147,15 @@ def _classify(below_layer: str) -> tuple[str, bool] | None:
 def linear_flops(slots: list[Slot]) -> int:
     """FLOPs per token of the host's own weights: 2 d_in d_out each."""
     return sum(2 * s.d_in * s.d_out for s in slots)
+
+
+def first_layers(slots: Sequence[Slot]) -> dict[int, int]:
+    """The first layer of each layer's stack, by number, of the layers that have a route to share."""
+    first: dict[str, int] = {}
+    out = {}
+    for slot in sorted((s for s in slots if s.shared), key=lambda s: s.layer):
+        out[slot.layer] = first.setdefault(slot.layer_path.rpartition(".")[0], slot.layer)
+    return out
 
 
 def weight(model: nn.Module, slot: Slot) -> torch.Tensor:

@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -24,7 +24,7 @@ from uhl import ops
 from uhl.adapter import Folded, UHLAdapter, Vectors
 from uhl.errors import UHLError
 from uhl.frame import Frame, Times, dimension_frame
-from uhl.host import Slot, shape, stream_width, weight
+from uhl.host import Slot, first_layers, shape, stream_width, weight
 from uhl.router import Route, choose, route
 
 
@@ -57,6 +57,13 @@ class _Fold:
 def _distinct(fold: _Fold) -> list[Tensor]:
     """Every tensor of a fold, once."""
     return list({id(t): t for t in (*fold.folded.tensors(), fold.frame.head)}.values())
+
+
+class _Held(NamedTuple):
+    """What a layer needs to run again in a backward pass: its fold, and the route that was made before it."""
+
+    fold: _Fold
+    route: Route | None
 
 
 def _in_backward() -> bool:
@@ -104,6 +111,11 @@ class _Reading:
         return self.x() is x and all(a is b or (type(a) is int and a == b) for a, b in zip(self.same, now, strict=True))
 
 
+def _same(x: Tensor, hidden: Tensor) -> bool:
+    """Whether a weight reads its layer's own input."""
+    return x is hidden if torch.compiler.is_compiling() else x.data_ptr() == hidden.data_ptr()
+
+
 class _Pass(threading.local):
     """What belongs to one forward pass. Each thread has its own, so that concurrent passes do not meet."""
 
@@ -113,7 +125,8 @@ class _Pass(threading.local):
         self.graph: _Fold | None = None  # the last one with gradients
         self.last = -1  # number of the layer that ran last
         self.layer: tuple[int, Tensor, _Fold] | None = None  # the layer that is running, its input, its fold
-        self.routes: dict[int, Route] = {}
+        self.routes: dict[int | str, Route] = {}
+        self.task = -1  # the backward pass that the last route was made in
         self.reading: _Reading | None = None  # the last one of the layer that is running
         self.paths: dict[str, str] = {}
         self.mask: Tensor | None = None
@@ -140,7 +153,7 @@ class _Cache:
 
 
 class Attached:
-    """One adapter at work in one host. After a forward pass ``routes`` maps a layer's number to its :class:`Route`.
+    """One adapter at work in one host. After a forward pass ``routes`` holds each :class:`Route` that it made.
 
     ``frame`` is what a port returned; without one the adapter's own projector gives it. ``scale`` weighs the mixer.
 
@@ -163,6 +176,7 @@ class Attached:
         self.slots = list(slots)
         self._fixed, self.path = frame, path
         self._width = stream_width(model) or (self.slots[0].d_in if self.slots else 0)
+        self._first = first_layers(self.slots)
         self._cache = _Cache()
         self._detach: Callable[[], None] | None = None
         if path is not None:
@@ -184,8 +198,11 @@ class Attached:
         self._cache = _Cache()
 
     @property
-    def routes(self) -> dict[int, Route]:
-        """The last forward pass's routes by layer, in this thread."""
+    def routes(self) -> dict[int | str, Route]:
+        """The last forward pass's routes, in this thread: by a layer's number; by a weight's path where each weight has
+        its own; by the number of a stack's first layer where all its layers share one. Those of weights outside of
+        layers, or that read other tokens than their layer's, are kept only where each weight has its own.
+        """
         return self._cache.now.routes
 
     @property
@@ -340,22 +357,36 @@ class Attached:
         now = self._cache.now
         now.inside, now.folds, now.layer, now.reading = False, {}, None, None
 
-    def before_layer(self, number: int, hidden: Tensor, fold: _Fold | None = None) -> None:
+    def before_layer(self, number: int, hidden: Tensor, held: _Held | None = None) -> None:
         """A layer begins; its route is made from its input ``hidden`` (B, T, D) when a weight first asks for it.
 
-        ``fold`` is that of the forward pass where the layer runs again.
+        ``held`` is what the layer had in the forward pass where it runs again. Raises :class:`UHLError` where it would
+        need the route of all layers, and nothing has held it.
         """
         now = self._cache.now
         if not now.inside and number <= now.last and not _in_backward():  # an encoder that is called alone, again
             self._begin_pass()
-        now.layer, now.last, now.reading = (number, hidden, fold or self._fold()), number, None
-        now.routes.pop(number, None)
+        now.layer, now.last, now.reading = (number, hidden, held.fold if held else self._fold()), number, None
+        first = self._made_at(number)
+        if first == number:
+            now.routes.pop(number, None)
+        elif held:
+            now.routes |= {first: held.route} if held.route else {}
+        elif _in_backward() and now.task != torch._C._current_graph_task_id():
+            raise UHLError(
+                "one route for all layers (routing='model') is lost where a layer runs again by itself; checkpoint "
+                "with the host's own gradient_checkpointing_enable, or choose routing='layer'"
+            )
+
+    def _made_at(self, number: int) -> int:
+        """The layer at whose input a layer's route is made."""
+        return self._first.get(number, number) if self.adapter.config.routing == "model" else number
 
     @property
-    def held(self) -> _Fold | None:
-        """The fold of the layer that is running."""
+    def held(self) -> _Held | None:
+        """What the layer that is running needs to run again."""
         layer = self._cache.now.layer
-        return layer[2] if layer else None
+        return _Held(layer[2], self.routes.get(self._made_at(layer[0]))) if layer else None
 
     def _begin_pass(self) -> None:
         now = self._cache.now
@@ -369,9 +400,11 @@ class Attached:
         inside = layer is not None and layer[0] == slot.layer
         fold = layer[2] if layer is not None and inside else self._fold()
         v, u, strength = fold.folded.atoms[slot.path]
-        chosen = self._layer_route(slot, x, layer[1], fold) if layer is not None and inside else None
+        chosen = self._shared_route(slot, x, layer[1], fold) if layer is not None and inside else None
         if chosen is None:
             chosen = self._route(x, self._own_reader(slot, fold), fold)
+            if self.adapter.config.routing == "weight" and not (slot.twice and layer and not _same(x, layer[1])):
+                self.routes[slot.path] = chosen
         path = self.path or ops.choose(x.device.type, x.shape[:-1].numel(), len(v), slot.d_in, slot.d_out)
         self._cache.now.paths[slot.path] = path
         halves = ops.halves(path) if inside else None
@@ -387,19 +420,25 @@ class Attached:
             now.reading = _Reading(x, v, chosen, read)
         return now.reading.dots
 
-    def _layer_route(self, slot: Slot, x: Tensor, hidden: Tensor, fold: _Fold) -> Route | None:
-        """The route of a weight's layer; None where the weight's input is not the layer's tokens."""
-        reader, routes = fold.folded.route, self._cache.now.routes
-        if not slot.shared or (reader is not None and hidden.shape[-1] != reader.shape[-1]):
+    def _shared_route(self, slot: Slot, x: Tensor, hidden: Tensor, fold: _Fold) -> Route | None:
+        """The route of a weight's layer, or of all layers; None where the weight's input is not those tokens."""
+        reader, now = fold.folded.route, self._cache.now
+        if self.adapter.config.routing == "weight" or not slot.shared:
             return None
-        if slot.twice and (x is not hidden if torch.compiler.is_compiling() else x.data_ptr() != hidden.data_ptr()):
+        if reader is not None and hidden.shape[-1] != reader.shape[-1]:
+            return None
+        if slot.twice and not _same(x, hidden):
             return None
         flat = x.ndim == 2 and hidden.ndim != 2 and len(x) == hidden.shape[:-1].numel()  # all tokens, flattened
         if x.shape[:-1] != hidden.shape[:-1] and not flat:
             return None
-        if slot.layer not in routes:
-            routes[slot.layer] = self._route(hidden, reader, fold)
-        made = routes[slot.layer]
+        first = self._made_at(slot.layer)
+        if first not in now.routes:
+            now.routes[first] = self._route(hidden, reader, fold)
+            now.task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
+        made = now.routes[first]
+        if made.index.shape[:-1] != hidden.shape[:-1]:  # this layer has other tokens than the first
+            return None
         return made.flat() if flat else made
 
     def _own_reader(self, slot: Slot, fold: _Fold) -> Float[Tensor, "A d_in"] | None:
@@ -418,7 +457,7 @@ class Attached:
         return Route(one.index.expand(shape), one.gate.expand(shape))
 
     def active(self) -> Float[Tensor, ""]:
-        """E[k] of the last forward pass: mean gate sum over the layers and the tokens that are not padding."""
+        """E[k] of the last forward pass: mean gate sum over :attr:`routes` and the tokens that are not padding."""
         if not self.routes:
             raise UHLError("no route was made yet; run the host's forward pass with the adapter active first")
         sums = [r.gate.sum(-1) for r in self.routes.values()]  # (B, T) each
@@ -427,9 +466,16 @@ class Attached:
                 "reentrant gradient checkpointing leaves E[k] without a gradient; pass use_reentrant=False",
                 stacklevel=2,
             )
-        masks = [s.new_ones(s.shape) if self.mask is None or self.mask.shape != s.shape else self.mask for s in sums]
+        masks = [self._mask_of(s) for s in sums]
         total = torch.stack([(s * m).sum() for s, m in zip(sums, masks, strict=True)]).sum()
         return total / torch.stack([m.sum() for m in masks]).sum()
+
+    def _mask_of(self, sums: Float[Tensor, "*b T"]) -> Tensor:
+        """The attention mask of a route's tokens, also of all tokens in a row; ones for other tokens."""
+        mask = self.mask
+        if mask is not None and sums.shape in (mask.shape, (mask.numel(),)):
+            return mask.reshape(sums.shape)
+        return sums.new_ones(sums.shape)
 
     def check_mergeable(self, name: str, slots: Sequence[Slot] | None = None) -> None:
         """Raise :class:`UHLError` where no weights equal the adapter called ``name``; ``slots``: all, by default."""
@@ -507,13 +553,18 @@ class _Again:
     def __init__(self, run: Any, begin: Callable[..., list[Attached]]) -> None:
         self.run, self.begin = run, begin
         self.gradients = torch.is_grad_enabled()
-        self.folds: dict[Attached, _Fold | None] | None = None
+        self.folds: dict[Attached, _Held | None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = getattr(self.run, "keywords", {}) | kwargs
         if self.folds is None:
             reentrant = self.gradients and not torch.is_grad_enabled()
             self.folds = {a: None if reentrant else a.held for a in self.begin(args, given)}
+            if reentrant and any(a.adapter.config.routing == "model" for a in self.folds):
+                raise UHLError(
+                    "one route for all layers (routing='model') has no gradient under reentrant checkpointing; pass "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}, or choose routing='layer'"
+                )
         else:
             self.begin(args, given, self.folds)
         return self.run(*args, **kwargs)

@@ -3,7 +3,8 @@
     scores = R P_in h / rms(h) + e_task                 (T, A), from the layer's input h
     s_j    = [sigmoid(score_j) > 1/2] for j in top-K    straight-through: the gradient is the sigmoid's
 
-Decided once per token and layer, at the layer's input, and shared by that layer's weights. A token may use fewer than
+Decided once per token and layer, at the layer's input, and shared by that layer's weights; or, to compare, by each
+weight at its own input, or once at the first layer's input for all layers (`Sizes.routing`). A token may use fewer than
 K atoms; E[k] is the mean of the gates' sum, and has a gradient. A static router drops the first term: one choice a
 task, for all tokens and layers.
 """
@@ -40,7 +41,7 @@ class ByAtom:
 class Places:
     """Where a route's atoms are: ``index`` (T, K), all tokens in a row, and tables made when first asked for."""
 
-    def __init__(self, index: Int64[Tensor, "*b T K"]) -> None:
+    def __init__(self, index: Int64[Tensor, "*b K"]) -> None:
         self.index = index.reshape(-1, index.shape[-1])
         self._by_atom: ByAtom | None = None
 
@@ -70,8 +71,8 @@ class Route:
     What is derived from it is kept with it, since six weights and their backward passes ask for the same.
     """
 
-    index: Int64[Tensor, "*b T K"]
-    gate: Float[Tensor, "*b T K"]
+    index: Int64[Tensor, "*b K"]
+    gate: Float[Tensor, "*b K"]
     _places: Places | None = field(default=None, init=False, repr=False)
     _flat: Route | None = field(default=None, init=False, repr=False)
 

@@ -107,7 +107,7 @@ def to_metadata(adapter: UHLAdapter, tensors: dict[str, Tensor]) -> dict[str, st
     """The safetensors metadata: one JSON object under :data:`KEY`."""
     anchors = adapter.anchors
     header = Header(
-        config=adapter.config.model_dump(mode="json"),
+        config=adapter.config.stored(),
         tasks=_entries(adapter),
         anchors=AnchorEntry(count=len(anchors.texts), origin=anchors.origin) if anchors else None,
         info=adapter.info,
@@ -181,7 +181,7 @@ def _shared(adapter: UHLAdapter) -> dict[str, Tensor]:
 
 def base_of(adapter: UHLAdapter) -> str:
     """Name of the adapter's dictionary, 16 hexadecimal digits: of its sizes and of what all its tasks share."""
-    sizes = json.dumps(adapter.config.model_dump(mode="json"), sort_keys=True)
+    sizes = json.dumps(adapter.config.stored(), sort_keys=True)
     return hashlib.sha256(f"{sizes}|{digest(_shared(adapter))}".encode()).hexdigest()[:16]
 
 
@@ -290,7 +290,8 @@ def describe(path: str | Path) -> str:
     lines = [
         size,
         f"adapter    {config.atoms} atoms of width {config.width}, at most {config.top_k} a token, "
-        f"{config.projector} projector, {config.router} router, on weights {' '.join(config.types)}",
+        f"{config.projector} projector, {config.routed()}, "
+        f"on weights {' '.join(config.types)}",
         f"dictionary {base_of(adapter)}",
     ]
     lines += [f"{key:10s} {value}" for key, value in sorted(header.info.items())]

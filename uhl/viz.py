@@ -176,13 +176,16 @@ def score_against_bytes(table: pd.DataFrame) -> Figure:
 
 
 def routing_table(attached: Attached, encoder: Encoder, text: str) -> pd.DataFrame:
-    """Which atoms each token takes in each layer: columns layer, position, token, rank, atom, gate."""
+    """Which atoms each token takes in each layer: columns layer, position, token, rank, atom, gate.
+
+    ``layer`` is a route's key in :attr:`Attached.routes`: a weight's path where each weight has its own.
+    """
     inputs = encoder.tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
     with torch.no_grad():
         encoder.model.eval()(**inputs)
     tokens = encoder.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     rows: list[dict[str, Any]] = []
-    for layer, made in sorted(attached.routes.items()):
+    for layer, made in sorted(attached.routes.items(), key=lambda item: str(item[0]).zfill(4)):
         for position, token in enumerate(tokens):
             for rank in range(made.index.shape[-1]):
                 atom, gate = int(made.index[0, position, rank]), float(made.gate[0, position, rank])
@@ -201,8 +204,8 @@ def routing_map(table: pd.DataFrame, layers: Sequence[int] | None = None) -> Fig
     names = np.full(colours.shape[:2], "", dtype=object)
     opened = table[(table["gate"] > 0.5) & table["layer"].isin(shown)].sort_values("rank")
     for key, rows in opened.groupby(["layer", "position"]):
-        layer, position = (int(str(k)) for k in tuple(key))  # type: ignore[arg-type]
-        place = shown.index(layer), position
+        layer, position = tuple(key)  # type: ignore[arg-type]
+        place = shown.index(layer), int(str(position))
         colours[place] = hsv_to_rgb((rows["atom"].iloc[0] * 0.618 % 1.0, 0.35, 0.97))
         names[place] = "\n".join(map(str, rows["atom"]))
     fig, ax = plt.subplots(figsize=(0.52 * len(tokens) + 1.5, 0.5 * len(shown) + 1.2))
@@ -210,7 +213,7 @@ def routing_map(table: pd.DataFrame, layers: Sequence[int] | None = None) -> Fig
     for (i, j), name in np.ndenumerate(names):
         ax.text(j, i, name, ha="center", va="center", fontsize=7)
     ax.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", fontsize=8)
-    ax.set_yticks(range(len(shown)), [f"layer {n}" for n in shown])
+    ax.set_yticks(range(len(shown)), [n if isinstance(n, str) else f"layer {n}" for n in shown])
     ax.set_title("Atoms that each token takes")
     ax.grid(False)
     return fig
