@@ -14,6 +14,7 @@ from peft import get_peft_model
 from transformers import BertConfig, BertModel
 
 from uhl.config import UHLConfig
+from uhl.frame import residual_frame
 
 UNCHECKED = "UHL_UNCHECKED" in os.environ
 plain = pytest.mark.skipif(not UNCHECKED, reason="run by test_without_type_checks, in a process of its own")
@@ -32,6 +33,12 @@ def bert(**kwargs):
     return get_peft_model(
         BertModel(config, add_pooling_layer=False), UHLConfig(seed=0, init_weights=False, **sizes | kwargs)
     )
+
+
+def frame_of(tuner):
+    """A residual frame of the host, with random readers and writers."""
+    read, write = torch.randn(24, 32) / 5, torch.randn(32, 24) / 5
+    return residual_frame(tuner.model, tuner.attached().slots, read, write, read, read[:, 0], 1.0)
 
 
 def run(model):
@@ -59,11 +66,22 @@ def test_without_type_checks():
 
 @plain
 @pytest.mark.parametrize(
-    "kind", [{"router": "token"}, {"router": "static"}, {"routing": "weight"}, {"routing": "model"}], ids=str
+    ("kind", "backend"),
+    [
+        ({"router": "token"}, "inductor"),
+        ({"router": "static"}, "inductor"),
+        ({"routing": "weight"}, "aot_eager"),  # traced and differentiated, but not compiled, which takes minutes
+        ({"routing": "model"}, "aot_eager"),
+        ({"projector": "canonical"}, "aot_eager"),
+    ],
+    ids=str,
 )
-def test_compiled_host_is_the_eager_host(kind):
-    model = bert(**kind).eval()
-    compiled = torch.compile(model, fullgraph=True)
+def test_compiled_host_is_the_eager_host(kind, backend):
+    model = bert(**kind)
+    if kind.get("projector") == "canonical":
+        model.base_model.set_frame("default", frame_of(model.base_model))
+    model.eval()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         eager, found = run(model), run(compiled)
         torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from uhl import ops, store
-from uhl.adapter import UHLAdapter
+from uhl.adapter import Folded, UHLAdapter
 from uhl.anchors import observe
 from uhl.config import Sizes
 from uhl.errors import UHLError
@@ -271,3 +271,49 @@ def test_every_routing_has_gradients_and_its_own_file(encoder, adapter, config, 
 def test_a_static_router_has_no_other_routing():
     with pytest.raises(UHLError, match="leave routing at `layer`"):
         Sizes(router="static", routing="model")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_host_is_given_folds_of_its_dtype_once(encoder, adapter, dtype, monkeypatch):
+    """On Triton's path, where nothing learns; refreshed when a parameter changes."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    casts, given = [], []
+    like, get = Folded.like, ops.get
+    monkeypatch.setattr(Folded, "like", lambda folded, wanted: casts.append(wanted) or like(folded, wanted))
+
+    def watched(name):
+        return lambda y, x, v, u, *rest: given.append({x.dtype, v.dtype, u.dtype}) or get(name)(y, x, v, u, *rest)
+
+    monkeypatch.setattr(ops, "get", watched)
+    encoder.model.to(dtype)
+    with attach(encoder.model, adapter, "mood", path="fused") as attached, torch.no_grad():
+        found = [run(encoder), run(encoder)]
+        assert casts == [dtype]
+        assert given == [{dtype}] * 2 * len(attached.slots)
+        assert {r.gate.dtype for r in attached.routes.values()} == {torch.float32}
+        shared = [attached._fold().like(dtype).atoms[s.path][0] for s in attached.slots if s.d_in == 24]
+        assert len({t.data_ptr() for t in shared}) == 1
+        adapter.dictionary.u.add_(0.5)
+        assert not torch.equal(run(encoder), found[0])
+        assert casts == [dtype] * 2
+        adapter.dictionary.u.sub_(0.5)
+        given.clear()
+        with torch.enable_grad():
+            run(encoder)
+        assert given == [{dtype, torch.float32}] * len(attached.slots)  # what learns stays in float32
+    assert torch.equal(*found)
+    given.clear()
+    with torch.no_grad(), attach(encoder.model, adapter, "mood", path="gather"):
+        wanted = run(encoder)
+    assert given == []
+    assert casts == [dtype] * 2  # other paths have float32
+    torch.testing.assert_close(found[0].float(), wanted.float(), atol=0.3, rtol=0.1)
+
+
+def test_scores_are_in_float32_whatever_the_states():
+    """Squares beyond float16's largest number do not spoil the size of a state."""
+    hidden, reader, task = torch.randn(3, 24) * 1000, torch.randn(12, 24) / 24, torch.zeros(12)
+    wanted = route(hidden.half().float(), reader.half().float(), task, 2)
+    found = route(hidden.half(), reader.half(), task, 2)
+    assert torch.equal(found.index, wanted.index)
+    assert found.gate.dtype == torch.float32

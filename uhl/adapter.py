@@ -88,6 +88,19 @@ class Folded:
         if self.route is not None:
             yield self.route
 
+    def like(self, dtype: torch.dtype) -> Folded:
+        """A copy whose readers and writers have another dtype; those that weights share go on being shared."""
+        made: dict[Tensor, Tensor] = {}  # by identity
+
+        def cast(tensor: Tensor) -> Tensor:
+            if tensor not in made:
+                made[tensor] = tensor.to(dtype)
+            return made[tensor]
+
+        atoms = {path: (cast(v), cast(u), strength) for path, (v, u, strength) in self.atoms.items()}
+        own = {path: cast(reader) for path, reader in self.own_routes.items()}
+        return Folded(atoms, None if self.route is None else cast(self.route), own, self.embedding)
+
 
 class UHLAdapter(nn.Module):
     """All parts of an adapter, and its tasks. Parameters are drawn from ``config.seed`` alone."""

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -56,22 +55,23 @@ class Times:
     """rows @ P for many P, rows (A, C) being an adapter's: a P, or a factor, that comes again is multiplied once."""
 
     def __init__(self, rows: Float[Tensor, "A C"]) -> None:
-        self.rows, self.made = rows, dict[Any, Tensor]()  # by identity, which keeps what it names alive
+        self.rows = rows
+        self.plain: dict[Factor, Tensor] = {}  # by identity, which keeps what it names alive
+        self.turned: dict[Factor, Tensor] = {}
 
     def __call__(self, p: Factor) -> Float[Tensor, "A d"]:
         """Give rows @ p; a product's factors are multiplied in one after the other."""
-        if p not in self.made:
+        if p not in self.plain:
             left, right = (self(p.left), p.right) if isinstance(p, Product) else (self.rows, p)
-            self.made[p] = left @ right.to(self.rows)
-        return self.made[p]
+            self.plain[p] = left @ right.to(self.rows)
+        return self.plain[p]
 
     def transposed(self, p: Factor) -> Float[Tensor, "A d"]:
         """Give rows @ p.T."""
-        key = (p, "T")
-        if key not in self.made:
+        if p not in self.turned:
             left, right = (self.transposed(p.right), p.left) if isinstance(p, Product) else (self.rows, p)
-            self.made[key] = left @ right.to(self.rows).T
-        return self.made[key]
+            self.turned[p] = left @ right.to(self.rows).T
+        return self.turned[p]
 
 
 @dataclass

@@ -52,6 +52,16 @@ class _Fold:
     backwards: int  # that had run before it was made
     spent: _Spent | None = None
     tensors: list[Tensor] = field(default_factory=list)  # each once, where compiled hosts hold them
+    copies: dict[torch.dtype, Folded] = field(default_factory=dict)  # of :attr:`folded`
+
+    def like(self, dtype: torch.dtype) -> Folded:
+        """What was folded, in a half-precision host's dtype, so that its activations need not be cast; made once."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return self.folded
+        if dtype not in self.copies:
+            with torch.inference_mode(False), torch.no_grad():
+                self.copies[dtype] = self.folded.like(dtype)
+        return self.copies[dtype]
 
 
 def _distinct(fold: _Fold) -> list[Tensor]:
@@ -399,14 +409,19 @@ class Attached:
         layer = self._cache.now.layer
         inside = layer is not None and layer[0] == slot.layer
         fold = layer[2] if layer is not None and inside else self._fold()
-        v, u, strength = fold.folded.atoms[slot.path]
-        chosen = self._shared_route(slot, x, layer[1], fold) if layer is not None and inside else None
+        path = self.path or ops.choose(
+            x.device.type, x.shape[:-1].numel(), self.adapter.config.atoms, slot.d_in, slot.d_out
+        )
+        self._cache.now.paths[slot.path] = path
+        # Triton's kernels add in float32 whatever they read; a learning fold has gradients to give
+        half = path == "fused" and not fold.learning and not torch.compiler.is_compiling()
+        folded = fold.like(x.dtype) if half else fold.folded
+        v, u, strength = folded.atoms[slot.path]
+        chosen = self._shared_route(slot, x, layer[1], folded) if layer is not None and inside else None
         if chosen is None:
-            chosen = self._route(x, self._own_reader(slot, fold), fold)
+            chosen = self._route(x, self._own_reader(slot, fold.frame, folded), folded.embedding)
             if self.adapter.config.routing == "weight" and not (slot.twice and layer and not _same(x, layer[1])):
                 self.routes[slot.path] = chosen
-        path = self.path or ops.choose(x.device.type, x.shape[:-1].numel(), len(v), slot.d_in, slot.d_out)
-        self._cache.now.paths[slot.path] = path
         halves = ops.halves(path) if inside else None
         if halves is None or x.is_inference():  # whether those were written to since cannot be seen
             return ops.get(path)(y, x, v, u, strength, chosen)
@@ -420,9 +435,9 @@ class Attached:
             now.reading = _Reading(x, v, chosen, read)
         return now.reading.dots
 
-    def _shared_route(self, slot: Slot, x: Tensor, hidden: Tensor, fold: _Fold) -> Route | None:
+    def _shared_route(self, slot: Slot, x: Tensor, hidden: Tensor, folded: Folded) -> Route | None:
         """The route of a weight's layer, or of all layers; None where the weight's input is not those tokens."""
-        reader, now = fold.folded.route, self._cache.now
+        reader, now = folded.route, self._cache.now
         if self.adapter.config.routing == "weight" or not slot.shared:
             return None
         if reader is not None and hidden.shape[-1] != reader.shape[-1]:
@@ -434,22 +449,22 @@ class Attached:
             return None
         first = self._made_at(slot.layer)
         if first not in now.routes:
-            now.routes[first] = self._route(hidden, reader, fold)
+            now.routes[first] = self._route(hidden, reader, folded.embedding)
             now.task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
         made = now.routes[first]
         if made.index.shape[:-1] != hidden.shape[:-1]:  # this layer has other tokens than the first
             return None
         return made.flat() if flat else made
 
-    def _own_reader(self, slot: Slot, fold: _Fold) -> Float[Tensor, "A d_in"] | None:
+    def _own_reader(self, slot: Slot, frame: Frame, folded: Folded) -> Float[Tensor, "A d_in"] | None:
         """The router at a weight's own input: outside of layers, or where a layer's tokens are not what it reads."""
-        router, known = self.adapter.router, fold.folded.own_routes
+        router, known = self.adapter.router, folded.own_routes
         if router is None or slot.path in known:
             return known.get(slot.path)
-        return Times(router())(fold.frame.slots[slot.path][0])
+        return Times(router())(frame.slots[slot.path][0])
 
-    def _route(self, hidden: Tensor, reader: Tensor | None, fold: _Fold) -> Route:
-        top_k, embedding = self.adapter.config.top_k, fold.folded.embedding
+    def _route(self, hidden: Tensor, reader: Tensor | None, embedding: Float[Tensor, " A"]) -> Route:
+        top_k = self.adapter.config.top_k
         if reader is not None:
             return route(hidden.to(reader.dtype), reader, embedding, top_k)
         one = choose(embedding, top_k)

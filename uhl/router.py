@@ -104,9 +104,13 @@ class Router(nn.Module):
 def route(
     hidden: Float[Tensor, "*b T D"], folded: Float[Tensor, "A D"], task: Float[Tensor, " A"], top_k: int
 ) -> Route:
-    """Choose atoms for every token. ``folded`` is R P_in, so no canonical coordinates are ever formed."""
-    rms = hidden.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
-    scores = (hidden @ folded.T) * rms + task  # (..., T, A)
+    """Choose atoms for every token. ``folded`` is R P_in, so no canonical coordinates are ever formed.
+
+    ``hidden`` and ``folded`` may have half precision; the scores have ``task``'s, float32.
+    """
+    size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=task.dtype)
+    rms = (size / hidden.shape[-1] ** 0.5).clamp_min(1e-6)
+    scores = (hidden @ folded.T).to(task.dtype) / rms + task  # (..., T, A)
     return choose(scores, top_k)
 
 

@@ -29,7 +29,10 @@ def update(
     strength: Float[Tensor, " A"],
     chosen: Route,
 ) -> Float[Tensor, "*b T d_out"]:
-    """Same result as :func:`uhl.ops.reference.update`, to float32's precision. First gradients only."""
+    """Same result as :func:`uhl.ops.reference.update`, to float32's precision; the tensors may have several dtypes.
+
+    First gradients only.
+    """
     places = chosen.places()
     index = places.index
     scale = chosen.gate.reshape(index.shape).float() * strength[index].float()
