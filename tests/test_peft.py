@@ -735,3 +735,62 @@ def test_the_readmes_imports_are_there():
     assert len(lines) >= 4
     for line in lines:
         exec(line, {})
+
+
+def distributed(rank, folder):
+    """One of two processes, each with one example; its gradients after the first step and the second are saved."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = trainable()
+    parallel = nn.parallel.DistributedDataParallel(model)
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    steps = []
+    for _ in range(2):
+        optimiser.zero_grad()
+        loss(parallel, IDS[rank : rank + 1], (rank,)).backward()
+        steps.append({n: g.clone() for n, g in grads(model).items()})
+        optimiser.step()
+    torch.save(steps, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_data_parallel_gradients_are_the_mean_of_the_processes(tmp_path):
+    torch.multiprocessing.spawn(distributed, (str(tmp_path),), nprocs=2)
+    mine, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    model = trainable()
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(2):
+        alone = []
+        for rank in (0, 1):
+            optimiser.zero_grad()
+            loss(model, IDS[rank : rank + 1], (rank,)).backward()
+            alone.append({n: g.clone() for n, g in grads(model).items()})
+        for name, found in mine[step].items():
+            mean = (alone[0][name] + alone[1][name]) / 2
+            assert torch.equal(found, theirs[step][name]), name
+            torch.testing.assert_close(found, mean, atol=1e-5, rtol=1e-3)
+            dict(model.named_parameters())[name].grad = mean
+        first = "base_model.uhl_adapters.default.dictionary.u"
+        assert not torch.allclose(mine[step][first], alone[0][first], rtol=1e-2)
+        optimiser.step()
+
+
+@pytest.mark.parametrize("routing", ["layer", "weight", "model"])
+def test_generating_with_a_cache_gives_the_tokens_and_logits_without(routing):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 40, "initializer_range": 0.3, "eos_token_id": None, "pad_token_id": 0}
+    host = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+    given = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 12, "do_sample": False}
+    given |= {"output_logits": True, "return_dict_in_generate": True}
+    bare = host.generate(**given)
+    model = get_peft_model(host, uhl.UHLConfig(**SMALL, routing=routing, task_type="CAUSAL_LM")).eval()
+    cached, whole = (model.generate(**given, use_cache=use) for use in (True, False))
+    assert torch.equal(cached.sequences, whole.sequences)
+    assert not torch.equal(cached.sequences, bare.sequences)
+    torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), atol=1e-4, rtol=1e-4)
