@@ -1,10 +1,13 @@
 """The measuring itself: pairs, files that are gone on with, memory by process, and fits that find a known law."""
 
+import time
+
 import numpy as np
 import pandas as pd
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from uhl import bench
+from uhl import bench, roofline, viz
 
 
 def test_a_measured_size_is_not_measured_again(tmp_path, monkeypatch):
@@ -45,3 +48,40 @@ def test_folding_keeps_no_projector_of_a_weight():
     (row,) = bench.folding("bert-base", ["residual"]).to_dict("records")
     assert row["folded MB"] > 40
     assert row["peak MB"] < row["folded MB"] + 40
+
+
+def test_a_size_stops_at_its_limit_and_says_after_how_many_rounds():
+    found = bench.paired({"a": lambda: time.sleep(0.02), "b": lambda: None}, 50, 0.1)
+    assert set(found["rounds"]) <= {3, 4, 5}
+    assert set(bench.paired({"a": lambda: time.sleep(0.02)}, 9, 0.0)["rounds"]) == {2}
+    assert set(bench.paired({"a": lambda: None}, 9)["rounds"]) == {9}
+
+
+def test_formula_says_the_fit():
+    fit = {"tokens": 0.981, "d_in": 1.02, "atoms": 0.012, "seconds": 3.1e-9, "r2": 0.9}
+    assert bench.formula(fit) == "seconds = 3.1e-09 T^0.98 D^1.02 A^0.01"
+
+
+def test_work_counts_by_hand_and_as_torch_does():
+    size = {"tokens": 10, "d_in": 6, "d_out": 4, "atoms": 5, "top_k": 2}
+    assert roofline.work("bare", **size, train=False) == (480, 4 * (60 + 24 + 40))
+    assert roofline.work("gather", **size, train=False) == (480 + 400, 4 * (124 + 10 * 14 + 5 * 10))
+    assert roofline.work("dense", **size, train=True) == (2 * 480 + 3 * 1000, 4 * (2 * 124 + 3 * 190))
+    for train in (False, True):
+        steps = bench._weight_steps(**size, train=train)
+        for name in ("bare", "LoRA r8", "dense"):
+            with FlopCounterMode(display=False) as counter:
+                steps[name]()
+            assert counter.get_total_flops() == roofline.work(name, **size, train=train)[0], (name, train)
+
+
+def test_points_lie_below_the_roofs_that_are_drawn():
+    found = bench.weights([{"tokens": 64, "d_in": 32, "d_out": 32, "atoms": 8, "top_k": 2}], repeats=2)
+    points = roofline.roofline(found)
+    assert (points["GFLOP/s"] * points["seconds"] * 1e9).round().astype(int).tolist() == points["flops"].tolist()
+    roofs = roofline.machine(side=64, megabytes=1, repeats=2)
+    assert min(roofs.values()) > 0
+    fig, shown = viz.roofline(points, roofs)
+    assert shown is points
+    assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == list(viz.WAYS)[:5]
+    assert fig.axes[0].get_xscale() == fig.axes[0].get_yscale() == "log"

@@ -151,14 +151,18 @@ def _alone(work: Callable[..., Any], *args: Any) -> Any:
 Step = Callable[[], object]
 
 
-def paired(steps: dict[str, Step], repeats: int, warm: int = 2) -> pd.DataFrame:
+def paired(steps: dict[str, Step], repeats: int, limit: float = float("inf"), warm: int = 2) -> pd.DataFrame:
     """Time the steps in turn, round after round, so that what disturbs the machine disturbs all of them.
 
     Columns: ``seconds`` (median), ``low`` and ``high`` (quartiles), ``ratio`` (to the first step: median of the rounds'
-    ratios), ``ratio low`` and ``ratio high`` (their quartiles).
+    ratios), ``ratio low`` and ``ratio high`` (their quartiles), ``rounds``: fewer than ``repeats``, but at least two,
+    where another would go beyond ``limit`` seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warm + repeats):
+        spent = sum(map(sum, times.values()))
+        if number >= warm + 2 and spent * (number - warm + 1) / (number - warm) > limit:
+            break
         for name, step in steps.items():
             begun = time.perf_counter()
             step()
@@ -172,14 +176,19 @@ def paired(steps: dict[str, Step], repeats: int, warm: int = 2) -> pd.DataFrame:
         low, middle, high = statistics.quantiles(mine, n=4)
         ratios = statistics.quantiles([a / b for a, b in zip(mine, first, strict=True)], n=4)
         rows.append(
-            {"step": name, "seconds": middle, "low": low, "high": high}
+            {"step": name, "seconds": middle, "low": low, "high": high, "rounds": len(mine)}
             | dict(zip(("ratio low", "ratio", "ratio high"), ratios, strict=True))
         )
     return pd.DataFrame(rows)
 
 
-def _weight_steps(tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, train: bool) -> dict[str, Step]:
-    """One frozen `nn.Linear`, by itself, with each path's update, and with rank-8 LoRA's."""
+def _weight_steps(
+    tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, train: bool, compiled: bool = False
+) -> dict[str, Step]:
+    """One frozen `nn.Linear`, by itself, with each path's update, and with rank-8 LoRA's; ``compiled``: gather's too.
+
+    A size is compiled for itself when it is first run, so in the rounds that are not counted.
+    """
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, learned: bool = True) -> torch.Tensor:
@@ -199,21 +208,31 @@ def _weight_steps(tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, tr
 
         return run
 
-    def path(name: str) -> Step:
-        return step(lambda: ops.get(name)(linear(x), x, v, u, strength, chosen))
+    def path(name: str) -> Callable[[], torch.Tensor]:
+        return lambda: ops.get(name)(linear(x), x, v, u, strength, chosen)
 
-    return {
+    made = {
         "bare": step(lambda: linear(x)),
         "LoRA r8": step(lambda: linear(x) + (x @ down.T) @ up.T),
-        **{name: path(name) for name in ("dense", "gather", "reference")},
+        **{name: step(path(name)) for name in ("dense", "gather", "reference")},
     }
+    if compiled:
+        torch._dynamo.reset()
+        made["gather, compiled"] = step(torch.compile(path("gather"), dynamic=False))
+    return made
 
 
 def weights(
-    grid: Iterable[dict[str, int]], file: str | Path | None = None, repeats: int = 20, train: bool = False
+    grid: Iterable[dict[str, int]],
+    file: str | Path | None = None,
+    repeats: int = 20,
+    train: bool = False,
+    compiled: bool = False,
+    limit: float = 30.0,
 ) -> pd.DataFrame:
     """:func:`paired` times of one weight for each of ``grid``'s sizes (tokens, d_in, d_out, atoms, top_k).
 
+    A size takes about ``limit`` seconds at most, beside its compilation where gathering is measured ``compiled`` too.
     With ``file`` (CSV) every size is kept as soon as it is measured, and sizes that are in it are not measured again.
     """
     kept = pd.read_csv(file) if file is not None and Path(file).exists() else pd.DataFrame()
@@ -222,7 +241,7 @@ def weights(
         key: dict[str, Any] = size | {"train": train}
         if len(kept) and (kept[list(key)] == pd.Series(key)).all(axis=1).any():
             continue
-        found = paired(_weight_steps(**size, train=train), repeats).assign(**key)
+        found = paired(_weight_steps(**size, train=train, compiled=compiled), repeats, limit).assign(**key)
         kept = pd.concat([kept, found], ignore_index=True)
         if file is not None:
             LOG.info("%d of %d: %s", number, len(sizes), ", ".join(f"{k} {v}" for k, v in key.items()))
@@ -306,3 +325,12 @@ def power_law(found: pd.DataFrame, step: str, by: Sequence[str]) -> dict[str, fl
     left = wanted - design @ solution
     r2 = 1 - float((left**2).sum() / ((wanted - wanted.mean()) ** 2).sum())
     return dict(zip(by, solution[:-1].tolist(), strict=True)) | {"seconds": float(np.exp(solution[-1])), "r2": r2}
+
+
+LETTERS = {"tokens": "T", "d_in": "D", "atoms": "A", "top_k": "K"}
+
+
+def formula(fit: dict[str, float]) -> str:
+    """A fit of :func:`power_law` as text, such as `seconds = 3.1e-09 T^0.98 D^1.02 A^0.01`."""
+    powers = " ".join(f"{LETTERS.get(name, name)}^{fit[name]:.2f}" for name in fit if name not in {"seconds", "r2"})
+    return f"seconds = {fit['seconds']:.1e} {powers}"

@@ -44,6 +44,8 @@ ORDER = (
 )
 CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled")
 OURS, CONTROL, BASELINE = "#0b6e99", "#b0b0b0", "#d98032"
+WAYS = {"bare": "#404040", "LoRA r8": BASELINE, "dense": CONTROL, "gather": OURS, "reference": "#7a5195"}
+WAYS |= {"gather, compiled": "#3aa655"}  # of one weight's update
 ROUTE_COLUMNS = ["layer", "position", "token", "rank", "atom", "gate"]
 
 
@@ -251,7 +253,7 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
     ``measured`` as from :func:`uhl.bench.weights`. Bars span the quartiles of the rounds' ratios.
     """
     names = {"tokens": "tokens T", "d_in": "width D", "atoms": "atoms A", "top_k": "active atoms K"}
-    colours = {"LoRA r8": BASELINE, "dense": CONTROL, "gather": OURS, "reference": "#7a5195"}
+    colours = {step: WAYS[step] for step in WAYS if step != "bare" and step in set(measured["step"])}
     fig, axes = plt.subplots(2, len(names), figsize=(12, 6), sharey="row")
     for row, train in zip(axes, (False, True), strict=True):
         for ax, (name, label) in zip(row, names.items(), strict=True):
@@ -271,3 +273,27 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
     axes[0][0].legend(fontsize=8)
     fig.tight_layout()
     return fig, measured
+
+
+def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.DataFrame]:
+    """What each way achieves at each size, below the machine's roofs; forward left, training right.
+
+    ``points`` from :func:`uhl.roofline.roofline`, ``roofs`` from :func:`uhl.roofline.machine`; both logarithmic.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    span = np.geomspace(points["FLOP/byte"].min() / 2, points["FLOP/byte"].max() * 2, 200)
+    for ax, train in zip(axes, (False, True), strict=True):
+        here = points[points["train"] == train]
+        ax.plot(span, np.minimum(roofs["GFLOP/s"], roofs["GB/s"] * span), color="black", lw=1.5)
+        for step, mark in zip(WAYS, "osD^vP", strict=True):
+            found = here[here["step"] == step]
+            if len(found):
+                ax.plot(found["FLOP/byte"], found["GFLOP/s"], mark, color=WAYS[step], ms=5, alpha=0.8, label=step)
+        ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must move")
+        ax.set_title("training" if train else "forward")
+    label = f"{roofs['GFLOP/s']:.0f} GFLOP/s, {roofs['GB/s']:.0f} GB/s"
+    axes[0].annotate(label, (span[-1], roofs["GFLOP/s"]), (0, 4), textcoords="offset points", ha="right", fontsize=8)
+    axes[0].set_ylabel("GFLOP/s")
+    axes[0].legend(fontsize=8, loc="lower right")
+    fig.tight_layout()
+    return fig, points
