@@ -290,6 +290,9 @@ def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.
             if len(found):
                 ax.plot(found["FLOP/byte"], found["GFLOP/s"], mark, color=WAYS[step], ms=5, alpha=0.8, label=step)
         ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must move")
+        ticks = [2.0**n for n in range(-2, 12) if span[0] <= 2.0**n <= span[-1]]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
         ax.set_title("training" if train else "forward")
     label = f"{roofs['GFLOP/s']:.0f} GFLOP/s, {roofs['GB/s']:.0f} GB/s"
     axes[0].annotate(label, (span[-1], roofs["GFLOP/s"]), (0, 4), textcoords="offset points", ha="right", fontsize=8)
