@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import BertConfig, BertModel
 
 from uhl.config import UHLConfig
-from uhl.frame import residual_frame
+from uhl.frame import Basis
 
 UNCHECKED = "UHL_UNCHECKED" in os.environ
 plain = pytest.mark.skipif(not UNCHECKED, reason="run by test_without_type_checks, in a process of its own")
@@ -38,7 +38,7 @@ def bert(**kwargs):
 def frame_of(tuner):
     """A residual frame of the host, with random readers and writers."""
     read, write = torch.randn(24, 32) / 5, torch.randn(32, 24) / 5
-    return residual_frame(tuner.model, tuner.attached().slots, read, write, read, read[:, 0], 1.0)
+    return Basis((read,), (write,), read, read[:, 0], (1.0,)).frame(tuner.model, tuner.attached().slots)
 
 
 def run(model):

@@ -8,18 +8,19 @@ import torch
 from conftest import sentences
 from peft import PeftModel
 from sklearn.linear_model import Ridge
+from tokenizers import ByteLevelBPETokenizer
 from transformers import BertForSequenceClassification
 
 import uhl
 from uhl import store
 from uhl.adapter import UHLAdapter
-from uhl.anchors import batches, final_means, observe, stream_states
+from uhl.anchors import batches, final_means, level_means, observe, pieces_of, word_spans
 from uhl.config import ARMS, Sizes
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
-from uhl.port import PENALTIES, basis_of, port, ridge, why_not
+from uhl.port import PENALTIES, Way, basis_of, port, ridge, why_not
 from uhl.stages import make_anchors
 
 
@@ -31,7 +32,7 @@ def trained(source, projector="canonical", width=16):
     adapter.add_task("mood", ("negative", "positive"), "sentence")
     fill(adapter)
     texts = sorted(set(sentences(200)))
-    seen = observe(source, texts)
+    seen = observe(source, texts, words=1)
     basis = basis_of(seen, width)
     frame = basis.frame(source.model, find_slots(source.model))
     adapter.anchors = make_anchors(source, adapter, "mood", seen, basis, frame, texts, "test")
@@ -40,7 +41,8 @@ def trained(source, projector="canonical", width=16):
 
 def logits(encoder, adapter, ported):
     with attach(encoder.model, adapter, "mood", ported.frame, ported.scale) as attached:
-        return adapter.task("mood").classify(attached.frame.codes(final_means(encoder, sentences(20, 9))))
+        means = level_means(encoder, sentences(20, 9), ported.frame.levels)
+        return adapter.task("mood").classify(attached.frame.codes(means))
 
 
 def test_ridge_equals_scikit_learn_and_chooses_each_penalty_by_gcv():
@@ -95,6 +97,53 @@ def test_lineage_to_the_source_itself_is_the_identity(encoder):
     assert torch.equal(ported.frame.head, frame.head)
     for path in frame.slots:
         assert all(torch.equal(a, b) for a, b in zip(frame.pair(path), ported.frame.pair(path), strict=True))
+
+
+@pytest.mark.parametrize("arm", ["anchor", "zero-atoms"])
+def test_an_anchored_port_to_the_source_itself_is_the_identity(encoder, arm):
+    adapter, frame = trained(encoder)
+    adapter.info["revision"] = "the same weights"
+    itself = Encoder("elsewhere", encoder.model, encoder.tokenizer, "the same weights")
+    ported = port(adapter, itself, "mood", arm)
+    assert ported.scale == (arm == "anchor")
+    assert torch.equal(ported.frame.head, frame.head)
+    for path in frame.slots:
+        assert all(torch.equal(a, b) for a, b in zip(frame.pair(path), ported.frame.pair(path), strict=True))
+
+
+def test_words_are_found_by_characters_whatever_the_tokenizer(tokenizer):
+    """Byte-level BPE against WordPiece: the same characters on both sides, and no special token."""
+    bpe = ByteLevelBPETokenizer()
+    texts = sentences(300)
+    bpe.train_from_iterator(texts, vocab_size=300, show_progress=False)
+    text = "the cast was  unbelievably good"
+    spans = word_spans(text, 3)
+    assert [text[a:b] for a, b in spans] == ["the", "was", "good"]
+    found = []
+    for offsets, live in (
+        (tokenizer(text, return_offsets_mapping=True)["offset_mapping"], None),
+        (bpe.encode(text).offsets, None),
+    ):
+        weights = pieces_of(offsets, spans, live or [1] * len(offsets))
+        assert torch.allclose(weights.sum(1), torch.ones(3))
+        rows = [[offsets[i] for i in row.nonzero().flatten().tolist()] for row in weights]
+        found.append([text[r[0][0] : r[-1][1]].strip() for r in rows])
+    assert found == [["the", "was", "good"]] * 2
+    cut = pieces_of([(0, 3), (4, 8), (0, 0)], [(20, 24)], [1, 1, 0])  # cut off: all tokens
+    assert cut.tolist() == [[0.5, 0.5, 0.0]]
+
+
+def test_shared_and_level_maps_and_the_last_levels_head(encoder, make_encoder):
+    adapter, _ = trained(encoder)
+    target = make_encoder(layers=2, width=32, seed=0)
+    ports = {m: port(adapter, target, "mood", way=Way(maps=m, scales=(1.0,))) for m in ("shared", "level")}
+    assert len(ports["shared"].frame.routes) == 1
+    assert len(ports["level"].frame.routes) == 3
+    one, two = (logits(target, adapter, p) for p in ports.values())
+    assert (one - two).abs().max() > 1e-4
+    last = port(adapter, target, "mood", "zero-atoms", way=Way(reads="last"))
+    assert last.frame.levels == (-1,)
+    assert ports["shared"].frame.levels == (1, 2)
 
 
 def permuted(encoder, order):
@@ -167,8 +216,8 @@ def test_port_needs_no_labels_and_repeats(encoder, make_encoder):
     adapter, _ = trained(encoder)
     target = make_encoder(layers=2, width=12)
     one, two = (port(adapter, target, "mood", "random-p", seed=3) for _ in range(2))
-    assert torch.equal(one.frame.route, two.frame.route)
-    assert not torch.equal(one.frame.route, port(adapter, target, "mood", "random-p", seed=4).frame.route)
+    assert torch.equal(one.frame.routes[0], two.frame.routes[0])
+    assert not torch.equal(one.frame.routes[0], port(adapter, target, "mood", "random-p", seed=4).frame.routes[0])
 
 
 def test_undefined_cells_say_why(encoder, make_encoder):
@@ -194,9 +243,18 @@ def test_batches_cover_every_text_once(encoder):
 def test_sentence_means_ignore_padding(encoder):
     short, both = final_means(encoder, ["good"]), final_means(encoder, ["good", "the cast was not very good a joy"])
     torch.testing.assert_close(short[0], both[0], atol=1e-5, rtol=1e-4)
-    means, tokens = stream_states(encoder, ["good", "bad plot"], (0.0, 1.0))
-    assert means.shape == (2, 2, 24)
-    assert tokens.shape == (4 * (3 + 4), 24)
+    seen = observe(encoder, ["good", "bad plot"], words=2)
+    assert seen.means.shape == (encoder.layers + 1, 2, 24)
+    assert seen.words.shape == (encoder.layers + 1, 4, 24)
+    torch.testing.assert_close(seen.final[0], final_means(encoder, ["good"])[0], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        states = [
+            torch.cat([s[0] for s in encoder.model(**inputs, output_hidden_states=True).hidden_states])
+            for inputs in (encoder.tokenizer(t, return_tensors="pt") for t in ("good", "bad plot"))
+        ]
+    tokens = torch.cat(states).double()
+    torch.testing.assert_close(seen.moment, tokens.T @ tokens / len(tokens), atol=1e-4, rtol=1e-4)
+    assert seen.rms == pytest.approx(float(tokens.pow(2).mean().sqrt()), rel=1e-4)
 
 
 def peft_folder(adapter, folder):

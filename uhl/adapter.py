@@ -70,12 +70,12 @@ Vectors = tuple[Float[Tensor, "A d_in"], Float[Tensor, "A d_out"]]
 class Folded:
     """An adapter in one host's coordinates. ``atoms`` maps a weight's path to (V~, U~, strength).
 
-    ``route`` reads a layer's input (None: the router is static); ``own_routes`` read the inputs of weights that do not
-    share a route: all of them where each weight is to have its own.
+    ``routes`` read the layers' inputs: one reader for all layers, or one each (none: the router is static);
+    ``own_routes`` read the inputs of weights that do not share a route: all of them where each is to have its own.
     """
 
     atoms: dict[str, tuple[Float[Tensor, "A d_in"], Float[Tensor, "A d_out"], Float[Tensor, " A"]]]
-    route: Float[Tensor, "A D"] | None
+    routes: tuple[Float[Tensor, "A D"], ...]
     own_routes: dict[str, Float[Tensor, "A d_in"]]
     embedding: Float[Tensor, " A"]
 
@@ -85,8 +85,11 @@ class Folded:
             yield from parts
         yield from self.own_routes.values()
         yield self.embedding
-        if self.route is not None:
-            yield self.route
+        yield from self.routes
+
+    def reader(self, layer: int) -> Float[Tensor, "A D"] | None:
+        """What reads a layer's input; None where the router is static."""
+        return self.routes[min(max(layer, 0), len(self.routes) - 1)] if self.routes else None
 
     def like(self, dtype: torch.dtype) -> Folded:
         """A copy whose readers and writers have another dtype; those that weights share go on being shared."""
@@ -99,7 +102,7 @@ class Folded:
 
         atoms = {path: (cast(v), cast(u), strength) for path, (v, u, strength) in self.atoms.items()}
         own = {path: cast(reader) for path, reader in self.own_routes.items()}
-        return Folded(atoms, None if self.route is None else cast(self.route), own, self.embedding)
+        return Folded(atoms, tuple(map(cast, self.routes)), own, self.embedding)
 
 
 class UHLAdapter(nn.Module):
@@ -169,10 +172,10 @@ class UHLAdapter(nn.Module):
         atoms = {slot.path: (*vectors[slot.path], strength) for slot, strength in zip(slots, strengths, strict=True)}
         embedding = self.task(task).route_embedding()
         if self.router is None:
-            return Folded(atoms, None, {}, embedding)
+            return Folded(atoms, (), {}, embedding)
         reads, alone = Times(self.router()), self.config.routing == "weight"
         own = {slot.path: reads(frame.slots[slot.path][0]) for slot in slots if alone or not slot.shared}
-        return Folded(atoms, reads(frame.route), own, embedding)
+        return Folded(atoms, tuple(reads(r) for r in frame.routes), own, embedding)
 
 
 def _as_stored(adapter: UHLAdapter, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:

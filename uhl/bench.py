@@ -27,7 +27,7 @@ from uhl import baselines, ops
 from uhl.adapter import UHLAdapter
 from uhl.config import Sizes, UHLConfig, _Strict
 from uhl.files import write_atomic
-from uhl.frame import dimension_frame, residual_frame
+from uhl.frame import Basis, dimension_frame
 from uhl.host import find_slots
 from uhl.peft_method import LOG
 from uhl.router import Route
@@ -127,7 +127,7 @@ def _fold_cost(shape: str, frame: str) -> dict[str, object]:
             made = dimension_frame(adapter.projector, slots, width)
         else:
             read = torch.ones(c, width) / width
-            made = residual_frame(host, slots, read, read.T.contiguous(), read, read[:, 0], 1.0)
+            made = Basis((read,), (read.T.contiguous(),), read, read[:, 0], (1.0,)).frame(host, slots)
         folded = adapter.fold(made, slots, "main")
     seconds, peak = time.perf_counter() - begun, _peak() - before
     held = {t.data_ptr(): t.numel() * t.element_size() for t in folded.tensors()}

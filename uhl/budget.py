@@ -26,9 +26,16 @@ SCALE = 2  # bytes of a float16
 
 
 def part_bytes(
-    config: Sizes, labels: Sequence[int] = (), anchors: int = 0, text: int = 0, depths: int = 3
+    config: Sizes,
+    labels: Sequence[int] = (),
+    anchors: int = 0,
+    text: int = 0,
+    stream: tuple[int, int, int] = (4, 1, 256),
+    reads: int = 0,
 ) -> dict[str, int]:
-    """Bytes of each part by formula. ``labels``: label count of each task; ``text``: bytes of the packed texts."""
+    """Bytes of each part by formula. ``labels``: label count of each task; ``text``: bytes of the packed texts;
+    ``stream``: depths, words a text and coordinates of the stream's codes; ``reads``: rows of the head kept with them.
+    """
     a, c, h = config.atoms, config.width, config.hidden
     mixer_first, mixer_second = h * (len(WEIGHT_TYPES) + 2), a * (h + 1)
     parts = {
@@ -38,7 +45,9 @@ def part_bytes(
         "router": a * c + SCALE * a if config.router == "token" else 0,
     }
     parts["tasks"] = sum(-(-BASIS * a // 2) + SCALE * BASIS + a + SCALE + n * c + SCALE * n + SCALE * n for n in labels)
-    parts["anchors"] = (depths + 1) * (anchors * c + 2 * SCALE * c) + text if anchors else 0
+    depths, words, r = stream
+    codes = anchors * c + 2 * SCALE * c + depths * (anchors * words * r + 2 * SCALE * r)
+    parts["anchors"] = codes + text + reads * (c + SCALE) if anchors else 0
     return parts
 
 
@@ -65,8 +74,10 @@ def adapter_parts(adapter: UHLAdapter) -> dict[str, int]:
     labels = [len(adapter.task(n).labels) for n in adapter.tasks]
     if adapter.anchors is None:
         return part_bytes(adapter.config, labels)
-    text = store.to_tensors(adapter)["anchors.text"].numel()
-    return part_bytes(adapter.config, labels, len(adapter.anchors.texts), text, len(adapter.anchors.stream))
+    text, anchors = store.to_tensors(adapter)["anchors.text"].numel(), adapter.anchors
+    stream = len(anchors.stream), max(anchors.words, 1), len(anchors.stream[0].values)
+    reads = 0 if anchors.reads is None else len(anchors.reads)
+    return part_bytes(adapter.config, labels, len(anchors.texts), text, stream, reads)
 
 
 def routing_flops(config: Sizes, slots: Sequence[Slot], width: int) -> int:

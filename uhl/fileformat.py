@@ -1,6 +1,7 @@
 """The adapter's file, in one place: what is in it, how it is packed, how its bytes add up, how it is checked.
 
-One safetensors file with a JSON header. Never pickle, never code. ``A`` atoms, ``C`` canonical width, ``N`` anchors:
+One safetensors file with a JSON header. Never pickle, never code. ``A`` atoms, ``C`` canonical width, ``N`` anchors,
+``R`` coordinates of the stream's codes:
 
 | tensor                                   | dtype, shape                               | bytes at A = 128, C = 256 |
 |------------------------------------------|--------------------------------------------|---------------------------|
@@ -13,7 +14,9 @@ One safetensors file with a JSON header. Never pickle, never code. ``A`` atoms, 
 | `task.<name>.head` (where it has labels) | int8 (labels, C), a scale a row            | 258 a label               |
 | `task.<name>.head_bias`                  | float16 (labels)                           | 2 a label                 |
 | `anchors.text`                           | uint8, zlib of the texts joined by newline | as they pack              |
-| `anchors.head`, `anchors.stream.<i>`     | int8 (C, N), a scale and a centre a row    | C N + 4 C each            |
+| `anchors.reads`                          | int8 (labels, C), a scale a row            | 258 a label               |
+| `anchors.head`                           | int8 (C, N), a scale and a centre a row    | C N + 4 C                 |
+| `anchors.stream.<i>`, for W words a text | int8 (R, N W), a scale and a centre a row  | R N W + 4 R each          |
 
 A scale is a float16 tensor `<name>.scale`, at least 2^-14; a value is integer times scale (plus `<name>.centre` for
 anchors). 8-bit integers are in [-127, 127]. 4-bit ones are in [-7, 7], rows one after another, two a byte, the first in
@@ -78,6 +81,10 @@ class AnchorEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     count: int = Field(ge=1, le=1 << 20)
     origin: str
+    words: int = Field(0, ge=0, le=64)  # a text, that the stream's codes belong to; 0: to whole texts
+    dims: int | None = Field(None, ge=1)  # of the stream's codes; None: all C
+    labels: int = Field(0, ge=0, le=1 << 16)  # rows of the head that the codes were made for; 0: not stored
+    depths: list[float] = Field([], max_length=64)  # none, as in older files: evenly spaced, to 1
 
 
 class Header(BaseModel):
@@ -110,8 +117,10 @@ class PackHeader(BaseModel):
     sha256: str
 
 
-def layout(config: Sizes, tasks: Mapping[str, TaskEntry], anchors: int, depths: int, text: int) -> dict[str, Spec]:
-    """Every tensor of a file by name. ``anchors``: how many, 0 for none; ``text``: bytes of their packed texts."""
+def layout(
+    config: Sizes, tasks: Mapping[str, TaskEntry], anchors: AnchorEntry | None = None, text: int = 0
+) -> dict[str, Spec]:
+    """Every tensor of a file by name. ``text``: bytes of the packed anchor texts."""
     a, c, h = config.atoms, config.width, config.hidden
     rows: dict[str, tuple[int, int, int]] = {  # rows, columns, bits
         "dictionary.u": (a, c, 8),
@@ -128,8 +137,18 @@ def layout(config: Sizes, tasks: Mapping[str, TaskEntry], anchors: int, depths: 
         out |= {f"task.{name}.{part}": spec for part, spec in pack_layout(a, c, len(task.labels)).items()}
     if anchors:
         out["anchors.text"] = ("U8", (text,))
-        for name in ("anchors.head", *(f"anchors.stream.{i}" for i in range(depths))):
-            out |= {name: ("I8", (c, anchors)), f"{name}.scale": ("F16", (c,)), f"{name}.centre": ("F16", (c,))}
+        if anchors.labels:
+            out |= _rows({"anchors.reads": (anchors.labels, c, 8)})
+        stream = anchors.dims or c, anchors.count * max(anchors.words, 1)
+        tables = {"anchors.head": (c, anchors.count)} | {
+            f"anchors.stream.{i}": stream for i in range(len(anchors.depths))
+        }
+        for name, (rows_, columns) in tables.items():
+            out |= {
+                name: ("I8", (rows_, columns)),
+                f"{name}.scale": ("F16", (rows_,)),
+                f"{name}.centre": ("F16", (rows_,)),
+            }
     return out
 
 
@@ -303,14 +322,15 @@ def _adapter_header(path: Path, meta: Any, found: dict[str, Spec]) -> Header:
     """The header of a file that holds the tensors that it promises, and no other."""
     header = _parsed(path, meta, Header)
     assert isinstance(header, Header)
-    depths = sum(name.startswith("anchors.stream.") and name.count(".") == 2 for name in found)
+    if header.anchors and not header.anchors.depths:
+        count = sum(name.startswith("anchors.stream.") and name.count(".") == 2 for name in found)
+        header.anchors.depths = [(i + 1) / count for i in range(count)]
     text = found.get("anchors.text", ("U8", (0,)))[1]
-    count = header.anchors.count if header.anchors else 0
     try:
         config = Sizes(**header.config)
     except UHLError as error:
         raise misfit(path, error) from error
-    wanted = layout(config, header.tasks, count, depths, text[0] if len(text) == 1 else 0)
+    wanted = layout(config, header.tasks, header.anchors, text[0] if len(text) == 1 else 0)
     if any(is_stored(name) for name in header.extra):
         raise misfit(path, "header, extra: names a tensor of the adapter")
     if missing := sorted(set(header.extra) - set(found)):

@@ -47,6 +47,7 @@ class Product:
         return self.left.to(dtype) @ self.right.to(self.left.device, dtype)
 
 
+LAST = (-1,)
 Factor = Tensor | Product
 Pair = tuple[Factor, Factor]  # P_in (C, d_in), P_out (d_out, C)
 
@@ -76,13 +77,18 @@ class Times:
 
 @dataclass
 class Frame:
-    """Readers and writers of one host. ``rescale`` divides the head's input by its own root mean square."""
+    """Readers and writers of one host. ``rescale`` divides the head's input by its own root mean square.
+
+    ``routes`` has a reader for the router, or one for each layer. ``head`` reads the states of ``levels`` one behind
+    the other (0: the embeddings', -1: the last).
+    """
 
     slots: dict[str, Pair]
-    route: Float[Tensor, "C D"]
-    head: Float[Tensor, "C D"]
+    routes: tuple[Float[Tensor, "C D"], ...]
+    head: Float[Tensor, "C D_levels"]
     shift: Float[Tensor, " C"]
     rescale: bool = False
+    levels: tuple[int, ...] = LAST
 
     def to(self, device: torch.device) -> Frame:
         """The same frame on a device; weights that share a P go on sharing it."""
@@ -97,7 +103,8 @@ class Frame:
             return p if isinstance(p, Product) else move(p)  # a host's weight moves when it is multiplied, for as long
 
         slots = {path: (factor(a), factor(b)) for path, (a, b) in self.slots.items()}
-        return Frame(slots, move(self.route), move(self.head), move(self.shift), self.rescale)
+        routes = tuple(move(r) for r in self.routes)
+        return replace(self, slots=slots, routes=routes, head=move(self.head), shift=move(self.shift))
 
     def pair(self, path: str) -> tuple[Float[Tensor, "C d_in"], Float[Tensor, "d_out C"]]:
         """P_in and P_out of a weight, as tensors."""
@@ -109,8 +116,8 @@ class Frame:
         pairs: dict[str, Pair] = {path: self.pair(path) for path in self.slots}
         return replace(self, slots=pairs)
 
-    def codes(self, hidden: Float[Tensor, "*n D"]) -> Float[Tensor, "*n C"]:
-        """Canonical coordinates of final states, what the head reads."""
+    def codes(self, hidden: Float[Tensor, "*n D_levels"]) -> Float[Tensor, "*n C"]:
+        """Canonical coordinates of the states at ``levels``, what the head reads."""
         if self.rescale:
             hidden = hidden * hidden.pow(2).mean(-1, keepdim=True).clamp_min(1e-12).rsqrt()
         return hidden @ self.head.T + self.shift
@@ -128,76 +135,76 @@ def dimension_frame(projector: Projector, slots: Sequence[Slot], width: int) -> 
 
     reader = p(width, False)
     pairs: dict[str, Pair] = {s.path: (p(s.d_in, False), p(s.d_out, True)) for s in slots}
-    return Frame(pairs, reader, reader, reader.new_zeros(projector.width), rescale=True)
+    return Frame(pairs, (reader,), reader, reader.new_zeros(projector.width), rescale=True)
 
 
-def residual_frame(
-    model: nn.Module,
-    slots: Sequence[Slot],
-    read: Float[Tensor, "C D"],
-    write: Float[Tensor, "D C"],
-    head: Float[Tensor, "C D"],
-    shift: Float[Tensor, " C"],
-    rms: float,
-) -> Frame:
-    """One reader and one writer of the residual stream, carried to every weight.
+def residual_frame(model: nn.Module, slots: Sequence[Slot], basis: Basis) -> Frame:
+    """A basis's readers and writers of the residual stream, carried to every weight.
 
-    ``rms`` is the typical root mean square of the stream's vectors, which the router divides by.
+    Where the basis has a map for each level, attention takes that of its layer's input, the feed-forward block that of
+    its layer's output.
     """
     pairs: dict[str, Pair] = {}
     for slot in slots:
         matrix = host.weight(model, slot)
+        level = min(max(slot.layer, 0) + (slot.type == "FFN"), len(basis.read) - 1)
+        read, write = basis.read[level], basis.write[level]
         pairs[slot.path] = (Product(read, matrix), write) if slot.writer else (read, Product(matrix, write))
-    return Frame(pairs, read * rms, head, shift)
+    routes = tuple(read * rms for read, rms in zip(basis.read, basis.rms, strict=True))
+    return Frame(pairs, routes, basis.head, basis.shift, levels=basis.levels)
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Canonical coordinates of a source model, from principal directions of its states on anchor texts."""
+    """Canonical coordinates of a model's residual stream, and of what its head reads.
 
-    read: Float[Tensor, "C D"]
-    write: Float[Tensor, "D C"]
-    head: Float[Tensor, "C D"]
+    ``read``, ``write`` and ``rms`` (typical root mean square of the stream's vectors, which the router divides by) are
+    one for all levels, or one a level: the embeddings' output, then each layer's.
+    """
+
+    read: tuple[Float[Tensor, "C D"], ...]
+    write: tuple[Float[Tensor, "D C"], ...]
+    head: Float[Tensor, "C D_levels"]
     shift: Float[Tensor, " C"]
-    rms: float
+    rms: tuple[float, ...]
+    levels: tuple[int, ...] = LAST
 
     def frame(self, model: nn.Module, slots: Sequence[Slot]) -> Frame:
-        """The frame of a host that shares this basis."""
-        return residual_frame(model, slots, self.read, self.write, self.head, self.shift, self.rms)
+        """The frame of a host that has this basis."""
+        return residual_frame(model, slots, self)
 
 
 def canonical_basis(
-    tokens: Float[Tensor, "n D"], final: Float[Tensor, "n2 D"], width: int, whiten: float = 0.5
+    moment: Float[Tensor, "D D"], final: Float[Tensor, "n2 D"], width: int, whiten: float = 0.5
 ) -> Basis:
-    """Basis from a source's token states of all depths and the states that its head will read.
+    """Basis from the second moment of a source's token states of all depths, and the states that its head will read.
 
     The stream's coordinates are principal directions Q of the second moment, scaled towards unit variance:
     M = s^-w Q^T and N = Q s^w with standard deviations s and ``whiten`` w. The head's are centred principal
     directions of the final states, scaled towards unit variance, the variances shrunk as Ledoit & Wolf (2004) advise so
     that directions which few sentences hardly show are not blown up. When D < C the missing coordinates are zero.
     """
-    directions, spread = principal(tokens, width)
+    directions, spread = principal(moment, width)
     scale = spread.clamp_min(1e-6 * spread.max()) ** whiten
     read, write = (directions / scale).T, directions * scale
     centre = final.double().mean(0)
-    axes, deviation = principal(final.double() - centre, width)
-    shrinkage = float(ledoit_wolf_shrinkage((final.double() - centre).numpy(), assume_centered=True))
-    typical = (final.double() - centre).pow(2).mean()
+    apart = final.double() - centre
+    axes, deviation = principal(apart.T @ apart / len(apart), width)
+    shrinkage = float(ledoit_wolf_shrinkage(apart.numpy(), assume_centered=True))
+    typical = apart.pow(2).mean()
     head = (axes / ((1 - shrinkage) * deviation**2 + shrinkage * typical).sqrt()).T
-    rms = float(tokens.double().pow(2).mean().sqrt())
     return Basis(
-        _pad(read, width, 0).float(),
-        _pad(write, width, 1).float(),
+        (_pad(read, width, 0).float(),),
+        (_pad(write, width, 1).float(),),
         _pad(head, width, 0).float(),
         _pad(-(head @ centre), width, 0).float(),
-        rms,
+        (float(moment.diagonal().mean().sqrt()),),
     )
 
 
-def principal(x: Float[Tensor, "n D"], count: int) -> tuple[Float[Tensor, "D c"], Float[Tensor, " c"]]:
-    """Leading principal directions (float64, a fixed sign each) and the root mean square along them."""
-    x = x.double()
-    values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+def principal(moment: Float[Tensor, "D D"], count: int) -> tuple[Float[Tensor, "D c"], Float[Tensor, " c"]]:
+    """Leading principal directions of a second moment (a fixed sign each) and the root mean square along them."""
+    values, vectors = torch.linalg.eigh(moment.double())
     directions = vectors.flip(1)[:, :count]
     peak = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return directions * peak.sign(), values.flip(0)[:count].clamp_min(0).sqrt()

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from uhl import ops
 from uhl.adapter import Folded, UHLAdapter, Vectors
 from uhl.errors import UHLError
-from uhl.frame import Frame, Times, dimension_frame
+from uhl.frame import LAST, Frame, Times, dimension_frame
 from uhl.host import Slot, first_layers, shape, stream_width, weight
 from uhl.router import Route, choose, route
 
@@ -219,6 +219,11 @@ class Attached:
     def mask(self) -> Tensor | None:
         """The last forward pass's attention mask (B, T), where it had one."""
         return self._cache.now.mask
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """The host's levels that the head reads: the frame's."""
+        return self._fixed.levels if self._fixed else LAST
 
     @property
     def folded(self) -> Folded:
@@ -437,7 +442,7 @@ class Attached:
 
     def _shared_route(self, slot: Slot, x: Tensor, hidden: Tensor, folded: Folded) -> Route | None:
         """The route of a weight's layer, or of all layers; None where the weight's input is not those tokens."""
-        reader, now = folded.route, self._cache.now
+        reader, now = folded.reader(self._made_at(slot.layer)), self._cache.now
         if self.adapter.config.routing == "weight" or not slot.shared:
             return None
         if reader is not None and hidden.shape[-1] != reader.shape[-1]:

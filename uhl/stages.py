@@ -12,7 +12,7 @@ import torch
 
 from uhl import runs, store, tasks
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Codes, Observed, final_means, observe
+from uhl.anchors import DEPTHS, Anchors, Codes, Observed, final_means, observe
 from uhl.baselines import Start, run_baseline, start
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
@@ -23,6 +23,7 @@ from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
 from uhl.port import Port, basis_of, port, why_not
+from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
 from uhl.train import Classifier, TrainLog, train
@@ -68,20 +69,28 @@ def make_anchors(
     frame: Frame | None,
     texts: list[str],
     origin: str,
+    words: int = 1,
+    dims: int = 256,
 ) -> Anchors:
-    """Codes of a trained source: the head's input with the adapter at work, the bare stream's (``seen``) by depth."""
-    stream = [Codes.of(means @ basis.read.T) for means in seen.stream]
+    """Codes of a trained source: the head's input with the adapter at work, the bare stream's (``seen``) by depth.
+
+    ``seen`` was observed with the same ``words`` a text; of the stream's coordinates the first ``dims`` are kept.
+    """
+    states, read = seen.stream(words), basis.read[0][:dims]
+    stream = [Codes.of(states[seen.level(d)] @ read.T) for d in DEPTHS]
     with attach(encoder.model, adapter, task, frame) as attached:
         frame = attached.frame.to(torch.device("cpu"))
         head = Codes.of(frame.codes(final_means(encoder, texts)).detach())
-    return Anchors(texts, origin, head, stream)
+    part = adapter.task(task)
+    reads = fake_quantise(part.head.detach().cpu(), 8) if part.labels else None
+    return Anchors(texts, origin, head, stream, words, DEPTHS, reads)
 
 
 def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     """Train an adapter on the source under one projector, write its file, and score the file read back."""
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
     texts = anchor_texts(settings, task)
-    seen = observe(encoder, texts)
+    seen = observe(encoder, texts, settings.anchor_words)
     basis = basis_of(seen, settings.adapter_config(projector).width)
     slots = find_slots(encoder.model)
     frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
@@ -97,10 +106,11 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
         fit_head(classifier, encoder, task, config.max_length)
         log = train(classifier, encoder, task, config, folder / "trainer", settings.model_dump_json())
     if projector == "canonical":
-        adapter.anchors = make_anchors(
-            encoder, adapter, settings.task_name, seen, basis, frame, texts, f"{settings.anchor_text}, {task.licence}"
-        )
+        origin = f"{settings.anchor_text}, {task.licence}"
+        given = (texts, origin, settings.anchor_words, settings.anchor_dims)
+        adapter.anchors = make_anchors(encoder, adapter, settings.task_name, seen, basis, frame, *given)
     adapter.info = {"source": encoder.name, "revision": encoder.revision, "shape": encoder.shape}
+    adapter.info["layers"] = encoder.layers
     path = store.save(adapter, folder / "adapter.safetensors")
     found = store.load(path)
     frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
@@ -125,7 +135,7 @@ def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
             continue
         check_labels(adapter, settings.task_name, task)
         if adapter.anchors and seen is None:
-            seen = observe(target, adapter.anchors.texts)
+            seen = observe(target, adapter.anchors.texts, adapter.anchors.words)
         ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen)
         outcome.details["reports"][arm] = ported.report
         known = {"arm": arm, "phase": "zero-shot", "trainable_params": 0, "seconds": ported.report["seconds"]}
@@ -179,7 +189,7 @@ def observe_target(settings: Settings) -> Observed:
     adapter, _ = adapter_for(settings, "anchor")
     if adapter.anchors is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    return observe(load_encoder(settings.target), adapter.anchors.texts)
+    return observe(load_encoder(settings.target), adapter.anchors.texts, adapter.anchors.words)
 
 
 def tune_task(

@@ -94,6 +94,8 @@ def _anchor_tensors(adapter: UHLAdapter) -> dict[str, Tensor]:
         return {}
     text = zlib.compress("\n".join(adapter.anchors.texts).encode(), 9)
     out = {"anchors.text": torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())}
+    if adapter.anchors.reads is not None:
+        out["anchors.reads"], out["anchors.reads.scale"] = quantise(adapter.anchors.reads, 8)
     for name, codes in _code_tables(adapter.anchors).items():
         out |= {name: codes.values, f"{name}.scale": codes.scale, f"{name}.centre": codes.centre}
     return out
@@ -103,13 +105,24 @@ def _code_tables(anchors: Anchors) -> dict[str, Codes]:
     return {"anchors.head": anchors.head} | {f"anchors.stream.{i}": c for i, c in enumerate(anchors.stream)}
 
 
+def _anchor_entry(anchors: Anchors) -> AnchorEntry:
+    return AnchorEntry(
+        count=len(anchors.texts),
+        origin=anchors.origin,
+        words=anchors.words,
+        dims=len(anchors.stream[0].values),
+        labels=0 if anchors.reads is None else len(anchors.reads),
+        depths=list(anchors.depths),
+    )
+
+
 def to_metadata(adapter: UHLAdapter, tensors: dict[str, Tensor]) -> dict[str, str]:
     """The safetensors metadata: one JSON object under :data:`KEY`."""
     anchors = adapter.anchors
     header = Header(
         config=adapter.config.stored(),
         tasks=_entries(adapter),
-        anchors=AnchorEntry(count=len(anchors.texts), origin=anchors.origin) if anchors else None,
+        anchors=_anchor_entry(anchors) if anchors else None,
         info=adapter.info,
         extra=sorted(name for name in tensors if not is_stored(name)),
         sha256=digest(tensors),
@@ -155,7 +168,7 @@ def check_tensors(adapter: UHLAdapter, tensors: Mapping[str, Tensor]) -> None:
     """Raise :class:`UHLError` unless the tensors, beside anchors, are those of an adapter of these sizes and tasks."""
     found = specs({name: value for name, value in tensors.items() if not name.startswith("anchors.")})
     where = Path("the state dict")
-    compare(where, layout(adapter.config, _entries(adapter), 0, 0, 0), found)
+    compare(where, layout(adapter.config, _entries(adapter)), found)
     check_values(where, {name: tensors[name] for name in found})
 
 
@@ -269,8 +282,9 @@ def _read_anchors(entry: AnchorEntry, tensors: dict[str, Tensor]) -> Anchors:
     def codes(name: str) -> Codes:
         return Codes(*(tensors[name + end] for end in ("", ".scale", ".centre")))
 
-    depths = sum(n.startswith("anchors.stream.") and n.count(".") == 2 for n in tensors)
-    return Anchors(texts, entry.origin, codes("anchors.head"), [codes(f"anchors.stream.{i}") for i in range(depths)])
+    stream = [codes(f"anchors.stream.{i}") for i in range(len(entry.depths))]
+    reads = dequantise(tensors["anchors.reads"], tensors["anchors.reads.scale"]) if entry.labels else None
+    return Anchors(texts, entry.origin, codes("anchors.head"), stream, entry.words, tuple(entry.depths), reads)
 
 
 def describe(path: str | Path) -> str:
@@ -300,7 +314,8 @@ def describe(path: str | Path) -> str:
         for name, task in header.tasks.items()
     ]
     if header.anchors:
-        lines.append(f"anchors    {header.anchors.count} texts ({header.anchors.origin})")
+        words = f", {header.anchors.words} words of each" if header.anchors.words else ""
+        lines.append(f"anchors    {header.anchors.count} texts{words} ({header.anchors.origin})")
     sizes = budget.file_bytes(path)
     lines += [f"bytes      {part:10s} {count:9,}" for part, count in sizes.items() if count]
     return "\n".join(lines)
