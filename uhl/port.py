@@ -10,10 +10,10 @@
 | `shuffled`   | control: `anchor` with the anchors' codes permuted                 | the file's anchors       |
 
 The anchored port runs the target over the anchor texts once. The stream's reader M solves
-min ||H M^T - Z||^2 + ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer N
-solves the reverse. The head's reader is the same regression from the sentence means of several levels to the *adapted*
-source's codes, fitted with the atoms in place. How much of the atoms to use is the scale in :data:`SCALES` at which the
-source's logits are reproduced best; 0 is allowed.
+min ||H M^T - Z||^2 + ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer
+N solves the reverse. The head's reader is the same regression from the sentence means of several levels to the
+*adapted* source's codes, fitted with the atoms in place. How much of the atoms to use is the scale in :data:`SCALES` at
+which the source's logits are reproduced best; 0 is allowed.
 
 A target whose weights are the source's own, by their hash, gets the source's own frame.
 """
