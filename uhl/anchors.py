@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int8
-from torch import Tensor
+from torch import Tensor, nn
 
 from uhl.errors import UHLError
+from uhl.frame import LAST
 from uhl.models import Encoder
 from uhl.quant import dequantise, quantise
 
@@ -109,16 +110,25 @@ def levels_of(output: Any) -> list[Float[Tensor, "B T D"]]:
 
 def final_means(encoder: Encoder, texts: Sequence[str]) -> Float[Tensor, "N D"]:
     """Sentence means of the last states, with whatever is attached to the host."""
-    return level_means(encoder, texts, (-1,))
+    return level_means(encoder, texts, LAST)
+
+
+def read_levels(model: nn.Module, levels: Sequence[int], **inputs: Any) -> Float[Tensor, "B T D_levels"]:
+    """A host's states at ``levels`` (0: the embeddings', -1: the last), one behind the other."""
+    if tuple(levels) == LAST:
+        last: Tensor = model(**inputs).last_hidden_state
+        return last
+    states = levels_of(model(**inputs, output_hidden_states=True))
+    return torch.cat([states[i] for i in levels], -1)
 
 
 @torch.no_grad()
 def level_means(encoder: Encoder, texts: Sequence[str], levels: Sequence[int]) -> Float[Tensor, "N D_levels"]:
-    """Sentence means of the states at ``levels`` (0: the embeddings', -1: the last), one behind the other."""
+    """Sentence means of :func:`read_levels`, with whatever is attached to the host."""
     out = torch.empty(len(texts), len(levels) * encoder.width)
     for rows, batch in batches(encoder, texts):
-        states = levels_of(encoder.model.eval()(**batch, output_hidden_states=True))
-        out[rows] = torch.cat([sentence_mean(states[i], batch["attention_mask"]).cpu() for i in levels], -1)
+        hidden = read_levels(encoder.model.eval(), levels, **batch)
+        out[rows] = sentence_mean(hidden, batch["attention_mask"]).cpu()
     return out
 
 
@@ -137,11 +147,6 @@ class Observed:
     def final(self) -> Float[Tensor, "N D"]:
         """Sentence means of the last states."""
         return self.means[-1]
-
-    @property
-    def rms(self) -> float:
-        """Root mean square of the token states."""
-        return float(self.moment.diagonal().mean().sqrt())
 
     def level(self, depth: float) -> int:
         """The level nearest to a relative depth."""

@@ -15,6 +15,7 @@ import pandas as pd
 
 from uhl import fileformat, host, store
 from uhl.adapter import UHLAdapter
+from uhl.anchors import DEPTHS
 from uhl.config import WEIGHT_TYPES, Sizes
 from uhl.host import Slot, first_layers
 from uhl.mixer import BASIS
@@ -30,11 +31,14 @@ def part_bytes(
     labels: Sequence[int] = (),
     anchors: int = 0,
     text: int = 0,
-    stream: tuple[int, int, int] = (4, 1, 256),
+    depths: int = len(DEPTHS),
+    words: int = 1,
+    dims: int | None = None,
     reads: int = 0,
 ) -> dict[str, int]:
     """Bytes of each part by formula. ``labels``: label count of each task; ``text``: bytes of the packed texts;
-    ``stream``: depths, words a text and coordinates of the stream's codes; ``reads``: rows of the head kept with them.
+    ``depths``, ``words`` a text and ``dims`` (None: C) of the stream's codes; ``reads``: rows of the head
+    that are kept with them.
     """
     a, c, h = config.atoms, config.width, config.hidden
     mixer_first, mixer_second = h * (len(WEIGHT_TYPES) + 2), a * (h + 1)
@@ -45,7 +49,7 @@ def part_bytes(
         "router": a * c + SCALE * a if config.router == "token" else 0,
     }
     parts["tasks"] = sum(-(-BASIS * a // 2) + SCALE * BASIS + a + SCALE + n * c + SCALE * n + SCALE * n for n in labels)
-    depths, words, r = stream
+    r = dims or c
     codes = anchors * c + 2 * SCALE * c + depths * (anchors * words * r + 2 * SCALE * r)
     parts["anchors"] = codes + text + reads * (c + SCALE) if anchors else 0
     return parts
@@ -75,9 +79,9 @@ def adapter_parts(adapter: UHLAdapter) -> dict[str, int]:
     if adapter.anchors is None:
         return part_bytes(adapter.config, labels)
     text, anchors = store.to_tensors(adapter)["anchors.text"].numel(), adapter.anchors
-    stream = len(anchors.stream), max(anchors.words, 1), len(anchors.stream[0].values)
+    depths, words, dims = len(anchors.stream), max(anchors.words, 1), len(anchors.stream[0].values)
     reads = 0 if anchors.reads is None else len(anchors.reads)
-    return part_bytes(adapter.config, labels, len(anchors.texts), text, stream, reads)
+    return part_bytes(adapter.config, labels, len(anchors.texts), text, depths, words, dims, reads)
 
 
 def routing_flops(config: Sizes, slots: Sequence[Slot], width: int) -> int:

@@ -45,7 +45,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,6 +64,7 @@ MAX_TEXT, MAX_LINE = 8 << 20, 64 << 10  # bytes of all anchor texts unpacked, ch
 BYTES = {"I8": 1, "U8": 1, "F16": 2}
 KIND = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16"}
 H = TypeVar("H", bound="Header | PackHeader")
+Share = Annotated[float, Field(ge=0, le=1)]
 Spec = tuple[str, tuple[int, ...]]  # a tensor's safetensors dtype and shape
 
 
@@ -84,7 +85,7 @@ class AnchorEntry(BaseModel):
     words: int = Field(0, ge=0, le=64)  # a text, that the stream's codes belong to; 0: to whole texts
     dims: int | None = Field(None, ge=1)  # of the stream's codes; None: all C
     labels: int = Field(0, ge=0, le=1 << 16)  # rows of the head that the codes were made for; 0: not stored
-    depths: list[float] = Field([], max_length=64)  # none, as in older files: evenly spaced, to 1
+    depths: list[Share] = Field([], max_length=64)  # of the stream's codes; none, as in older files: evenly, up to 1
 
 
 class Header(BaseModel):
@@ -324,6 +325,8 @@ def _adapter_header(path: Path, meta: Any, found: dict[str, Spec]) -> Header:
     assert isinstance(header, Header)
     if header.anchors and not header.anchors.depths:
         count = sum(name.startswith("anchors.stream.") and name.count(".") == 2 for name in found)
+        if not count:
+            raise misfit(path, "anchors without codes of the source's stream")
         header.anchors.depths = [(i + 1) / count for i in range(count)]
     text = found.get("anchors.text", ("U8", (0,)))[1]
     try:

@@ -442,7 +442,8 @@ class Attached:
 
     def _shared_route(self, slot: Slot, x: Tensor, hidden: Tensor, folded: Folded) -> Route | None:
         """The route of a weight's layer, or of all layers; None where the weight's input is not those tokens."""
-        reader, now = folded.reader(self._made_at(slot.layer)), self._cache.now
+        first, now = self._made_at(slot.layer), self._cache.now
+        reader = folded.reader(first)
         if self.adapter.config.routing == "weight" or not slot.shared:
             return None
         if reader is not None and hidden.shape[-1] != reader.shape[-1]:
@@ -452,7 +453,6 @@ class Attached:
         flat = x.ndim == 2 and hidden.ndim != 2 and len(x) == hidden.shape[:-1].numel()  # all tokens, flattened
         if x.shape[:-1] != hidden.shape[:-1] and not flat:
             return None
-        first = self._made_at(slot.layer)
         if first not in now.routes:
             now.routes[first] = self._route(hidden, reader, folded.embedding)
             now.task = -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()

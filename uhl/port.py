@@ -271,8 +271,9 @@ def _head_fit(
         fit = ridge(states / sizes, codes)
         return replace(fit, matrix=fit.matrix / sizes[:, None])
     _, strength, turn = torch.linalg.svd((reads - reads.mean(0)).double(), full_matrices=True)  # turn: read, then not
-    fit = ridge(states / sizes, codes.double() @ turn.T)
-    share = (codes.double() @ turn.T).var(0)[: len(strength)] * strength.pow(2)
+    turned = codes.double() @ turn.T
+    fit = ridge(states / sizes, turned)
+    share = turned.var(0)[: len(strength)] * strength.pow(2)
     explained = float((fit.columns[: len(strength)] * share).sum() / share.sum().clamp_min(1e-12))
     matrix, shift = (fit.matrix.double() @ turn).float() / sizes[:, None], (fit.shift.double() @ turn).float()
     return replace(fit, matrix=matrix, shift=shift, explained=explained)

@@ -63,7 +63,7 @@ class Settings(_Strict):
     splits: tuple[Literal["dev", "test"], ...] = Field(("dev", "test"), min_length=1, description="splits to score")
     anchors: int = Field(512, ge=16)
     anchor_words: int = Field(1, ge=0, le=16, description="words of each anchor text that have codes of the stream")
-    anchor_dims: int = Field(256, ge=1, description="coordinates of these codes")
+    anchor_dims: int | None = Field(None, ge=1, description="coordinates of these codes; None: all")
     anchor_text: str = Field("in-domain", description="in-domain (the task's unlabelled split) or generic")
     epochs: float = Field(2.0, gt=0)
     batch: int = Field(32, ge=1)

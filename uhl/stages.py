@@ -70,11 +70,12 @@ def make_anchors(
     texts: list[str],
     origin: str,
     words: int = 1,
-    dims: int = 256,
+    dims: int | None = None,
 ) -> Anchors:
     """Codes of a trained source: the head's input with the adapter at work, the bare stream's (``seen``) by depth.
 
-    ``seen`` was observed with the same ``words`` a text; of the stream's coordinates the first ``dims`` are kept.
+    ``seen`` was observed with the same ``words`` a text; of the stream's coordinates the first ``dims`` are kept
+    (None: all).
     """
     states, read = seen.stream(words), basis.read[0][:dims]
     stream = [Codes.of(states[seen.level(d)] @ read.T) for d in DEPTHS]
@@ -107,10 +108,24 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
         log = train(classifier, encoder, task, config, folder / "trainer", settings.model_dump_json())
     if projector == "canonical":
         origin = f"{settings.anchor_text}, {task.licence}"
-        given = (texts, origin, settings.anchor_words, settings.anchor_dims)
-        adapter.anchors = make_anchors(encoder, adapter, settings.task_name, seen, basis, frame, *given)
-    adapter.info = {"source": encoder.name, "revision": encoder.revision, "shape": encoder.shape}
-    adapter.info["layers"] = encoder.layers
+        adapter.anchors = make_anchors(
+            encoder,
+            adapter,
+            settings.task_name,
+            seen,
+            basis,
+            frame,
+            texts,
+            origin,
+            settings.anchor_words,
+            settings.anchor_dims,
+        )
+    adapter.info = {
+        "source": encoder.name,
+        "revision": encoder.revision,
+        "shape": encoder.shape,
+        "layers": encoder.layers,
+    }
     path = store.save(adapter, folder / "adapter.safetensors")
     found = store.load(path)
     frame = basis.frame(encoder.model, slots) if projector == "canonical" else None

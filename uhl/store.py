@@ -304,8 +304,7 @@ def describe(path: str | Path) -> str:
     lines = [
         size,
         f"adapter    {config.atoms} atoms of width {config.width}, at most {config.top_k} a token, "
-        f"{config.projector} projector, {config.routed()}, "
-        f"on weights {' '.join(config.types)}",
+        f"{config.projector} projector, {config.routed()}, on weights {' '.join(config.types)}",
         f"dictionary {base_of(adapter)}",
     ]
     lines += [f"{key:10s} {value}" for key, value in sorted(header.info.items())]

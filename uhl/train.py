@@ -35,11 +35,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
 from uhl.adapter import TaskPart
-from uhl.anchors import levels_of, sentence_mean
+from uhl.anchors import read_levels, sentence_mean
 from uhl.config import TrainConfig
 from uhl.errors import UHLError
 from uhl.files import write_text
-from uhl.frame import LAST, Frame
+from uhl.frame import Frame
 from uhl.layer import Attached
 from uhl.models import Encoder
 from uhl.tasks import IGNORE, Task, encode, every_word, kept_words, score
@@ -86,12 +86,7 @@ class Classifier(nn.Module):
     def codes(self, input_ids: Tensor, attention_mask: Tensor, **extra: Tensor) -> Float[Tensor, "*b C"]:
         """What the head reads: canonical codes of each sentence (B, C), or of each token (B, T, C)."""
         levels = self._attached.levels if self._attached else self.frame.levels
-        deep = {"output_hidden_states": True} if levels != LAST else {}
-        out = self.model(input_ids=input_ids, attention_mask=attention_mask, **extra, **deep)
-        hidden = out.last_hidden_state
-        if deep:
-            states = levels_of(out)
-            hidden = torch.cat([states[i] for i in levels], -1)
+        hidden = read_levels(self.model, levels, input_ids=input_ids, attention_mask=attention_mask, **extra)
         return self.frame.codes(hidden if self.part.kind == "token" else sentence_mean(hidden, attention_mask))
 
     def loss(self, logits: Float[Tensor, "*b labels"], labels: Tensor) -> Float[Tensor, ""]:
