@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
+from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
 from uhl import sources
@@ -150,7 +151,11 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
             out["labels"] = batch["label"]
         return dict(out)
 
-    return rows.map(one, batched=True, remove_columns=rows.column_names, load_from_cache_file=False)
+    # nothing is cached, so any name will do; the default is a hash of the function with all the globals it reaches
+    name = generate_random_fingerprint()
+    return rows.map(
+        one, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, new_fingerprint=name
+    )
 
 
 def kept_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
