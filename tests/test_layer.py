@@ -5,13 +5,13 @@ import torch
 
 from uhl import ops, store
 from uhl.adapter import Folded, UHLAdapter
-from uhl.anchors import observe
+from uhl.anchors import Probe, observe
 from uhl.config import Sizes
 from uhl.errors import UHLError
 from uhl.frame import dimension_frame
 from uhl.host import find_slots, weight
 from uhl.peft_method import attach
-from uhl.port import basis_of
+from uhl.porting import basis_of
 from uhl.router import route
 
 IDS = torch.randint(5, 20, (2, 6), generator=torch.Generator().manual_seed(3))
@@ -128,7 +128,9 @@ def test_refolds_exactly_when_parameters_change(encoder, adapter):
 def test_residual_frame_is_an_edit_of_the_stream(encoder, adapter):
     """A reader's update W N u (v . M x) is W applied to an edited input; a writer's is an edit of its output."""
     slots = find_slots(encoder.model)
-    frame = basis_of(observe(encoder, ["good film", "bad plot", "the cast was fine"]), 16).frame(encoder.model, slots)
+    frame = basis_of(observe(encoder, Probe(["good film", "bad plot", "the cast was fine"])), 16).frame(
+        encoder.model, slots
+    )
     reader, writer = slots[0], next(s for s in slots if s.writer)
     (m_read, wn), (mw, n) = frame.pair(reader.path), frame.pair(writer.path)
     torch.testing.assert_close(wn, weight(encoder.model, reader) @ n)

@@ -1,6 +1,8 @@
 """Porting: the regression, the identity on the source itself, and exactness under a change of basis."""
 
 import copy
+import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,37 +14,43 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import BertForSequenceClassification
 
 import uhl
-from uhl import store
+from uhl import budget, store
 from uhl.adapter import UHLAdapter
-from uhl.anchors import batches, final_means, level_means, observe, pieces_of, word_spans
+from uhl.anchors import Codes, Probe, batches, final_means, observe, pieces_of, unit_states
 from uhl.config import ARMS, Sizes
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
-from uhl.port import PENALTIES, Way, basis_of, port, ridge, why_not
+from uhl.porting import PENALTIES, Port, Way, basis_of, port, predict_texts, ridge, why_not
 from uhl.stages import make_anchors
 
+TAGS = ("O", "B-JOY", "I-JOY")
 
-def trained(source, projector="canonical", width=16):
-    """An adapter with anchors on a source, its parts filled at random."""
+
+def trained(source, projector="canonical", width=16, kind="sentence", coded=None, tuned=True):
+    """An adapter with anchors on a source, its parts filled at random; the task's bias too where it is ``tuned``."""
     from conftest import fill
 
     adapter = UHLAdapter(Sizes(atoms=12, width=width, hidden=6, projector=projector))
-    adapter.add_task("mood", ("negative", "positive"), "sentence")
+    adapter.add_task("mood", TAGS if kind == "token" else ("negative", "positive"), kind)
     fill(adapter)
+    if not tuned:
+        torch.nn.init.zeros_(adapter.task("mood").bias)
     texts = sorted(set(sentences(200)))
-    seen = observe(source, texts, words=1)
+    texts = [t.replace(" ", "\t", 1) for t in texts] if kind == "pair" else texts
+    probe = Probe(texts, kind, 1, coded)
+    seen = observe(source, probe)
     basis = basis_of(seen, width)
     frame = basis.frame(source.model, find_slots(source.model))
-    adapter.anchors = make_anchors(source, adapter, "mood", seen, basis, frame, texts, "test")
+    adapter.anchors = make_anchors(source, adapter, "mood", seen, basis, frame, probe, "test")
     return adapter, frame
 
 
-def logits(encoder, adapter, ported):
+def logits(encoder, adapter, ported, kind="sentence"):
     with attach(encoder.model, adapter, "mood", ported.frame, ported.scale) as attached:
-        means = level_means(encoder, sentences(20, 9), ported.frame.levels)
-        return adapter.task("mood").classify(attached.frame.codes(means))
+        means = unit_states(encoder, Probe(sentences(20, 9), kind), ported.frame.levels)
+        return adapter.task("mood").classify(attached.frame.codes(means)).detach()
 
 
 def test_ridge_equals_scikit_learn_and_chooses_each_penalty_by_gcv():
@@ -76,6 +84,19 @@ def test_ridge_does_not_call_noise_explained(columns, centre):
     spread = torch.linspace(3, 0.01, columns)  # like a model's states: a few strong directions and a long tail
     fit = ridge(torch.randn(80, columns, generator=g) * spread, torch.randn(80, 50, generator=g), centre)
     assert -0.1 < fit.explained < 0.1
+
+
+@pytest.mark.parametrize("rows", [30, 80])
+def test_ridge_predicts_a_left_out_row_as_a_fit_without_it_does(rows):
+    g = torch.Generator().manual_seed(3)
+    x, y = torch.randn(rows, 12, generator=g), torch.randn(rows, 2, generator=g)
+    y += 2 * x[:, :2]
+    fit = ridge(x, y)
+    for row in (0, rows // 2):
+        kept = torch.arange(rows) != row
+        for c in range(2):
+            model = Ridge(alpha=float(fit.penalty[c])).fit(x[kept].double(), y[kept, c].double())
+            assert float(fit.left_out[row, c]) == pytest.approx(float(model.predict(x[row : row + 1])[0]), rel=1e-4)
 
 
 @pytest.mark.parametrize("rows", [60, 200, 600])
@@ -117,20 +138,21 @@ def test_words_are_found_by_characters_whatever_the_tokenizer(tokenizer):
     texts = sentences(300)
     bpe.train_from_iterator(texts, vocab_size=300, show_progress=False)
     text = "the cast was  unbelievably good"
-    spans = word_spans(text, 3)
-    assert [text[a:b] for a, b in spans] == ["the", "was", "good"]
+    probe = Probe([text], words=3)
+    spans = [probe.spans(text)[i] for i in probe.picks(text)]
+    assert [text[a:b] for _, a, b in spans] == ["the", "was", "good"]
     found = []
-    for offsets, live in (
-        (tokenizer(text, return_offsets_mapping=True)["offset_mapping"], None),
-        (bpe.encode(text).offsets, None),
-    ):
-        weights = pieces_of(offsets, spans, live or [1] * len(offsets))
+    for made in (tokenizer(text)[0], bpe.encode(text)):
+        offsets = made.offsets
+        weights = pieces_of([(part, *o) for part, o in zip(made.sequence_ids, offsets, strict=True)], spans)
         assert torch.allclose(weights.sum(1), torch.ones(3))
         rows = [[offsets[i] for i in row.nonzero().flatten().tolist()] for row in weights]
         found.append([text[r[0][0] : r[-1][1]].strip() for r in rows])
     assert found == [["the", "was", "good"]] * 2
-    cut = pieces_of([(0, 3), (4, 8), (0, 0)], [(20, 24)], [1, 1, 0])  # cut off: all tokens
-    assert cut.tolist() == [[0.5, 0.5, 0.0]]
+    pieces = [(None, 0, 0), (0, 0, 3), (0, 3, 8), (1, 0, 8), (None, 0, 0)]
+    assert (3 * pieces_of(pieces, [(0, 20, 24)])).tolist() == [[0, 1, 1, 1, 0]]  # cut off: all tokens
+    assert pieces_of(pieces, [(0, 1, 6), (1, 1, 6)]).tolist() == [[0, 0.5, 0.5, 0, 0], [0, 0, 0, 1, 0]]
+    assert pieces_of(pieces, [(0, 1, 6)], first=True).tolist() == [[0, 1, 0, 0, 0]]
 
 
 def test_shared_and_level_maps_and_the_last_levels_head(encoder, make_encoder):
@@ -174,23 +196,69 @@ def permuted_neurons(encoder):
     return Encoder("neurons", model, encoder.tokenizer, "none")
 
 
-def test_an_anchored_port_does_not_see_the_basis_and_dimension_does(encoder, monkeypatch):
-    monkeypatch.setattr("uhl.port.SCALES", (1.0,))  # atoms at work
+def permuted_heads(encoder):
+    """The same function with the attention heads of every layer in another order."""
+    model = copy.deepcopy(encoder.model)
+    heads, width = model.config.num_attention_heads, model.config.hidden_size
+    order = torch.arange(width).view(heads, -1).flip(0).flatten()
+    with torch.no_grad():
+        for layer in model.encoder.layer:
+            for part in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value):
+                part.weight.copy_(part.weight[order])
+                part.bias.copy_(part.bias[order])
+            layer.attention.output.dense.weight.copy_(layer.attention.output.dense.weight[:, order])
+    return Encoder("heads", model, encoder.tokenizer, "none")
+
+
+def rotation(width):
+    """Orthogonal, and with the mean of a vector as it was: what a layer norm of unit gains lets through."""
+    square = torch.randn(width, width, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    square[:, 0] = 1.0
+    basis = torch.linalg.qr(square)[0]
+    turn = torch.linalg.qr(torch.randn(width - 1, width - 1, generator=torch.Generator().manual_seed(6)).double())[0]
+    return (basis @ torch.block_diag(torch.ones(1, 1, dtype=torch.float64), turn) @ basis.T).float()
+
+
+def rotated(encoder, turn):
+    """The same function with the residual stream turned."""
+    model = copy.deepcopy(encoder.model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            reads = any(k in name for k in ("query.weight", "key.weight", "value.weight", "intermediate.dense.weight"))
+            if reads or "embeddings.weight" in name:
+                p.copy_(p @ turn.T)
+            elif name.endswith(("output.dense.weight", "output.dense.bias", "LayerNorm.bias")):
+                p.copy_(turn @ p)
+    return Encoder("rotated", model, encoder.tokenizer, "none")
+
+
+@pytest.mark.parametrize("change", ["stream", "neurons", "heads", "rotation"])
+def test_an_anchored_port_does_not_see_the_basis_and_dimension_does(encoder, monkeypatch, change):
+    monkeypatch.setattr("uhl.porting.SCALES", (1.0,))  # atoms at work
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
-    for other in (permuted(encoder, order), permuted_neurons(encoder)):
-        inputs = encoder.tokenizer(sentences(3), return_tensors="pt")
-        plain, same = (e.model(**inputs).last_hidden_state for e in (encoder, other))
-        if other.name == "permuted":
-            plain = plain[..., order]
-        torch.testing.assert_close(plain, same, atol=1e-4, rtol=1e-4)  # the same function indeed
-        adapter, _ = trained(encoder)
-        first, second = (port(adapter, e, "mood", "anchor") for e in (encoder, other))
-        assert first.scale == second.scale
-        a, b = logits(encoder, adapter, first), logits(other, adapter, second)
-        assert (a - b).norm() / a.norm() < 1e-3
-        blind, _ = trained(encoder, "dimension")
-        a, b = (logits(e, blind, port(blind, e, "mood", "dimension")) for e in (encoder, other))
-        assert (a - b).norm() / a.norm() > 1e-2
+    turn = {"stream": torch.eye(24)[order], "rotation": rotation(24)}.get(change, torch.eye(24))
+    with torch.no_grad():
+        for name, p in encoder.model.named_parameters():
+            if name.endswith("bias"):  # zero at initialisation, which would not tell
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))) / 3)
+    ways = {
+        "stream": lambda: permuted(encoder, order),
+        "neurons": lambda: permuted_neurons(encoder),
+        "heads": lambda: permuted_heads(encoder),
+        "rotation": lambda: rotated(encoder, turn),
+    }
+    other = ways[change]()
+    inputs = encoder.tokenizer(sentences(3), return_tensors="pt")
+    plain, same = (e.model(**inputs).last_hidden_state for e in (encoder, other))
+    torch.testing.assert_close(plain @ turn.T, same, atol=1e-4, rtol=1e-4)  # the same function indeed
+    adapter, _ = trained(encoder)
+    first, second = (port(adapter, e, "mood", "anchor") for e in (encoder, other))
+    assert first.scale == second.scale
+    a, b = logits(encoder, adapter, first), logits(other, adapter, second)
+    assert (a - b).norm() / a.norm() < 1e-3
+    blind, _ = trained(encoder, "dimension")
+    a, b = (logits(e, blind, port(blind, e, "mood", "dimension")) for e in (encoder, other))
+    assert (a - b).norm() / a.norm() > 1e-2
 
 
 def test_anchor_explains_codes_better_than_shuffled_anchors(encoder, make_encoder):
@@ -200,12 +268,132 @@ def test_anchor_explains_codes_better_than_shuffled_anchors(encoder, make_encode
     assert fits["anchor"] > fits["shuffled"] + 0.1
 
 
-@pytest.mark.parametrize("arm", ["anchor", "zero-atoms", "random-p", "shuffled"])
+@pytest.mark.parametrize("kind", ["sentence", "token"])
+def test_texts_with_logits_alone_pin_down_what_the_head_reads(encoder, make_encoder, kind):
+    target = make_encoder(layers=2, width=32, seed=0)
+    few, frame = trained(encoder, kind=kind, coded=30, tuned=False)
+    assert (few.anchors.coded, len(few.anchors.texts)) == (30, len(set(sentences(200))))
+    with attach(encoder.model, few, "mood", frame):
+        states = unit_states(encoder, Probe(sentences(20, 9), kind), (-1,))
+    source = few.task("mood").classify(frame.codes(states)).detach()
+    whole, misses = few.anchors, []
+    fewer = whole.probe.first()
+    own = Codes.of(whole.logits.table()[: sum(fewer.units())]) if kind == "token" else None
+    for few.anchors in (whole, replace(whole, texts=fewer.texts, logits=own)):
+        found = logits(target, few, port(few, target, "mood", "zero-atoms"), kind)
+        misses.append(float((found - found.mean(-1, True) - source + source.mean(-1, True)).pow(2).mean()))
+    assert misses[0] < 0.8 * misses[1]
+
+
+@pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
+def test_a_file_gives_back_what_a_port_needs_and_agreement_is_what_happens(encoder, make_encoder, kind, tmp_path):
+    adapter, frame = trained(encoder, kind=kind, coded=120, tuned=False)
+    adapter = store.load(store.save(adapter, tmp_path / "a.safetensors"))
+    parts, measured = budget.adapter_parts(adapter), budget.file_bytes(tmp_path / "a.safetensors")
+    assert parts == {name: size for name, size in measured.items() if name != "header"}
+    target = make_encoder(layers=2, width=32, seed=0)
+    ported = uhl.port(adapter, target)
+    lines = [t.replace(" ", "\t", 1) if kind == "pair" else t for t in sorted(set(sentences(300, 11)))]
+    said = []
+    for host, made in ((target, ported), (encoder, Port("lineage", frame, 1.0))):
+        found = predict_texts(adapter, host, made, lines)
+        assert [f["text"] for f in found] == lines
+        labels = [f["label"] for f in found]
+        said.append([tag for row in labels for tag in row] if kind == "token" else labels)
+        assert set(said[-1]) <= set(adapter.task("mood").labels)
+    agreed = np.mean(np.array(said[0]) == np.array(said[1]))
+    assert ported.report["agreement"] == pytest.approx(agreed, abs=0.1)
+    assert agreed > 0.6
+
+
+def test_a_pair_is_read_as_two_parts(encoder):
+    probe = Probe(["good film\twas bad", "the plot"], "pair", words=4)
+    assert probe.spans(probe.texts[0]) == [(0, 0, 4), (0, 5, 9), (1, 0, 3), (1, 4, 7)]
+    ((rows, batch),) = batches(encoder, probe)
+    first = encoder.tokenizer("good film", "was bad")
+    assert batch["input_ids"][rows.index(0)].tolist()[: len(first["input_ids"])] == first["input_ids"]
+    seen = observe(encoder, probe)
+    with torch.no_grad():
+        states = encoder.model(**encoder.tokenizer("good film", "was bad", return_tensors="pt")).last_hidden_state[0]
+    torch.testing.assert_close(seen.words[-1, :4], states[[1, 2, 4, 5]], atol=1e-5, rtol=1e-4)
+
+
+def test_a_word_is_read_at_its_first_piece(encoder):
+    probe = Probe(["goodfilm was bad", "the"], "token", words=1)
+    units = unit_states(encoder, probe, (-1,))
+    assert len(units) == sum(probe.units()) == 4
+    with torch.no_grad():
+        states = encoder.model(**encoder.tokenizer("goodfilm was bad", return_tensors="pt")).last_hidden_state[0]
+    assert encoder.tokenizer.tokenize("goodfilm was bad") == ["good", "##film", "was", "bad"]
+    torch.testing.assert_close(units[:3], states[[1, 3, 4]], atol=1e-5, rtol=1e-4)
+    assert probe.coded_units() == [1, 3]
+
+
+def test_refreshing_moves_the_bias_alone_and_towards_the_source(encoder, make_encoder):
+    target = make_encoder(layers=2, width=32, seed=0)
+    adapter, _ = trained(encoder)
+    adapter.task("mood").bias.requires_grad_(False)
+    before = {k: v.clone() for k, v in adapter.named_parameters()}
+    ported = port(adapter, target, "mood", "refresh", way=Way(refresh_steps=40))
+    changed = {k for k, v in adapter.named_parameters() if not torch.equal(v, before[k])}
+    assert changed == {"tasks.mood.bias"}
+    assert not adapter.task("mood").bias.requires_grad
+    assert adapter.dictionary.u.requires_grad
+    curve = ported.report["held_out"]
+    assert min(curve.values()) < curve[0]
+    assert curve[ported.report["kept_step"]] == min(curve.values())
+    again = port(adapter, target, "mood", "anchor")  # as for a tuned file: the same frame
+    assert torch.equal(again.frame.head, ported.frame.head)
+    start = trained(encoder)[0]
+    start.anchors.reads = None
+    with pytest.raises(UHLError, match="hold the source's decisions"):
+        port(start, target, "mood", "refresh")
+
+
+def test_embeddings_align_models_that_share_a_vocabulary(encoder, make_encoder, monkeypatch):
+    adapter, frame = trained(encoder)
+    assert "needs a shared vocabulary" in why_not(adapter, encoder, "embedding", encoder)
+    monkeypatch.setattr("uhl.porting.FEWEST_SHARED", 16)
+    assert "needs the source model" in why_not(adapter, encoder, "embedding")
+    turn = rotation(24)
+    for other, same in ((rotated(encoder, turn), True), (make_encoder(2, 40), False)):
+        ported = port(adapter, other, "mood", "embedding", encoder)
+        assert torch.isfinite(logits(other, adapter, ported)).all()
+        if same:  # 37 rows for 24 columns: the map is the rotation, but for the penalty
+            torch.testing.assert_close(ported.frame.head, frame.head @ turn.T, atol=0.05, rtol=0.05)
+
+
+def test_the_command_ports_and_classifies(encoder, make_encoder, tmp_path, monkeypatch, capsys):
+    from uhl import __main__ as command
+
+    adapter, _ = trained(encoder)
+    store.save(adapter, tmp_path / "a.safetensors")
+    target = make_encoder(2, 32)
+    monkeypatch.setattr(command, "load_encoder", lambda name: target)
+
+    def run(*words):
+        monkeypatch.setattr("sys.argv", ["uhl", "port", str(tmp_path / "a.safetensors"), "small", *map(str, words)])
+        command.main()
+        return capsys.readouterr()
+
+    out = run().out
+    assert all(word in out for word in ("agreement", "stream_fit", "scale"))
+    (tmp_path / "texts").write_text("good film\nbad plot\n")
+    rows = [json.loads(line) for line in run("--texts", tmp_path / "texts").out.splitlines()]
+    assert [r["text"] for r in rows] == ["good film", "bad plot"]
+    assert all(r["label"] in {"negative", "positive"} and 0.5 <= r["probability"] <= 1 for r in rows)
+    with pytest.raises(SystemExit, match="give a file with a text a line"):
+        run("--texts", tmp_path / "none")
+    with pytest.raises(SystemExit, match="needs the source model"):
+        run("--arm", "lineage")
+
+
+@pytest.mark.parametrize("arm", ["anchor", "zero-atoms", "random-p", "shuffled", "refresh", "refresh-random"])
 def test_every_arm_gives_a_whole_frame(encoder, make_encoder, arm):
     adapter, _ = trained(encoder)
     target = make_encoder(layers=2, width=12)
     before = {k: v.clone() for k, v in target.model.state_dict().items()}
-    ported = port(adapter, target, "mood", arm)
+    ported = port(adapter, target, "mood", arm, way=Way(refresh_steps=3))
     assert torch.isfinite(logits(target, adapter, ported)).all()
     assert (ported.scale == 0.0) or arm != "zero-atoms"
     assert set(ported.frame.slots) == {s.path for s in find_slots(target.model)}
@@ -236,15 +424,15 @@ def test_undefined_cells_say_why(encoder, make_encoder):
 
 def test_batches_cover_every_text_once(encoder):
     texts = sentences(70)
-    seen = sorted(i for rows, _ in batches(encoder, texts, size=16) for i in rows)
+    seen = sorted(i for rows, _ in batches(encoder, Probe(texts), size=16) for i in rows)
     assert seen == list(range(70))
 
 
 def test_sentence_means_ignore_padding(encoder):
     short, both = final_means(encoder, ["good"]), final_means(encoder, ["good", "the cast was not very good a joy"])
     torch.testing.assert_close(short[0], both[0], atol=1e-5, rtol=1e-4)
-    seen = observe(encoder, ["good", "bad plot"], words=2)
-    assert seen.means.shape == (encoder.layers + 1, 2, 24)
+    seen = observe(encoder, Probe(["good", "bad plot"], words=2))
+    assert seen.units.shape == (encoder.layers + 1, 2, 24)
     assert seen.words.shape == (encoder.layers + 1, 4, 24)
     torch.testing.assert_close(seen.final[0], final_means(encoder, ["good"])[0], atol=1e-5, rtol=1e-4)
     with torch.no_grad():

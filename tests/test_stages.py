@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import sentences
 
-from uhl import runs, search, stages, store
+from uhl import attempts, budget, runs, search, stages, store
 from uhl.adapter import UHLAdapter
 from uhl.baselines import METHODS
+from uhl.config import ARMS
 from uhl.errors import UHLError
 from uhl.outcome import merge
 from uhl.peft_method import attach
@@ -23,7 +24,9 @@ from uhl.train import Classifier, predict, train
 def tiny_world(make_encoder, task, monkeypatch):
     """Stages see a tiny source, a tiny target and the toy task."""
     shapes = {"big": (3, 24), "small": (2, 16)}
-    monkeypatch.setattr(stages, "load_encoder", lambda name: replace(make_encoder(*shapes[name]), name=name))
+    monkeypatch.setattr(
+        stages, "load_encoder", lambda name: replace(make_encoder(*shapes[name]), name=name, revision=name)
+    )
     monkeypatch.setattr(stages.tasks, "load_task", lambda name: task)
     return Settings(
         profile="t",
@@ -35,6 +38,8 @@ def tiny_world(make_encoder, task, monkeypatch):
         batch=16,
         tune_steps=4,
         tune_batch=8,
+        more_anchors=20,
+        refresh_steps=3,
     )
 
 
@@ -74,7 +79,7 @@ def run_all(settings):
         _, outcome = stages.pretrain(settings, projector)
         outcome.finish(f"pretrain-{projector}")
     outcome = stages.zero_shot(settings)
-    outcome.finish("port-small")
+    outcome.finish("port-small", reports=outcome.details["reports"])
     tuned = [o for o in (stages.tune(settings, arm) for arm in stages.TUNED_ARMS) if o]
     merge(tuned).finish("tune-small")
     for host, name in (("source", "big"), ("target", "small")):
@@ -94,9 +99,10 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     cells = {phase: set(rows["arm"]) for phase, rows in test.groupby("phase")}
     assert cells["source"] == {"uhl-canonical", "uhl-dimension", *METHODS}
     assert cells["retrained"] == set(METHODS)
-    assert cells["zero-shot"] == {"no-adapter", "dimension", "anchor", "zero-atoms", "random-p", "shuffled"}
+    assert cells["zero-shot"] == {"no-adapter", *ARMS} - {"lineage", "embedding"}
     assert cells["tuned"] == {"dimension", "anchor", "zero-atoms", "random-p"}
     assert "equal widths" in zero.details["undefined"]["lineage"]
+    assert "shared vocabulary" in zero.details["undefined"]["embedding"]
     assert (test["n"] == 16).all()
     assert set(test["metric"]) == {"f1" if kind == "token" else "accuracy"}
     assert set(test["task"]) == {"mood"}
@@ -109,6 +115,11 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert "shuffled anchors" in text
     assert "nan" not in text
     assert len(report.paired(report.gather("t"))) >= 8
+    trust = report.calibration("t").set_index("arm")
+    assert set(trust.index) == {"anchor", "zero-atoms", "random-p"}
+    for arm, row in trust.iterrows():
+        assert 0 <= row["predicted"] <= 1
+        assert row["measured"] == pytest.approx(stages.agreement(settings, zero, arm))
 
 
 def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
@@ -191,9 +202,9 @@ def test_a_tuned_file_holds_what_was_scored(tiny_world):
 
 @pytest.mark.parametrize("arm", ["anchor", "random-p", "zero-atoms"])
 def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monkeypatch):
-    from uhl.port import port
+    from uhl.porting import port
 
-    monkeypatch.setattr("uhl.port.SCALES", (1.0,))  # atoms and bias at work in the fit
+    monkeypatch.setattr("uhl.porting.SCALES", (1.0,))  # atoms and bias at work in the fit
     stages.pretrain(tiny_world, "canonical")
     outcome = stages.tune(tiny_world, arm)
     found = store.load(outcome.paths[0])
@@ -246,7 +257,7 @@ def test_an_exported_cell_is_a_peft_folder_with_its_scores(tiny_world, tmp_path)
     assert "| big | mood | uhl-canonical | source |" in text
     assert "| small | mood | anchor | zero-shot |" in text
     assert "| small | mood | dimension" not in text
-    assert "40 unlabelled texts travel with the file" in text
+    assert "60 unlabelled texts travel with the file" in text
     cell = runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors"
     assert (folder / "adapter_model.safetensors").read_bytes() == cell.read_bytes()
     model = PeftModel.from_pretrained(stages.load_encoder("small").model, folder)
@@ -289,3 +300,38 @@ def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
     runs.update_results("t")
     with pytest.raises(UHLError, match=r"results\.csv says"):
         report.summary("t")
+
+
+def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world, task, make_encoder):
+    settings = Settings(**tiny_world.model_dump() | {"anchors": 30, "more_anchors": 10})
+    adapter, _ = stages.pretrain(settings, "canonical")
+    assert (adapter.anchors.coded, len(adapter.anchors.texts)) == (30, 40)
+    whole = adapter.anchors
+    hosts = [stages.freeze(stages.load_encoder(name)) for name in ("big", "small")]
+    listed = attempts.attempts(whole, ["head", "maps", "dims", "bits"])
+    listed.append(attempts.Attempt("texts", "20 coded", coded=20, texts=20))
+    listed += [attempts.Attempt("choice", c, "zero-atoms", coded=20, texts=20, choice=c) for c in attempts.CHOICES]
+    table = attempts.measure(settings, adapter, *hosts, task, listed)
+    assert len(table) == len(listed)
+    assert adapter.anchors is whole
+    assert table["dev"].between(0, 100).all()
+    sizes = table.set_index("attempt")["bytes"]
+    assert sizes["4-bit codes"] < 0.7 * sizes["8-bit codes"]
+    assert sizes["32 coordinates"] < sizes["256 coordinates"]
+    assert sizes["20 coded"] < sizes["8-bit codes"]
+    assert sizes["8-bit codes"] == budget.adapter_parts(adapter)["anchors"]
+    with pytest.raises(UHLError, match="group of attempts"):
+        attempts.attempts(whole, ["magic"])
+
+
+@pytest.mark.parametrize("choice", attempts.CHOICES)
+def test_chosen_texts_are_distinct_and_repeat(choice):
+    states = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    states[30:] = states[:30] + 1e-3 * torch.randn(30, 8, generator=torch.Generator().manual_seed(1))  # near copies
+    kept = attempts.select(states, choice, 20)
+    assert kept == attempts.select(states, choice, 20)
+    assert len(set(kept)) == 20
+    if choice in {"k-means", "determinantal"}:  # the two that look for variety keep no near copies
+        assert len({i % 30 for i in kept}) == 20
+    with pytest.raises(UHLError, match="61 texts to choose"):
+        attempts.select(states, choice, 61)

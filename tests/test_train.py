@@ -8,10 +8,11 @@ from transformers import TrainerCallback
 
 from uhl import train
 from uhl.adapter import TaskPart, UHLAdapter
+from uhl.anchors import Probe
 from uhl.baselines import METHODS, own_frame, run_baseline, start
 from uhl.config import Sizes, TrainConfig
 from uhl.errors import UHLError
-from uhl.head import fit_head
+from uhl.head import better_head, fit_head
 from uhl.peft_method import attach
 from uhl.train import Classifier, predict
 
@@ -112,7 +113,7 @@ def test_prediction_keeps_the_split_order(encoder, task, config):
 def test_baselines_train_what_they_say(make_encoder, task, method, tmp_path):
     encoder = make_encoder()
     before = {k: v.clone() for k, v in encoder.model.state_dict().items()}
-    begin = start(encoder, task, list(task.data["unlabelled"]["text"]))
+    begin = start(encoder, task, Probe(list(task.data["unlabelled"]["text"])))
     fitted = begin.part.head.clone()
     made = run_baseline(method, encoder, task, begin, TrainConfig(steps=8, batch=16, rate=1e-2), tmp_path)
     assert torch.equal(begin.part.head, fitted)
@@ -131,7 +132,7 @@ def test_baselines_train_what_they_say(make_encoder, task, method, tmp_path):
 
 def test_the_fitted_head_is_the_logistic_regression(encoder, task):
     part = TaskPart(Sizes(), task.labels, task.kind)
-    classifier = Classifier(encoder.model, part, own_frame(encoder, list(task.data["unlabelled"]["text"])))
+    classifier = Classifier(encoder.model, part, own_frame(encoder, Probe(list(task.data["unlabelled"]["text"]))))
     fit_head(classifier, encoder, task)
     from sklearn.linear_model import LogisticRegression
 
@@ -147,6 +148,19 @@ def test_the_fitted_head_is_the_logistic_regression(encoder, task):
     )
     ours = torch.softmax(part.classify(dev), -1)[:, 1].detach().numpy()
     np.testing.assert_allclose(ours, best.predict_proba(dev)[:, 1], atol=0.02)  # the head is stored at 8 bits
+
+
+def test_a_head_is_fitted_only_where_that_is_better_on_dev(encoder, task):
+    part = TaskPart(Sizes(), task.labels, task.kind)
+    classifier = Classifier(encoder.model, part, own_frame(encoder, Probe(list(task.data["unlabelled"]["text"]))))
+    assert better_head(classifier, encoder, task)  # than zeros
+    fitted = part.head.detach().clone()
+    assert not better_head(classifier, encoder, task)  # than itself
+    assert torch.equal(part.head, fitted)
+    with torch.no_grad():
+        part.head.neg_()
+    assert better_head(classifier, encoder, task)
+    torch.testing.assert_close(part.head, fitted, atol=1e-3, rtol=1e-3)
 
 
 def test_a_checkpoint_of_another_run_is_not_resumed(make_encoder, task, config, tmp_path, monkeypatch):
@@ -184,7 +198,7 @@ def test_words_beyond_the_length_count_as_outside(encoder):
     with torch.no_grad():
         part.head_bias[1] = 5.0  # every word that the model sees is an entity
     texts = sorted(set(sentences(40)))
-    classifier = Classifier(encoder.model, part, own_frame(encoder, texts, 24))
+    classifier = Classifier(encoder.model, part, own_frame(encoder, Probe(texts), 24))
     found = predict(classifier, encoder, task, "test", max_length=8)  # six words and two special tokens
     assert found.gold == [tags, tags[:3]]
     assert found.labels == [[1] * 6 + [0] * 14, [1] * 3]

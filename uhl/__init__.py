@@ -2,6 +2,6 @@
 
 from uhl.config import UHLConfig
 from uhl.peft_method import UHLModel
-from uhl.port import port_model
+from uhl.porting import port, port_model
 
-__all__ = ["UHLConfig", "UHLModel", "port_model"]
+__all__ = ["UHLConfig", "UHLModel", "port", "port_model"]

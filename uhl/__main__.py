@@ -1,5 +1,5 @@
-"""Command line: ``uhl fetch | table | pack | restore | inspect | verify | split | join |
-export | bench | search``.
+"""Command line: ``uhl fetch | port | table | pack | restore | inspect | verify | split | join | export | bench |
+search``.
 
 Errors of the package print one line, without a traceback.
 """
@@ -7,14 +7,17 @@ Errors of the package print one line, without a traceback.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from uhl import report, runs, store
+from uhl.config import ARMS
 from uhl.errors import UHLError
 from uhl.fileformat import Header, read_either
 from uhl.grid import PARAMS, Grid, target_of
-from uhl.models import OFFLINE, resolve
+from uhl.models import OFFLINE, load_encoder, resolve
+from uhl.porting import port, predict_texts
 from uhl.runs import Settings, read_yaml
 from uhl.search import METHODS, read_ranges
 from uhl.search import search as search_settings
@@ -34,6 +37,22 @@ def fetch(options: argparse.Namespace) -> None:
         from uhl.sources import vader_text
 
         vader_text()
+
+
+def port_file(options: argparse.Namespace) -> None:
+    """Port an adapter's file to a host without labels and say how well it fits; with ``--texts`` also classify."""
+    adapter, target = store.load(options.file), load_encoder(options.host)
+    source = load_encoder(options.source) if options.source else None
+    made = port(adapter, target, options.task, options.arm, source)
+    for name, value in made.report.items():
+        text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
+        print(f"{name:12s} {text}", file=sys.stderr if options.texts else sys.stdout)
+    if options.texts:
+        if not options.texts.is_file():
+            raise UHLError(f"{options.texts} does not exist; give a file with a text a line")
+        lines = options.texts.read_text(encoding="utf-8").splitlines()
+        for found in predict_texts(adapter, target, made, lines, options.task):
+            print(json.dumps(found, ensure_ascii=False))
 
 
 def table(options: argparse.Namespace) -> None:
@@ -126,6 +145,14 @@ def main() -> None:
     one.add_argument("--profile", default="offline")
     one.add_argument("--model", help="only this model beside the source")
     one.set_defaults(run=fetch)
+    command = commands.add_parser("port", help=port_file.__doc__)
+    command.add_argument("file", type=Path, help="an adapter")
+    command.add_argument("host", help="offline name, folder or hub id")
+    command.add_argument("--task", help="one of the adapter's tasks, where it has several")
+    command.add_argument("--arm", default="anchor", choices=ARMS)
+    command.add_argument("--source", help="the model that the adapter was trained on, where the arm needs it")
+    command.add_argument("--texts", type=Path, help="a text a line, to be classified as JSON lines")
+    command.set_defaults(run=port_file)
     two = commands.add_parser("table", help=table.__doc__)
     two.add_argument("--profile", default="offline")
     two.add_argument("--target", help="only this target's rows")

@@ -1,31 +1,40 @@
-"""Anchors: N unlabelled texts and the source's canonical codes for them, the shared reference between two models.
+"""Anchors: N unlabelled texts and what the source makes of them, the shared reference between two models.
 
-What is stored: the texts (zlib), codes of the *adapted* source that its head reads, (N, C), and codes of the bare
-source's residual stream at a few relative depths, (depths, M, R); all 8-bit, centred and scaled per column. The head's
-are sentence codes, means over a sentence's tokens. The stream's are word codes: for a few words of each text, chosen by
-position alone, the mean over the word's pieces, found by character offsets, so that both sides may cut words
-differently. Their R coordinates are the first of the C canonical ones.
+What is stored: the texts (zlib); for the first of them, codes of the *adapted* source that its head reads, (n, C), and
+codes of the bare source's residual stream at a few relative depths, (depths, M, R); for all of them, the logits that
+the source's head gives. All are 8-bit, centred and scaled per column. A code takes 256 bytes and a logit one, so many
+more texts can be afforded for the few directions that a task reads than for the whole space.
+
+The head reads a sentence (the mean over its tokens), or in a token task a word (its first piece). The stream's are word
+codes: for a few words of each text, chosen by position alone, the mean over the word's pieces. Words are found by
+character offsets, so that both sides may cut them differently. Their R coordinates are the first of the C canonical
+ones.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from uhl.errors import UHLError
 from uhl.frame import LAST
 from uhl.models import Encoder
 from uhl.quant import dequantise, quantise
+from uhl.readers import Kind
 
 DEPTHS = (0.0, 1 / 3, 2 / 3, 1.0)  # of the stream's codes; the embeddings' output is depth 0
 FIRST_WORDS = 32  # of a text, among which words are chosen: later ones may be cut off
+PAIR = "\t"  # between the two parts of a pair's text
+
+Span = tuple[int, int, int]  # a word: part of a pair (0 or 1), first character, end
 
 
 @dataclass
@@ -37,10 +46,10 @@ class Codes:
     centre: Float[Tensor, " C"]
 
     @classmethod
-    def of(cls, codes: Float[Tensor, "N C"]) -> Codes:
-        """Quantise a table."""
+    def of(cls, codes: Float[Tensor, "N C"], bits: int = 8) -> Codes:
+        """Quantise a table. Files hold 8 bits; fewer are there to compare."""
         centre = codes.mean(0).half()
-        values, scale = quantise((codes - centre.float()).T, 8)
+        values, scale = quantise((codes - centre.float()).T, bits)
         return cls(values.contiguous(), scale, centre)
 
     def table(self) -> Float[Tensor, "N C"]:
@@ -48,11 +57,64 @@ class Codes:
         return dequantise(self.values, self.scale).T + self.centre.float()
 
 
+@dataclass(frozen=True)
+class Probe:
+    """What a host is observed on. A *unit* is what a head reads: a text, or in a token task each word of one.
+
+    ``words`` words of each of the first ``coded`` texts (None: of all) are observed by themselves; texts are cut at
+    ``length`` tokens, and no more than ``most`` words of one are looked at (None: all); a pair's two parts are one text
+    with a tab between.
+    """
+
+    texts: Sequence[str]
+    kind: Kind = "sentence"
+    words: int = 0
+    coded: int | None = None
+    length: int = 64
+    most: int | None = FIRST_WORDS
+
+    def first(self) -> Probe:
+        """The coded texts alone."""
+        return replace(self, texts=self.texts[: self.coded], coded=None)
+
+    def spans(self, text: str) -> list[Span]:
+        """The first ``most`` words of a text; a text without words counts as one."""
+        parts = text.split(PAIR, 1) if self.kind == "pair" else [text]
+        found = [(part, *m.span()) for part, words in enumerate(parts) for m in re.finditer(r"\S+", words)]
+        return found[: self.most] or [(0, 0, len(text))]
+
+    def picks(self, text: str) -> list[int]:
+        """Which of these words have codes of the stream: evenly spread; they repeat in short texts."""
+        count = len(self.spans(text))
+        return [(2 * i + 1) * count // (2 * self.words) for i in range(self.words)]
+
+    def units(self) -> list[int]:
+        """How many units each text has."""
+        return [len(self.spans(text)) if self.kind == "token" else 1 for text in self.texts]
+
+    def covered(self) -> bool:
+        """Whether every unit has a code of the head, in order."""
+        return self.coded_units() == list(range(sum(self.units())))
+
+    def coded_units(self) -> list[int]:
+        """The units that have codes of the head: each coded text, or in a token task the words picked from it."""
+        texts = self.first().texts
+        if self.kind != "token":
+            return list(range(len(texts)))
+        starts = [0]
+        for count in self.units():
+            starts.append(starts[-1] + count)
+        return [starts[i] + pick for i, text in enumerate(texts) for pick in self.picks(text)]
+
+
 @dataclass
 class Anchors:
-    """Texts with the codes of the adapted head's input, and of the bare stream at ``depths`` for ``words`` words a text
-    (0: for the whole text). ``reads`` are the head's rows when the source's training ended: tuning on a target changes
-    the head, and must not change how the file is ported.
+    """Texts; codes of what the head of the adapted source reads, a row a coded unit (:meth:`Probe.coded_units`); codes
+    of the bare stream at ``depths`` for ``words`` words of each coded text (0: for the whole text).
+
+    ``reads`` and ``bias`` are the head of ``task`` when the source's training ended: tuning on a target changes the
+    head, and must not change how the file is ported. ``logits`` are what ``reads`` makes of every unit, before the
+    bias; None where every unit has a code. ``kind`` and ``length`` are those of the :class:`Probe`.
     """
 
     texts: list[str]
@@ -62,39 +124,83 @@ class Anchors:
     words: int = 0
     depths: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     reads: Float[Tensor, "labels C"] | None = None
+    bias: Float[Tensor, " labels"] | None = None
+    logits: Codes | None = None
+    kind: Kind = "sentence"
+    length: int = 64
+    task: str | None = None
+
+    def judges(self, task: str) -> bool:
+        """Whether they say what the source's head for this task decides."""
+        return self.reads is not None and self.bias is not None and task == self.task
+
+    def decided(self) -> Float[Tensor, "U labels"]:
+        """The logits of the source's head for every unit. Raises :class:`UHLError` where they do not say."""
+        if self.reads is None or self.bias is None:
+            raise UHLError("these anchors do not hold the source's decisions; pre-train the adapter again")
+        return (self.head.table() @ self.reads.T if self.logits is None else self.logits.table()) + self.bias
+
+    @property
+    def coded(self) -> int:
+        """How many of the texts have codes; they come first."""
+        return self.stream[0].values.shape[1] // max(self.words, 1)
+
+    @property
+    def probe(self) -> Probe:
+        """What to observe another host on."""
+        return Probe(self.texts, self.kind, self.words, self.coded, self.length)
+
+    def cut(
+        self, coded: int | None = None, texts: int | None = None, dims: int | None = None, bits: int = 8
+    ) -> Anchors:
+        """Fewer of them: ``texts`` in all, the first ``coded`` with codes, ``dims`` coordinates of the stream's, all
+        rounded to ``bits``. What loses its codes keeps its logits.
+        """
+        probe = replace(self.probe, texts=self.texts[:texts], coded=min(coded or self.coded, texts or len(self.texts)))
+        rows, words = len(probe.coded_units()), (probe.coded or 0) * max(self.words, 1)
+        head, logits = self.head.table(), None
+        if self.reads is not None and not probe.covered():
+            units = sum(probe.units())
+            logits = Codes.of((head @ self.reads.T if self.logits is None else self.logits.table())[:units], bits)
+        stream = [Codes.of(c.table()[:words, :dims], bits) for c in self.stream]
+        return replace(self, texts=list(probe.texts), head=Codes.of(head[:rows], bits), stream=stream, logits=logits)
 
 
-def word_spans(text: str, count: int) -> list[tuple[int, int]]:
-    """Character spans of ``count`` words, evenly spread over the first :data:`FIRST_WORDS`; they repeat in short texts.
+Piece = tuple[int | None, int, int]  # a token: part of the pair (None: special, or padding), first character, end
 
-    A text without words counts as one.
+
+def pieces_of(pieces: Sequence[Piece], spans: Sequence[Span], first: bool = False) -> Float[Tensor, "words T"]:
+    """Weights that average the pieces of each word, those whose characters it shares, or take the ``first`` of them.
+
+    A word that was cut off gets the mean of all pieces.
     """
-    words = [m.span() for m in re.finditer(r"\S+", text)][:FIRST_WORDS] or [(0, len(text))]
-    return [words[(2 * i + 1) * len(words) // (2 * count)] for i in range(count)]
-
-
-def pieces_of(
-    offsets: Sequence[Sequence[int]], spans: Sequence[tuple[int, int]], live: Sequence[int]
-) -> Float[Tensor, "words T"]:
-    """Weights that average a word's pieces: those whose characters it shares; all tokens where it was cut off."""
-    weights = torch.zeros(len(spans), len(offsets))
-    for row, (start, end) in enumerate(spans):
-        hit = [i for i, (a, b) in enumerate(offsets) if a < b and a < end and b > start and live[i]]
-        hit = hit or [i for i, keep in enumerate(live) if keep]
+    weights = torch.zeros(len(spans), len(pieces))
+    real = [i for i, (part, _, _) in enumerate(pieces) if part is not None] or list(range(len(pieces)))
+    for row, (part, start, end) in enumerate(spans):
+        hit = [i for i, (own, a, b) in enumerate(pieces) if own == part and a < b and a < end and b > start]
+        hit = (hit[:1] if first else hit) or real
         weights[row, hit] = 1 / len(hit)
     return weights
 
 
-def batches(encoder: Encoder, texts: Sequence[str], size: int = 64, max_length: int = 64, **options: bool):  # type: ignore[no-untyped-def]
-    """Yield (row indices, tokenised batch) over ``texts``, sorted by length so that little is padded."""
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+def batches(encoder: Encoder, probe: Probe, size: int = 64) -> Iterator[tuple[list[int], BatchEncoding]]:
+    """Yield (row indices, tokenised batch) over the texts, sorted by length so that little is padded."""
+    most = int(getattr(encoder.model.config, "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
+    length = min(probe.length, encoder.tokenizer.model_max_length, most)
+    order = sorted(range(len(probe.texts)), key=lambda i: len(probe.texts[i]))
     for start in range(0, len(order), size):
         rows = order[start : start + size]
-        chosen = [texts[i] for i in rows]
-        batch = encoder.tokenizer(
-            chosen, padding=True, truncation=True, max_length=max_length, return_tensors="pt", **options
-        )
+        chosen = [probe.texts[i] for i in rows]
+        pairs = [text.partition(PAIR)[::2] for text in chosen] if probe.kind == "pair" else None
+        given = tuple(map(list, zip(*pairs, strict=True))) if pairs else (chosen,)
+        batch = encoder.tokenizer(*given, padding=True, truncation=True, max_length=length, return_tensors="pt")
         yield rows, batch.to(next(encoder.model.parameters()).device)
+
+
+def _pieces(batch: BatchEncoding, place: int) -> list[Piece]:
+    """Tokens of one text of a batch, by part and characters."""
+    made = batch[place]
+    return [(part, *span) for part, span in zip(made.sequence_ids, made.offsets, strict=True)]
 
 
 def sentence_mean(hidden: Float[Tensor, "B T D"], mask: Tensor) -> Float[Tensor, "B D"]:
@@ -108,11 +214,6 @@ def levels_of(output: Any) -> list[Float[Tensor, "B T D"]]:
     return [*output.hidden_states[:-1], output.last_hidden_state]
 
 
-def final_means(encoder: Encoder, texts: Sequence[str]) -> Float[Tensor, "N D"]:
-    """Sentence means of the last states, with whatever is attached to the host."""
-    return level_means(encoder, texts, LAST)
-
-
 def read_levels(model: nn.Module, levels: Sequence[int], **inputs: Any) -> Float[Tensor, "B T D_levels"]:
     """A host's states at ``levels`` (0: the embeddings', -1: the last), one behind the other."""
     if tuple(levels) == LAST:
@@ -122,69 +223,99 @@ def read_levels(model: nn.Module, levels: Sequence[int], **inputs: Any) -> Float
     return torch.cat([states[i] for i in levels], -1)
 
 
-@torch.no_grad()
-def level_means(encoder: Encoder, texts: Sequence[str], levels: Sequence[int]) -> Float[Tensor, "N D_levels"]:
-    """Sentence means of :func:`read_levels`, with whatever is attached to the host."""
-    out = torch.empty(len(texts), len(levels) * encoder.width)
-    for rows, batch in batches(encoder, texts):
+def final_means(encoder: Encoder, texts: Sequence[str]) -> Float[Tensor, "N D"]:
+    """Sentence means of the last states, with whatever is attached to the host."""
+    return unit_states(encoder, Probe(texts), LAST)
+
+
+def units_of(encoder: Encoder, probe: Probe, levels: Sequence[int]) -> list[Float[Tensor, "u D_levels"]]:
+    """States of each text's units at ``levels``, see :func:`read_levels`, with whatever is attached to the host."""
+    found: list[Tensor] = [torch.empty(0)] * len(probe.texts)
+    for rows, batch in batches(encoder, probe):
         hidden = read_levels(encoder.model.eval(), levels, **batch)
-        out[rows] = sentence_mean(hidden, batch["attention_mask"]).cpu()
-    return out
+        for row, units in zip(rows, _units(probe, rows, batch, hidden), strict=True):
+            found[row] = units
+    return found
+
+
+@torch.no_grad()
+def unit_states(encoder: Encoder, probe: Probe, levels: Sequence[int]) -> Float[Tensor, "U D_levels"]:
+    """The same in one table, without gradients and on the CPU."""
+    found = units_of(encoder, probe, levels)
+    return torch.cat(found).cpu() if found else torch.empty(0, len(levels) * encoder.width)
+
+
+def _units(probe: Probe, rows: Sequence[int], batch: BatchEncoding, hidden: Float[Tensor, "B T D"]) -> list[Tensor]:
+    """States of the units of each text of a batch, (units, D) each."""
+    if probe.kind != "token":
+        return list(sentence_mean(hidden, batch["attention_mask"])[:, None].float().unbind())
+    weights = (pieces_of(_pieces(batch, i), probe.spans(probe.texts[r]), first=True) for i, r in enumerate(rows))
+    return [w.to(hidden.device) @ states.float() for w, states in zip(weights, hidden, strict=True)]
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a bare host makes of the anchor texts at each of its levels (the embeddings' output first): sentence means,
-    the chosen words' states, and the second moment of all token states of all levels.
+    """What a bare host makes of a probe at each of its levels (the embeddings' output first): states of the units and
+    of the picked words, and the second moment of all token states of all levels.
     """
 
-    means: Float[Tensor, "levels N D"]
+    units: Float[Tensor, "levels U D"]
     words: Float[Tensor, "levels M D"]
     moment: Float[Tensor, "D D"]
     seconds: float
 
     @property
-    def final(self) -> Float[Tensor, "N D"]:
-        """Sentence means of the last states."""
-        return self.means[-1]
+    def final(self) -> Float[Tensor, "U D"]:
+        """States of the units at the last level."""
+        return self.units[-1]
 
     def level(self, depth: float) -> int:
         """The level nearest to a relative depth."""
-        return round(depth * (len(self.means) - 1))
+        return round(depth * (len(self.units) - 1))
+
+    def cut(self, probe: Probe) -> Observed:
+        """What was seen of the first texts: ``probe`` has fewer than were observed. The moment stays that of all."""
+        words = (len(probe.texts) if probe.coded is None else probe.coded) * probe.words
+        return replace(self, units=self.units[:, : sum(probe.units())], words=self.words[:, :words])
 
     def stream(self, words: int) -> Float[Tensor, "levels M D"]:
         """What the stream's codes belong to: words, or whole texts where ``words`` is 0."""
-        return self.words if words else self.means
+        return self.words if words else self.units
 
 
 @torch.no_grad()
-def observe(encoder: Encoder, texts: Sequence[str], words: int = 0) -> Observed:
+def observe(encoder: Encoder, probe: Probe) -> Observed:
     """Run a bare host over the texts: one pass for a basis, for codes, and for all arms of a port.
 
-    ``words`` a text are observed by themselves. Raises :class:`UHLError` where that needs character offsets and the
-    tokenizer has none.
+    Raises :class:`UHLError` where words are wanted and the tokenizer gives no character offsets.
     """
     begun = time.time()
-    if words and not encoder.tokenizer.is_fast:
+    coded = len(probe.texts) if probe.coded is None else probe.coded
+    if (probe.words or probe.kind == "token") and not encoder.tokenizer.is_fast:
         raise UHLError(
             f"{encoder.name}: its tokenizer gives no character offsets; load a fast one (AutoTokenizer's default)"
         )
-    means = seen = torch.empty(0)
+    starts = torch.tensor([0, *probe.units()]).cumsum(0).tolist()
+    units = words = torch.empty(0)
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
-    for rows, batch in batches(encoder, texts, return_offsets_mapping=bool(words)):
-        offsets, mask = batch.pop("offset_mapping", None), batch["attention_mask"]
+    for rows, batch in batches(encoder, probe):
         states = levels_of(encoder.model.eval()(**batch, output_hidden_states=True))
-        if not len(means):
-            means = torch.empty(len(states), len(texts), encoder.width)
-            seen = torch.empty(len(states), len(texts), words, encoder.width)
-        picks = [
-            pieces_of(offsets[place].tolist(), word_spans(texts[row], words), mask[place].tolist())
-            for place, row in enumerate(rows if words else ())
-        ]
+        if not len(units):
+            units = torch.empty(len(states), starts[-1], encoder.width)
+            words = torch.empty(len(states), coded, probe.words, encoder.width)
+        picked = [(i, r) for i, r in enumerate(rows) if probe.words and r < coded]
+        weights = [_picked(probe, batch, i, r).to(states[0].device) for i, r in picked]
         for level, hidden in enumerate(states):
-            means[level, rows] = sentence_mean(hidden, mask).cpu()
-            tokens = hidden[mask.bool()]
+            for row, made in zip(rows, _units(probe, rows, batch, hidden), strict=True):
+                units[level, starts[row] : starts[row + 1]] = made.cpu()
+            for (place, row), weight in zip(picked, weights, strict=True):
+                words[level, row] = (weight @ hidden[place].float()).cpu()
+            tokens = hidden[batch["attention_mask"].bool()].float()
             moment, count = moment + (tokens.T @ tokens).double().cpu(), count + len(tokens)
-            if words:
-                seen[level, rows] = (torch.stack(picks).to(hidden) @ hidden).cpu()
-    return Observed(means, seen.flatten(1, 2), moment / max(count, 1), time.time() - begun)
+    return Observed(units, words.flatten(1, 2), moment / max(count, 1), time.time() - begun)
+
+
+def _picked(probe: Probe, batch: BatchEncoding, place: int, row: int) -> Float[Tensor, "words T"]:
+    text = probe.texts[row]
+    spans = probe.spans(text)
+    return pieces_of(_pieces(batch, place), [spans[i] for i in probe.picks(text)])

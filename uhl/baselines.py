@@ -25,14 +25,14 @@ from torch import nn
 
 from uhl import budget
 from uhl.adapter import TaskPart
-from uhl.anchors import observe
+from uhl.anchors import Probe, observe
 from uhl.config import Sizes, TrainConfig
 from uhl.errors import one_of
 from uhl.frame import Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
 from uhl.models import Encoder
-from uhl.port import basis_of
+from uhl.porting import basis_of
 from uhl.quant import quantise
 from uhl.tasks import Task
 from uhl.train import Classifier, TrainLog, train
@@ -60,18 +60,18 @@ class Start:
     seconds: float
 
 
-def own_frame(encoder: Encoder, texts: Sequence[str], width: int = 256) -> Frame:
+def own_frame(encoder: Encoder, probe: Probe, width: int = 256) -> Frame:
     """Head coordinates of a host from its own states on unlabelled texts: the same head capacity for every method."""
-    return basis_of(observe(encoder, texts), width).frame(encoder.model, [])
+    return basis_of(observe(encoder, probe), width).frame(encoder.model, [])
 
 
-def start(encoder: Encoder, task: Task, texts: Sequence[str], max_length: int = 64) -> Start:
+def start(encoder: Encoder, task: Task, probe: Probe, max_length: int = 64) -> Start:
     """Fit the head on the bare host. Every method begins there, and `head` stays there."""
     part = TaskPart(Sizes(), task.labels, task.kind)
     for p in (part.embedding, part.bias):
         p.requires_grad_(False)
     device = next(encoder.model.parameters()).device
-    frame = own_frame(encoder, texts).to(device)
+    frame = own_frame(encoder, probe).to(device)
     seconds = fit_head(Classifier(encoder.model, part.to(device), frame), encoder, task, max_length)
     return Start(frame, part, seconds)
 

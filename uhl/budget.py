@@ -15,7 +15,7 @@ import pandas as pd
 
 from uhl import fileformat, host, store
 from uhl.adapter import UHLAdapter
-from uhl.anchors import DEPTHS
+from uhl.anchors import DEPTHS, Anchors
 from uhl.config import WEIGHT_TYPES, Sizes
 from uhl.host import Slot, first_layers
 from uhl.mixer import BASIS
@@ -35,10 +35,13 @@ def part_bytes(
     words: int = 1,
     dims: int | None = None,
     reads: int = 0,
+    heads: int = 1,
+    units: int = 0,
 ) -> dict[str, int]:
-    """Bytes of each part by formula. ``labels``: label count of each task; ``text``: bytes of the packed texts;
-    ``depths``, ``words`` a text and ``dims`` (None: C) of the stream's codes; ``reads``: rows of the head
-    that are kept with them.
+    """Bytes of each part by formula. ``labels``: label count of each task; ``anchors``: texts that have codes;
+    ``text``: bytes of all texts, packed; ``depths``, ``words`` a text and ``dims`` (None: C) of the stream's codes;
+    ``heads`` a text of the head's codes; ``reads``: rows of the head that are kept with them; ``units`` that have
+    logits.
     """
     a, c, h = config.atoms, config.width, config.hidden
     mixer_first, mixer_second = h * (len(WEIGHT_TYPES) + 2), a * (h + 1)
@@ -50,8 +53,9 @@ def part_bytes(
     }
     parts["tasks"] = sum(-(-BASIS * a // 2) + SCALE * BASIS + a + SCALE + n * c + SCALE * n + SCALE * n for n in labels)
     r = dims or c
-    codes = anchors * c + 2 * SCALE * c + depths * (anchors * words * r + 2 * SCALE * r)
-    parts["anchors"] = codes + text + reads * (c + SCALE) if anchors else 0
+    codes = anchors * heads * c + 2 * SCALE * c + depths * (anchors * words * r + 2 * SCALE * r)
+    logits = reads * (units + 2 * SCALE) if units else 0
+    parts["anchors"] = codes + text + reads * (c + 2 * SCALE) + logits if anchors else 0
     return parts
 
 
@@ -81,7 +85,17 @@ def adapter_parts(adapter: UHLAdapter) -> dict[str, int]:
     text, anchors = store.to_tensors(adapter)["anchors.text"].numel(), adapter.anchors
     depths, words, dims = len(anchors.stream), max(anchors.words, 1), len(anchors.stream[0].values)
     reads = 0 if anchors.reads is None else len(anchors.reads)
-    return part_bytes(adapter.config, labels, len(anchors.texts), text, depths, words, dims, reads)
+    units = 0 if anchors.logits is None else anchors.logits.values.shape[1]
+    heads = words if anchors.kind == "token" else 1
+    return part_bytes(adapter.config, labels, anchors.coded, text, depths, words, dims, reads, heads, units)
+
+
+def anchor_bytes(anchors: Anchors, bits: int = 8) -> int:
+    """Bytes of anchors in a file, their codes at ``bits`` (a file's are at 8)."""
+    tables = [anchors.head, *anchors.stream] + ([] if anchors.logits is None else [anchors.logits])
+    codes = sum(-(-bits * t.values.numel() // 8) + 2 * SCALE * len(t.values) for t in tables)
+    reads = 0 if anchors.reads is None else anchors.reads.numel() + 2 * SCALE * len(anchors.reads)
+    return codes + reads + len(store.packed_text(anchors.texts))
 
 
 def routing_flops(config: Sizes, slots: Sequence[Slot], width: int) -> int:

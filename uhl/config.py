@@ -28,7 +28,10 @@ RouterKind = Literal["token", "static"]
 Routing = Literal["layer", "weight", "model"]
 ROUTINGS: tuple[Routing, ...] = ("layer", "weight", "model")
 MAX_FILE = 16 << 20  # bytes of an adapter's file
-ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "shuffled")
+ARMS = (
+    *("dimension", "lineage", "embedding", "anchor", "refresh"),
+    *("zero-atoms", "random-p", "shuffled", "refresh-random"),
+)
 
 
 class _Strict(BaseModel):

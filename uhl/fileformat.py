@@ -14,8 +14,9 @@ One safetensors file with a JSON header. Never pickle, never code. ``A`` atoms, 
 | `task.<name>.head` (where it has labels) | int8 (labels, C), a scale a row            | 258 a label               |
 | `task.<name>.head_bias`                  | float16 (labels)                           | 2 a label                 |
 | `anchors.text`                           | uint8, zlib of the texts joined by newline | as they pack              |
-| `anchors.reads`                          | int8 (labels, C), a scale a row            | 258 a label               |
-| `anchors.head`                           | int8 (C, N), a scale and a centre a row    | C N + 4 C                 |
+| `anchors.reads`, `anchors.bias`          | int8 (labels, C), a scale a row; float16   | 260 a label               |
+| `anchors.logits`, for U units            | int8 (labels, U), a scale and a centre a row | labels (U + 4)          |
+| `anchors.head`, for n coded units        | int8 (C, n), a scale and a centre a row    | C n + 4 C                 |
 | `anchors.stream.<i>`, for W words a text | int8 (R, N W), a scale and a centre a row  | R N W + 4 R each          |
 
 A scale is a float16 tensor `<name>.scale`, at least 2^-14; a value is integer times scale (plus `<name>.centre` for
@@ -48,7 +49,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -57,6 +58,7 @@ from uhl.errors import UHLError
 from uhl.mixer import BASIS, INPUTS
 from uhl.projector import FEATURES, HIDDEN
 from uhl.quant import QMAX, SMALLEST_SCALE, unpack4
+from uhl.readers import Kind
 
 FORMAT, PACK, VERSION, KEY = "uhl-adapter", "uhl-task", "1", "uhl"
 MAX_HEADER = 1 << 20  # bytes
@@ -73,19 +75,34 @@ class TaskEntry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     labels: list[str]
-    kind: Literal["sentence", "pair", "token"]
+    kind: Kind
 
 
 class AnchorEntry(BaseModel):
     """What the header says of the anchors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    count: int = Field(ge=1, le=1 << 20)
+    count: int = Field(ge=1, le=1 << 14)
     origin: str
     words: int = Field(0, ge=0, le=64)  # a text, that the stream's codes belong to; 0: to whole texts
     dims: int | None = Field(None, ge=1)  # of the stream's codes; None: all C
     labels: int = Field(0, ge=0, le=1 << 16)  # rows of the head that the codes were made for; 0: not stored
     depths: list[Share] = Field([], max_length=64)  # of the stream's codes; none, as in older files: evenly, up to 1
+    coded: int | None = Field(None, ge=1)  # texts that have codes, the first ones; None: all
+    units: int = Field(0, ge=0, le=1 << 16)  # that have logits: texts, or their words in a token task; 0: not stored
+    task: str | None = None  # whose head the labels are; None, as in older files: its bias is not stored
+    kind: Kind = "sentence"
+    length: int = Field(64, ge=8, le=1 << 16)  # tokens that a text is cut at
+
+    @model_validator(mode="after")
+    def _coded(self) -> AnchorEntry:
+        if (self.coded or 0) > self.count:
+            raise ValueError(f"{self.coded} texts with codes, of {self.count}")
+        if self.kind == "token" and not self.words:
+            raise ValueError("anchors of a token task without words")
+        if self.units and not self.labels:
+            raise ValueError("logits without a head")
+        return self
 
 
 class Header(BaseModel):
@@ -112,7 +129,7 @@ class PackHeader(BaseModel):
     format: Literal["uhl-task"] = "uhl-task"
     version: Literal["1"] = "1"
     name: str = Field(pattern=r"^[\w.-]{1,64}$")
-    kind: Literal["sentence", "pair", "token"]
+    kind: Kind
     labels: list[str]
     base: str
     sha256: str
@@ -140,10 +157,13 @@ def layout(
         out["anchors.text"] = ("U8", (text,))
         if anchors.labels:
             out |= _rows({"anchors.reads": (anchors.labels, c, 8)})
-        stream = anchors.dims or c, anchors.count * max(anchors.words, 1)
-        tables = {"anchors.head": (c, anchors.count)} | {
-            f"anchors.stream.{i}": stream for i in range(len(anchors.depths))
-        }
+            if anchors.task is not None:
+                out["anchors.bias"] = ("F16", (anchors.labels,))
+        coded, picked = anchors.coded or anchors.count, max(anchors.words, 1)
+        tables = {f"anchors.stream.{i}": (anchors.dims or c, coded * picked) for i in range(len(anchors.depths))}
+        tables["anchors.head"] = c, coded * (picked if anchors.kind == "token" else 1)
+        if anchors.units:
+            tables["anchors.logits"] = anchors.labels, anchors.units
         for name, (rows_, columns) in tables.items():
             out |= {
                 name: ("I8", (rows_, columns)),

@@ -18,7 +18,7 @@ from torch import Tensor
 from uhl.errors import UHLError
 from uhl.models import Encoder
 from uhl.tasks import IGNORE, Task, encode, score
-from uhl.train import Classifier, collator, eval_batches
+from uhl.train import Classifier, collator, eval_batches, predict
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)  # inverse penalties tried on dev
 MOST_ROWS = 20_000  # sentences and words that the regression sees, drawn with a fixed seed
@@ -69,6 +69,20 @@ def fit_head(classifier: Classifier, encoder: Encoder, task: Task, max_length: i
     assert best is not None
     _install(classifier, best[1])
     return time.time() - begun
+
+
+def better_head(classifier: Classifier, encoder: Encoder, task: Task, max_length: int = 64) -> bool:
+    """Fit the head where that is better on dev than the head that is there; whether it was."""
+    part = classifier.part
+    kept = part.head.detach().clone(), part.head_bias.detach().clone()
+    before = predict(classifier, encoder, task, "dev", max_length=max_length).score
+    fit_head(classifier, encoder, task, max_length)
+    if predict(classifier, encoder, task, "dev", max_length=max_length).score > before:
+        return True
+    with torch.no_grad():
+        part.head.copy_(kept[0])
+        part.head_bias.copy_(kept[1])
+    return False
 
 
 def _drawn(count: int) -> list[int]:

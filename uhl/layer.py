@@ -245,7 +245,7 @@ class Attached:
         """The host's frame: the given one, or the dimension frame of the adapter's projector as it stands."""
         if self._fixed is None and self.adapter.config.projector == "canonical":
             raise UHLError(
-                "a canonical adapter has no projectors of its own for this host; make them with uhl.port.port(adapter, "
+                "a canonical adapter has no projectors of its own for this host; make them with uhl.port(adapter, "
                 "host, task) and pass its frame (attach(..., frame), or set_frame on the PEFT model's base_model)"
             )
         frame = self._fixed or dimension_frame(self.adapter.projector, self.slots, self._width)

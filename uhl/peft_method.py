@@ -132,7 +132,7 @@ class UHLModel(BaseTuner):
         return self._attached[name]
 
     def set_frame(self, name: str, frame: Frame | None, scale: float = 1.0, arm: str = "given") -> None:
-        """Give an adapter the frame that a port (by ``arm``) found for this host; see :func:`uhl.port.port_model`."""
+        """Give an adapter the frame that a port (by ``arm``) found for this host; see :func:`uhl.port_model`."""
         self._attached[name].set_frame(frame, scale)
         self._arms[name] = f"the `{arm}` arm at scale {scale:g}"
         LOG.info("%s", self.report(name))

@@ -121,6 +121,28 @@ def gap_recovered(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "gap"])
 
 
+def calibration(profile: str, split: str = "test") -> pd.DataFrame:
+    """How often a ported adapter decides as its source did: ``predicted`` when it was ported, from the anchors, and
+    ``measured`` on a split's examples (a token task: its words); and the scores of both. A row a ported cell and arm.
+    """
+    frame = runs.load_results(profile)
+    scores = frame[frame["split"] == split].set_index(["task", "target", "phase", "arm", "seed"])["score"]
+    rows = []
+    for path in sorted((runs.root() / profile).glob("*/port-*/manifest.json")):
+        entry = json.loads(path.read_text())
+        source = _predictions(path.parent.parent / "pretrain-canonical" / "predictions.npz")
+        said, host = source[f"uhl-canonical/{split}/labels"], entry["parameters"]
+        for arm, made in entry.get("reports", {}).items():
+            if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
+                same = said == _predictions(path.parent / "predictions.npz")[f"{arm}/{split}/labels"]
+                task, target, seed = runs.slug(host["task"]).split(".")[0], host["target"], entry["seed"]
+                own = float(scores[task, host["source"], "source", "uhl-canonical", seed])
+                ported = float(scores[task, target, "zero-shot", arm, seed])
+                rows.append((task, target, seed, arm, made["agreement"], float(same.mean()), own, ported))
+    columns = ["task", "target", "seed", "arm", "predicted", "measured", "source score", "score"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 PAIRS = (
     ("source", "uhl-canonical", "source", "head"),
     ("source", "uhl-dimension", "source", "head"),
@@ -132,6 +154,9 @@ PAIRS = (
     ("zero-shot", "anchor", "zero-shot", "zero-atoms"),
     ("zero-shot", "anchor", "zero-shot", "random-p"),
     ("zero-shot", "anchor", "retrained", "head"),
+    ("zero-shot", "embedding", "zero-shot", "lineage"),
+    ("zero-shot", "refresh", "zero-shot", "anchor"),
+    ("zero-shot", "refresh", "zero-shot", "refresh-random"),
     ("tuned", "anchor", "tuned", "zero-atoms"),
     ("tuned", "anchor", "tuned", "random-p"),
     ("tuned", "dimension", "tuned", "zero-atoms"),

@@ -6,23 +6,25 @@ Every score is that of an adapter read back from its file. Test labels are used 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from uhl import runs, store, tasks
 from uhl.adapter import UHLAdapter
-from uhl.anchors import DEPTHS, Anchors, Codes, Observed, final_means, observe
+from uhl.anchors import DEPTHS, PAIR, Anchors, Codes, Observed, Probe, observe, unit_states
 from uhl.baselines import Start, run_baseline, start
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame
-from uhl.head import fit_head
+from uhl.head import better_head, fit_head
 from uhl.host import find_slots
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
-from uhl.port import Port, basis_of, port, why_not
+from uhl.porting import REFRESHED, Port, Way, basis_of, port, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
@@ -40,18 +42,44 @@ def load_data(settings: Settings) -> Task:
 
 
 def anchor_texts(settings: Settings, task: Task) -> list[str]:
-    """Anchor texts: the task's unlabelled split (in-domain, opt-in) or sentences of no task (generic); seeded."""
-    one_of(settings.anchor_text, ("in-domain", "generic"), "anchor_text")
-    if settings.anchor_text == "in-domain":
-        if "unlabelled" not in task.data:
-            raise UHLError(f"task {task.name} has no unlabelled text; set anchor_text to generic")
-        pool = list(task.data["unlabelled"]["text"])
-    else:
+    """Texts of :func:`probe`, those with codes first; seeded.
+
+    ``anchor_text`` says where the coded ones and the ``more_anchors`` come from: the task's unlabelled split
+    (in-domain, opt-in), its training split without the labels (train, opt-in), or sentences of no task (generic). Of
+    ``more_anchors`` there are as many as there is text; ``generic_anchors`` are sentences of no task.
+    """
+    one_of(settings.anchor_text, ("in-domain", "train", "generic"), "anchor_text")
+    split = {"in-domain": "unlabelled", "train": "train"}.get(settings.anchor_text)
+    if split is None:
         pool = tasks.generic_text()
-    pool = sorted({" ".join(text.split()) for text in pool})
+    elif split not in task.data:
+        raise UHLError(f"task {task.name} has no unlabelled text; set anchor_text to generic, or to train")
+    else:
+        pool = tasks.plain_text(task, split)
+    pool = sorted(set(map(_one_line, pool)))
     if settings.anchors > len(pool):
         raise UHLError(f"{settings.anchors} anchors wanted, {len(pool)} texts there; lower `anchors`")
-    return random.Random(settings.seed).sample(pool, settings.anchors)
+    draw = random.Random(settings.seed)
+    coded = draw.sample(pool, settings.anchors)
+    left = sorted(set(pool) - set(coded))
+    more = draw.sample(left, min(settings.more_anchors, len(left)))
+    if settings.generic_anchors:
+        others = sorted(set(map(_one_line, tasks.generic_text())) - set(pool))
+        more += draw.sample(others, min(settings.generic_anchors, len(others)))
+    return coded + more
+
+
+def _one_line(text: str) -> str:
+    """A text as it is stored: single blanks, and a tab between the two parts of a pair."""
+    return PAIR.join(" ".join(part.split()) for part in text.split(PAIR, 1))
+
+
+def probe(settings: Settings, task: Task) -> Probe:
+    """What source and targets are observed on."""
+    if task.kind == "token" and not settings.anchor_words:
+        raise UHLError("a token task's anchors are words; set anchor_words to 1 or more")
+    texts = anchor_texts(settings, task)
+    return Probe(texts, task.kind, settings.anchor_words, settings.anchors, settings.max_length)
 
 
 def freeze(encoder: Encoder) -> Encoder:
@@ -67,31 +95,46 @@ def make_anchors(
     seen: Observed,
     basis: Basis,
     frame: Frame | None,
-    texts: list[str],
+    probe: Probe,
     origin: str,
-    words: int = 1,
     dims: int | None = None,
 ) -> Anchors:
-    """Codes of a trained source: the head's input with the adapter at work, the bare stream's (``seen``) by depth.
+    """Codes of a trained source: the head's input with the adapter at work, the bare stream's (``seen``) by depth; and
+    its logits where some units of ``probe`` have no code.
 
-    ``seen`` was observed with the same ``words`` a text; of the stream's coordinates the first ``dims`` are kept
-    (None: all).
+    ``seen`` was observed on the same probe; of the stream's coordinates the first ``dims`` are kept (None: all).
     """
-    states, read = seen.stream(words), basis.read[0][:dims]
+    coded, read, part = probe.first(), basis.read[0][:dims], adapter.task(task)
+    states = seen.stream(probe.words)[:, : len(coded.texts) * max(probe.words, 1)]
     stream = [Codes.of(states[seen.level(d)] @ read.T) for d in DEPTHS]
-    with attach(encoder.model, adapter, task, frame) as attached:
+    with attach(encoder.model, adapter, task, frame) as attached, torch.no_grad():
         frame = attached.frame.to(torch.device("cpu"))
-        head = Codes.of(frame.codes(final_means(encoder, texts)).detach())
-    part = adapter.task(task)
+        codes = frame.codes(unit_states(encoder, probe, frame.levels))
+    rows = probe.coded_units()
     reads = fake_quantise(part.head.detach().cpu(), 8) if part.labels else None
-    return Anchors(texts, origin, head, stream, words, DEPTHS, reads)
+    bias = part.head_bias.detach().cpu().half().float() if part.labels else None
+    logits = None if reads is None or probe.covered() else Codes.of(codes @ reads.T)
+    return Anchors(
+        texts=list(probe.texts),
+        origin=origin,
+        head=Codes.of(codes[rows]),
+        stream=stream,
+        words=probe.words,
+        depths=DEPTHS,
+        reads=reads,
+        bias=bias,
+        logits=logits,
+        kind=probe.kind,
+        length=probe.length,
+        task=task if part.labels else None,
+    )
 
 
 def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     """Train an adapter on the source under one projector, write its file, and score the file read back."""
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
-    texts = anchor_texts(settings, task)
-    seen = observe(encoder, texts, settings.anchor_words)
+    asked = probe(settings, task)
+    seen = observe(encoder, asked)
     basis = basis_of(seen, settings.adapter_config(projector).width)
     slots = find_slots(encoder.model)
     frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
@@ -108,17 +151,10 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
         log = train(classifier, encoder, task, config, folder / "trainer", settings.model_dump_json())
     if projector == "canonical":
         origin = f"{settings.anchor_text}, {task.licence}"
+        if settings.generic_anchors:
+            origin += f"; {settings.generic_anchors} generic, {tasks.GENERIC_LICENCE}"
         adapter.anchors = make_anchors(
-            encoder,
-            adapter,
-            settings.task_name,
-            seen,
-            basis,
-            frame,
-            texts,
-            origin,
-            settings.anchor_words,
-            settings.anchor_dims,
+            encoder, adapter, settings.task_name, seen, basis, frame, asked, origin, settings.anchor_dims
         )
     adapter.info = {
         "source": encoder.name,
@@ -150,12 +186,29 @@ def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
             continue
         check_labels(adapter, settings.task_name, task)
         if adapter.anchors and seen is None:
-            seen = observe(target, adapter.anchors.texts, adapter.anchors.words)
-        ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen)
+            seen = observe(target, adapter.anchors.probe)
+        way = Way(refresh_steps=settings.refresh_steps)
+        ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen, way)
         outcome.details["reports"][arm] = ported.report
-        known = {"arm": arm, "phase": "zero-shot", "trainable_params": 0, "seconds": ported.report["seconds"]}
+        if arm in REFRESHED:
+            adapter.info |= {"tuned_on": target.name, "arm": arm, "scale": ported.scale, "port_seed": settings.seed}
+            folder = runs.cell_dir(settings, f"port-{runs.slug(settings.target)}")
+            path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
+            outcome.paths.append(path)
+            adapter = store.load(path)
+        trained = adapter.task(settings.task_name).bias.numel() if arm in REFRESHED else 0
+        known = {"arm": arm, "phase": "zero-shot", "trainable_params": trained, "seconds": ported.report["seconds"]}
         outcome.score_adapter(adapter, path, target, ported.frame, ported.scale, **known)
     return outcome
+
+
+def agreement(settings: Settings, outcome: Outcome, arm: str, split: str = "test") -> float:
+    """Share of a split's decisions that a ported arm shares with the source's own adapter, from its predictions."""
+    path = runs.cell_dir(settings, "pretrain-canonical") / "predictions.npz"
+    with np.load(path) as stored:
+        said = stored[f"uhl-canonical/{split}/labels"]
+    found = np.concatenate([np.atleast_1d(x) for x in outcome.predictions[f"{arm}/{split}"].labels])
+    return float((found == said).mean())
 
 
 def adapter_for(settings: Settings, arm: str) -> tuple[UHLAdapter, Path]:
@@ -204,13 +257,16 @@ def observe_target(settings: Settings) -> Observed:
     adapter, _ = adapter_for(settings, "anchor")
     if adapter.anchors is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    return observe(load_encoder(settings.target), adapter.anchors.texts, adapter.anchors.words)
+    return observe(load_encoder(settings.target), adapter.anchors.probe)
 
 
 def tune_task(
     settings: Settings, adapter: UHLAdapter, target: Encoder, task: Task, ported: Port, folder: Path
 ) -> TrainLog:
-    """The tuning itself: everything but the task bias and the head is frozen."""
+    """The tuning itself: everything but the task bias and the head is frozen.
+
+    The head starts as it was ported, or fitted to the labels, as every baseline's is, where that is better on dev.
+    """
     for p in adapter.parameters():
         p.requires_grad_(False)
     part = adapter.task(settings.task_name)
@@ -227,16 +283,18 @@ def tune_task(
     torch.manual_seed(settings.seed)
     if ported.arm == "zero-atoms":
         classifier = Classifier(target.model, part, ported.frame, None, config)
+        better_head(classifier, target, task, config.max_length)
         return train(classifier, target, task, config, folder, settings.model_dump_json())
     with attach(target.model, adapter, settings.task_name, ported.frame, ported.scale) as attached:
         classifier = Classifier(target.model, part, None, attached, config)
+        better_head(classifier, target, task, config.max_length)
         return train(classifier, target, task, config, folder, settings.model_dump_json())
 
 
 def baseline_start(settings: Settings, host: str) -> Start:
     """The fitted head that all baselines of the `source` or the `target` begin with."""
     task, encoder = load_data(settings), load_encoder(settings.source if host == "source" else settings.target)
-    return start(encoder, task, anchor_texts(settings, task), settings.max_length)
+    return start(encoder, task, replace(probe(settings, task).first(), words=0), settings.max_length)
 
 
 def baseline(settings: Settings, host: str, method: str, begin: Start) -> Outcome:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -89,20 +89,28 @@ def to_tensors(adapter: UHLAdapter) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in sorted(out.items())}
 
 
+def packed_text(texts: Sequence[str]) -> bytes:
+    """Anchor texts as a file holds them."""
+    return zlib.compress("\n".join(texts).encode(), 9)
+
+
 def _anchor_tensors(adapter: UHLAdapter) -> dict[str, Tensor]:
     if adapter.anchors is None:
         return {}
-    text = zlib.compress("\n".join(adapter.anchors.texts).encode(), 9)
+    text = packed_text(adapter.anchors.texts)
     out = {"anchors.text": torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy())}
     if adapter.anchors.reads is not None:
         out["anchors.reads"], out["anchors.reads.scale"] = quantise(adapter.anchors.reads, 8)
+        if adapter.anchors.bias is not None:
+            out["anchors.bias"] = to_half(adapter.anchors.bias)
     for name, codes in _code_tables(adapter.anchors).items():
         out |= {name: codes.values, f"{name}.scale": codes.scale, f"{name}.centre": codes.centre}
     return out
 
 
 def _code_tables(anchors: Anchors) -> dict[str, Codes]:
-    return {"anchors.head": anchors.head} | {f"anchors.stream.{i}": c for i, c in enumerate(anchors.stream)}
+    found = {"anchors.head": anchors.head} | {f"anchors.stream.{i}": c for i, c in enumerate(anchors.stream)}
+    return found if anchors.logits is None else found | {"anchors.logits": anchors.logits}
 
 
 def _anchor_entry(anchors: Anchors) -> AnchorEntry:
@@ -113,6 +121,11 @@ def _anchor_entry(anchors: Anchors) -> AnchorEntry:
         dims=len(anchors.stream[0].values),
         labels=0 if anchors.reads is None else len(anchors.reads),
         depths=list(anchors.depths),
+        coded=anchors.coded,
+        units=0 if anchors.logits is None else anchors.logits.values.shape[1],
+        kind=anchors.kind,
+        length=anchors.length,
+        task=anchors.task,
     )
 
 
@@ -284,7 +297,26 @@ def _read_anchors(entry: AnchorEntry, tensors: dict[str, Tensor]) -> Anchors:
 
     stream = [codes(f"anchors.stream.{i}") for i in range(len(entry.depths))]
     reads = dequantise(tensors["anchors.reads"], tensors["anchors.reads.scale"]) if entry.labels else None
-    return Anchors(texts, entry.origin, codes("anchors.head"), stream, entry.words, tuple(entry.depths), reads)
+    made = Anchors(
+        texts,
+        entry.origin,
+        codes("anchors.head"),
+        stream,
+        entry.words,
+        tuple(entry.depths),
+        reads,
+        tensors["anchors.bias"].float() if entry.task is not None and entry.labels else None,
+        codes("anchors.logits") if entry.units else None,
+        entry.kind,
+        entry.length,
+        entry.task,
+    )
+    units = sum(made.probe.units())
+    if entry.units and units != entry.units:
+        raise UHLError(f"the anchor texts have {units} units, {entry.units} promised")
+    if not entry.units and len(made.probe.coded_units()) != units:
+        raise UHLError("anchor texts that have neither codes nor logits")
+    return made
 
 
 def describe(path: str | Path) -> str:
@@ -313,8 +345,9 @@ def describe(path: str | Path) -> str:
         for name, task in header.tasks.items()
     ]
     if header.anchors:
-        words = f", {header.anchors.words} words of each" if header.anchors.words else ""
-        lines.append(f"anchors    {header.anchors.count} texts{words} ({header.anchors.origin})")
+        a = header.anchors
+        codes = f"{a.coded or a.count} with codes" + (f" and those of {a.words} words of each" if a.words else "")
+        lines.append(f"anchors    {a.count} texts, {codes} ({a.origin})")
     sizes = budget.file_bytes(path)
     lines += [f"bytes      {part:10s} {count:9,}" for part, count in sizes.items() if count]
     return "\n".join(lines)

@@ -197,7 +197,7 @@ def quality(pupil: Encoder, teacher: Encoder, texts: list[str]) -> dict[str, flo
     from scipy.stats import spearmanr
 
     from uhl.anchors import final_means
-    from uhl.port import ridge
+    from uhl.porting import ridge
 
     near, far = final_means(pupil, texts), final_means(teacher, texts)
     fit = ridge(near[::2], far[::2])

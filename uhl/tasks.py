@@ -94,6 +94,7 @@ def load_task(task: str | TaskSpec) -> Task:
 
 
 OFFLINE = {"movies": "movieReviewSnippets", "amazon": "amazonReviewSnippets"}
+GENERIC_LICENCE = "MIT"
 GENERIC = {"editorials": "nytEditorialSnippets", "tweets": "tweets"}
 
 
@@ -132,6 +133,16 @@ def _offline_task(name: str) -> Task:
 def generic_text() -> list[str]:
     """Public sentences of no task's domain (editorials and tweets), in a fixed order."""
     return [text for name in GENERIC for text in rated_sentences(name)["text"]]
+
+
+def plain_text(task: Task, split: str) -> list[str]:
+    """A split's texts without their labels: words joined by blanks, a pair's two parts by a tab."""
+    rows = task.data[split]
+    if "tokens" in rows.column_names:
+        return [" ".join(words) for words in rows["tokens"]]
+    if "text_pair" in rows.column_names:
+        return [f"{a}\t{b}" for a, b in zip(rows["text"], rows["text_pair"], strict=True)]
+    return list(rows["text"])
 
 
 # --- tokenisation and metrics ----------------------------------------------------------------------------------------

@@ -37,12 +37,15 @@ NAMES = {
     "zero-atoms": "ported head, no atoms",
     "random-p": "ported head, random P",
     "shuffled": "shuffled anchors",
+    "refresh": "anchor, refreshed",
+    "refresh-random": "refreshed, random P",
 }
 ORDER = (
     *("no-adapter", "head", "uhl-dimension", "uhl-canonical", "lora-r8", "full"),
-    *("dimension", "lineage", "anchor", "zero-atoms", "random-p", "shuffled"),
+    *("dimension", "lineage", "embedding", "anchor", "refresh"),
+    *("zero-atoms", "random-p", "shuffled", "refresh-random"),
 )
-CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled")
+CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled", "refresh-random")
 OURS, CONTROL, BASELINE = "#0b6e99", "#b0b0b0", "#d98032"
 WAYS = {"bare": "#404040", "LoRA r8": BASELINE, "dense": CONTROL, "gather": OURS, "reference": "#7a5195"}
 WAYS |= {"gather, compiled": "#3aa655"}  # of one weight's update
@@ -122,6 +125,56 @@ def arm_scores(table: pd.DataFrame, title: str, ax: Axes | None = None) -> Figur
     ax.set_yticks(y, [NAMES.get(a, a) for a in table["arm"]])
     ax.set(title=title, xlabel="test score, %", ylim=(-0.6, len(table) - 0.3))
     return ax.figure  # type: ignore[return-value]
+
+
+def calibration(table: pd.DataFrame) -> Figure:
+    """Predicted against measured agreement with the source, a point a ported cell; from :func:`report.calibration`."""
+    fig, ax = plt.subplots(figsize=(4.6, 4.2))
+    shown = table.assign(arm=[NAMES.get(a, a) for a in table["arm"]])
+    sns.scatterplot(shown, x="predicted", y="measured", hue="arm", style="target", s=60, ax=ax)
+    low = min(0.5, float(table[["predicted", "measured"]].min().min()) - 0.02)
+    ax.plot([low, 1], [low, 1], color=CONTROL, linewidth=1, zorder=0)
+    ax.set(title="Decides as the source does", xlabel="predicted from the anchors", ylabel="measured on test")
+    ax.set(xlim=(low, 1), ylim=(low, 1))
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    return fig
+
+
+def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
+    """Dev scores of the attempts of notebook 07, by group; the band is one standard error about the best of a group."""
+    groups = list(dict.fromkeys(table["group"]))
+    sizes = [int((table["group"] == g).sum()) for g in groups]
+    fig, axes = plt.subplots(
+        len(groups),
+        1,
+        figsize=(7.5, 0.27 * sum(sizes) + 0.55 * len(groups)),
+        squeeze=False,
+        sharex=True,
+        height_ratios=[n + 1 for n in sizes],
+    )
+    for ax, group in zip(axes[:, 0], groups, strict=True):
+        rows = table[table["group"] == group]
+        y = np.arange(len(rows))[::-1]
+        ax.axvspan(rows["dev"].max() - error, rows["dev"].max(), color=CONTROL, alpha=0.3, linewidth=0)
+        ax.scatter(
+            rows["dev"], y, color=[CONTROL if a.startswith("random-p") else OURS for a in rows["attempt"]], zorder=3
+        )
+        ax.set_yticks(y, rows["attempt"], fontsize=8)
+        ax.set(title=group, ylim=(-0.7, len(rows) - 0.3))
+    axes[-1, 0].set_xlabel("dev score, %")
+    fig.tight_layout()
+    return fig
+
+
+def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
+    """Dev score against the bytes that anchors take, for the attempts that change them."""
+    shown = table[table["group"].isin(["texts", "dims", "bits"])]
+    fig, ax = plt.subplots(figsize=(6, 3.6))
+    sns.scatterplot(shown, x="bytes", y="dev", hue="group", style="group", s=70, ax=ax)
+    ax.set(title="Dev score against the bytes of the anchors", xlabel="bytes", ylabel="dev score, %", xscale="log")
+    ax.axvline(1e6, color=CONTROL, linestyle="--", linewidth=1)
+    ax.legend(title=None)
+    return fig
 
 
 def panels(table: pd.DataFrame, phases: Sequence[str]) -> Figure:

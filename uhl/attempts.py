@@ -1,0 +1,165 @@
+"""What moves between models: an anchored port made in other ways, and from fewer anchors, measured on dev.
+
+Notebook 07 shows the results. One adapter, trained once, serves all attempts: its anchors are cut or exchanged, its
+dictionary stays. Scores are of dev: they are there to choose by, not to report.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from sklearn.cluster import KMeans
+from torch import Tensor
+
+from uhl import budget, tasks
+from uhl.adapter import UHLAdapter
+from uhl.anchors import Anchors, Probe, final_means, observe
+from uhl.errors import UHLError, one_of
+from uhl.host import find_slots
+from uhl.models import Encoder
+from uhl.peft_method import attach
+from uhl.porting import Way, port, source_basis
+from uhl.runs import Settings
+from uhl.stages import make_anchors
+from uhl.tasks import Task
+from uhl.train import Classifier, predict
+
+CHOICES = ("random", "k-means", "leverage", "determinantal")
+GROUPS = ("head", "maps", "scale", "texts", "dims", "bits", "choice")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to port. ``coded``, ``texts``, ``dims`` and ``bits`` are those of :meth:`Anchors.cut`; ``choice`` draws
+    the coded texts anew from the source's unlabelled text.
+    """
+
+    group: str
+    name: str
+    arm: str = "anchor"
+    way: Way = field(default_factory=Way)
+    coded: int | None = None
+    texts: int | None = None
+    dims: int | None = None
+    bits: int = 8
+    choice: str | None = None
+
+
+def attempts(anchors: Anchors, groups: Sequence[str] = GROUPS) -> list[Attempt]:
+    """The attempts of some groups, for a file's anchors."""
+    for group in groups:
+        one_of(group, GROUPS, "group of attempts")
+    return [attempt for attempt in _all(anchors) if attempt.group in groups]
+
+
+def _all(anchors: Anchors) -> Iterator[Attempt]:
+    last, bare = Way(reads="last"), Way(scales=(0.0,))
+    yield Attempt("head", "head on the last states, no atoms", "zero-atoms", last)
+    yield Attempt("head", "head on the upper half of the levels, no atoms", "zero-atoms")
+    yield Attempt("head", "the same without the texts that have logits alone", "zero-atoms", texts=anchors.coded)
+    for maps in ("shared", "level"):
+        yield Attempt("maps", f"{maps} maps, scale 1", way=Way(maps=maps, scales=(1.0,)))
+    for scale in (0.5, 1.0, 2.0, 4.0):
+        for arm in ("anchor", "random-p"):
+            yield Attempt("scale", f"{arm}, scale {scale:g}", arm, Way(scales=(scale,)))
+    yield Attempt("scale", "anchor, scale chosen without labels")
+    counts = [n for n in (64, 128, 256, 512, 1024) if n <= anchors.coded]
+    for count in counts:
+        yield Attempt("texts", f"{count} coded texts alone", coded=count, texts=count)
+    for count in counts[:-1]:
+        yield Attempt("texts", f"{count} coded texts, logits of all", coded=count)
+    if len(anchors.texts) > anchors.coded + 500:
+        yield Attempt("texts", f"{anchors.coded} coded texts, logits of 500 more", texts=anchors.coded + 500)
+    for dims in (32, 64, 128, 256):
+        yield Attempt("dims", f"{dims} coordinates", dims=dims)
+    for bits in (8, 4):
+        yield Attempt("bits", f"{bits}-bit codes", bits=bits)
+    for count in counts[:2]:
+        for choice in CHOICES:
+            yield Attempt("choice", f"{count} texts, {choice}", way=bare, coded=count, texts=count, choice=choice)
+
+
+def measure(
+    settings: Settings, adapter: UHLAdapter, source: Encoder, target: Encoder, task: Task, tried: Sequence[Attempt]
+) -> pd.DataFrame:
+    """Port ``adapter`` by each attempt and score it on dev: columns group, attempt, bytes of the file's anchors, texts,
+    scale, explained (of the source's logits), agreement, dev.
+    """
+    whole = adapter.anchors
+    if whole is None:
+        raise UHLError("the adapter has no anchors; pre-train a canonical one")
+    seen = observe(target, whole.probe)
+    rows = []
+    try:
+        for a in tried:
+            anchors = whole.cut(a.coded, a.texts, a.dims, a.bits)
+            if a.choice:
+                anchors = chosen(settings, adapter, source, task, a.choice, anchors.coded)
+            adapter.anchors = anchors
+            own = observe(target, anchors.probe) if a.choice else seen.cut(anchors.probe)
+            made = port(adapter, target, settings.task_name, a.arm, seed=settings.seed, seen=own, way=a.way)
+            bare = a.arm == "zero-atoms"
+            atoms = nullcontext() if bare else attach(target.model, adapter, settings.task_name, made.frame, made.scale)
+            with atoms as attached:
+                classifier = Classifier(target.model, adapter.task(settings.task_name), made.frame, attached)
+                found = predict(classifier, target, task, "dev", max_length=settings.max_length)
+            size = budget.anchor_bytes(anchors, a.bits)
+            known = (made.scale, made.report.get("final_fit"), made.report.get("agreement"), found.score)
+            rows.append((a.group, a.name, size, len(anchors.texts), *known))
+            adapter.anchors = whole
+    finally:
+        adapter.anchors = whole
+    columns = ["group", "attempt", "bytes", "texts", "scale", "explained", "agreement", "dev"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def chosen(settings: Settings, adapter: UHLAdapter, source: Encoder, task: Task, choice: str, count: int) -> Anchors:
+    """Anchors of a trained adapter made anew from ``count`` of the task's unlabelled texts."""
+    pool = sorted({" ".join(t.split()) for t in tasks.plain_text(task, "unlabelled")})
+    texts = [pool[i] for i in select(final_means(source, pool), choice, count, settings.seed)]
+    basis = source_basis(adapter, source)
+    frame = basis.frame(source.model, find_slots(source.model, adapter.config.types))
+    probe = Probe(texts, task.kind, settings.anchor_words, None, settings.max_length)
+    return make_anchors(source, adapter, settings.task_name, observe(source, probe), basis, frame, probe, "attempt")
+
+
+def select(states: Float[Tensor, "n D"], choice: str, count: int, seed: int = 0) -> list[int]:
+    """Rows to keep: at random; those nearest to k-means centres; drawn by ridge leverage scores; or greedily, each the
+    one that the others explain least (near the mode of a determinantal process with a Gaussian kernel; pivoted Cholesky
+    factors). Raises :class:`UHLError` for more rows than there are.
+    """
+    one_of(choice, CHOICES, "choice of anchors")
+    if count > len(states):
+        raise UHLError(f"{count} texts to choose, {len(states)} there")
+    x = (states - states.mean(0)).double().numpy()
+    draw = np.random.default_rng(seed)
+    if choice == "random":
+        return sorted(random.Random(seed).sample(range(len(x)), count))
+    if choice == "k-means":
+        distances = KMeans(count, n_init=1, random_state=seed).fit(x).transform(x)
+        kept: list[int] = []
+        for centre in distances.T:
+            kept.append(next(int(i) for i in np.argsort(centre) if int(i) not in kept))
+        return sorted(kept)
+    if choice == "leverage":
+        left, values, _ = np.linalg.svd(x, full_matrices=False)
+        scores = (left**2 * (values**2 / (values**2 + (values**2).mean()))).sum(1)
+        return sorted(map(int, draw.choice(len(x), count, replace=False, p=scores / scores.sum())))
+    square = (x**2).sum(1)
+    apart = np.maximum(square[:, None] + square - 2 * x @ x.T, 0)
+    kernel = np.exp(-apart / np.median(apart))
+    factors, left_over, order = np.zeros((len(x), count)), np.ones(len(x)), []
+    for step in range(count):
+        best = int(left_over.argmax())
+        order.append(best)
+        column = (kernel[:, best] - factors[:, :step] @ factors[best, :step]) / np.sqrt(max(left_over[best], 1e-12))
+        factors[:, step] = column
+        left_over = left_over - column**2
+        left_over[order] = -np.inf
+    return sorted(order)

@@ -1,0 +1,503 @@
+"""Port an adapter to another host: obtain the host's frame, without labels.
+
+| arm          | readers and writers of the target                                  | needs                    |
+|--------------|--------------------------------------------------------------------|--------------------------|
+| `dimension`  | the projector's network h_psi(d)                                   | a `dimension` adapter    |
+| `lineage`    | the source's own basis, as it is                                   | equal widths, the source |
+| `embedding`  | the source's basis behind ridge regressions between token embeddings | the source, its vocabulary |
+| `anchor`     | ridge regressions between the target's and the source's anchor codes | the file's anchors     |
+| `refresh`    | `anchor`, then label-free steps on the task's bias (:mod:`uhl.refresh`) | the file's anchors   |
+| `zero-atoms` | control: `anchor` for the head, no atoms                           | the file's anchors       |
+| `random-p`   | control: `anchor` for the head, atoms behind a random orthogonal P | the file's anchors       |
+| `shuffled`   | control: `anchor` with the anchors' codes permuted                 | the file's anchors       |
+| `refresh-random` | control: `refresh` with atoms behind a random orthogonal P     | the file's anchors       |
+
+The anchored port runs the target over the anchor texts once. The stream's reader M solves
+min ||H M^T - Z||^2 + ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer
+N solves the reverse. The head's reader is the same regression from what a head reads (sentence means, or words) at
+several levels to the *adapted* source's codes, fitted with the atoms in place; the directions that the task's logits
+need are fitted on more texts than the others. How much of the atoms to use is the scale in :data:`SCALES` at which the
+source's logits are reproduced best; 0 is allowed. How often the target will decide as the source did is predicted from
+the same texts, each left out of its own fit (``agreement`` in the report).
+
+A target whose weights are the source's own, by their hash, gets the source's own frame.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from uhl.adapter import UHLAdapter
+from uhl.anchors import Anchors, Observed, Probe, observe, unit_states
+from uhl.config import ARMS, _Strict
+from uhl.errors import UHLError, one_of
+from uhl.frame import LAST, Basis, Frame, canonical_basis, dimension_frame
+from uhl.host import Slot, find_slots
+from uhl.models import Encoder
+from uhl.peft_method import attach, tuner_of
+
+SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
+REFRESHED = ("refresh", "refresh-random")
+FEWEST_SHARED = 256  # entries of two vocabularies
+FREE = 0.1  # least share of the rows that a regression leaves as degrees of freedom
+PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squared singular value
+
+
+@dataclass
+class Fit:
+    """A ridge regression Y = X B + c, a penalty for each column of Y, and what it explains of Y's variance.
+
+    ``explained`` is 1 - (sum over columns of GCV) / (sum of variances): an estimate for unseen rows; ``columns`` the
+    same for each column. ``left_out`` predicts each row from all others.
+    """
+
+    matrix: Float[Tensor, "D C"]
+    shift: Float[Tensor, " C"]
+    penalty: Float[Tensor, " C"]
+    explained: float
+    columns: Float[Tensor, " C"]
+    left_out: Float[Tensor, "rows C"]  # all of them, or none
+
+
+def ridge(
+    x: Float[Tensor, "n D"], y: Float[Tensor, "n C"], centre: bool = True, each: bool = True, held: bool = True
+) -> Fit:
+    """Ridge regression in float64; generalised cross-validation chooses each column's penalty (Golub et al. 1979).
+
+    GCV_c(l) = n ||y_c - y_c,l||^2 / (n - df_l)^2 with df_l the trace of the smoother. Columns differ in how well they
+    can be predicted (leading directions well, the tail hardly), so one penalty for all would fit neither. Where the
+    columns are a host's own coordinates, which may be turned at will, ``each`` is false: one penalty for all, chosen
+    for their sum. ``centre`` adds an intercept, ``held`` wants ``left_out``. Penalties that leave fewer than
+    :data:`FREE` of the rows as degrees of freedom are not considered: near interpolation GCV is 0 / 0. Raises
+    :class:`UHLError` for fewer than 16 rows.
+    """
+    if len(x) < 16:
+        raise UHLError(f"{len(x)} anchors are too few for a regression; use at least 16")
+    x, y = x.double(), y.double()
+    x_mean, y_mean = (t.mean(0) if centre else torch.zeros_like(t[0]) for t in (x, y))
+    left, values, right = _svd(x - x_mean)
+    target = left.T @ (y - y_mean)  # (r, C)
+    total = (y - y_mean).pow(2).sum(0)  # (C,)
+    outside = total - target.pow(2).sum(0)
+    power = values.pow(2)
+    penalties = torch.tensor(PENALTIES, dtype=x.dtype) * power.sum() / min(x.shape)
+    shrink = power / (power + penalties[:, None])  # (penalties, r)
+    residual = outside + (1 - shrink).pow(2) @ target.pow(2)  # (penalties, C)
+    free = len(x) - shrink.sum(1) - float(centre)
+    gcv = len(x) * residual / free[:, None].clamp_min(1e-9) ** 2
+    gcv[free < FREE * len(x)] = torch.inf
+    best = (gcv if each else gcv.sum(1, keepdim=True).expand_as(gcv)).argmin(0)  # (C,)
+    gcv = gcv.gather(0, best[None])[0]
+    inverse = values[:, None] / (power[:, None] + penalties[best])  # (r, C)
+    matrix = right.T @ (inverse * target)
+    explained = 1 - float(gcv.sum() / (total.sum() / len(x)).clamp_min(1e-12))
+    columns = 1 - gcv / (total / len(x)).clamp_min(1e-12)
+    left_out = y[:0]
+    if held:
+        leverage = left.pow(2) @ shrink[best].T + (1 / len(x) if centre else 0.0)  # (n, C), a row's share in its fit
+        left_out = y - (y - y_mean - left @ (shrink[best].T * target)) / (1 - leverage).clamp_min(1e-9)
+    shift = (y_mean - x_mean @ matrix).float()
+    return Fit(matrix.float(), shift, penalties[best].float(), explained, columns, left_out)
+
+
+def _svd(x: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values (n, r), (r,), (r, D), through the smaller Gram matrix; none of no size."""
+    wide = x.shape[0] < x.shape[1]
+    power, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
+    keep = power > 1e-13 * power.max()
+    values, vectors = power[keep].sqrt(), vectors[:, keep]
+    if wide:
+        return vectors, values, (vectors.T @ x) / values[:, None]
+    return (x @ vectors) / values, values, vectors.T
+
+
+class Way(_Strict):
+    """How an anchored port is made. What is not the default is there to compare; notebook 07 does."""
+
+    maps: Literal["shared", "level"] = Field("shared", description="one pair of maps of the stream, or a pair a level")
+    reads: Literal["upper", "last"] = Field("upper", description="levels that the head reads: upper half, or the last")
+    scales: tuple[float, ...] | None = Field(None, description="of the atoms, tried on the anchors; None: SCALES")
+    refresh_steps: int = Field(200, ge=1, description="of the arms that refresh")
+
+
+@dataclass
+class Port:
+    """A ported adapter's frame and scale, and a report: weights, fits, scales tried, seconds."""
+
+    arm: str
+    frame: Frame
+    scale: float
+    report: dict[str, object] = field(default_factory=dict)
+
+
+def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | None = None) -> str | None:
+    """Why a cell is not defined, or None when it is."""
+    one_of(arm, ARMS, "arm")
+    if (arm == "dimension") != (adapter.config.projector == "dimension"):
+        return f"arm {arm} is not defined for an adapter trained under the {adapter.config.projector} projector"
+    if arm in {"lineage", "embedding"} and source is None:
+        return f"arm {arm} needs the source model"
+    if arm == "lineage" and source is not None and source.width != target.width:
+        return f"arm lineage needs equal widths; the source has {source.width}, the target {target.width}"
+    if arm == "embedding" and source is not None:
+        if len(_shared(source, target)[0]) < FEWEST_SHARED:
+            return f"arm embedding needs a shared vocabulary; {source.name} and {target.name} have almost none"
+        if any(_embeddings(e).shape[1] != e.width for e in (source, target)):
+            return "arm embedding needs token embeddings of the stream's width"
+    if arm not in {"dimension", "lineage", "embedding"} and adapter.anchors is None:
+        return f"arm {arm} needs anchors, and the adapter's file has none"
+    if arm in REFRESHED and (adapter.anchors is None or adapter.anchors.bias is None):
+        return f"arm {arm} needs anchors that hold the source's decisions; pre-train the adapter again"
+    if arm in REFRESHED and adapter.info.get("tuned_on") and adapter.info.get("arm") not in REFRESHED:
+        return f"arm {arm} starts from the source's head, and this file was tuned on {adapter.info['tuned_on']}"
+    return None
+
+
+def _embeddings(encoder: Encoder) -> Float[Tensor, "vocabulary D"]:
+    """Token embeddings, detached."""
+    found: Tensor = encoder.model.get_input_embeddings().weight  # type: ignore[operator,assignment]
+    return found.detach().cpu().float()
+
+
+def port(
+    adapter: UHLAdapter,
+    target: Encoder,
+    task: str | None = None,
+    arm: str = "anchor",
+    source: Encoder | None = None,
+    seed: int = 0,
+    seen: Observed | None = None,
+    way: Way | None = None,
+) -> Port:
+    """The target's frame for ``adapter``. No labels are used. Raises :class:`UHLError` for an undefined cell.
+
+    ``task`` may be left out where the adapter has one. The report says how well the maps fit at each depth, what scales
+    of the atoms were tried, and how often the target will decide as the source did.
+    ``source`` is needed by `lineage` and `embedding` alone; ``seed`` draws the controls; ``seen`` spares observing the
+    target again when several arms are ported with the same anchors (its seconds are counted all the same). `refresh`
+    sets the task's bias in ``adapter``.
+    """
+    reason = why_not(adapter, target, arm, source)
+    if reason:
+        raise UHLError(reason)
+    begun, task, way = time.time(), task or _only_task(adapter), way or Way()
+    slots = find_slots(target.model, adapter.config.types)
+    if arm == "dimension":
+        with torch.no_grad():
+            done = Port(arm, dimension_frame(adapter.projector, slots, target.width), 1.0)
+    elif arm == "lineage":
+        assert source is not None
+        done = Port(arm, source_basis(adapter, source).frame(target.model, slots), 1.0)
+    elif arm == "embedding":
+        assert source is not None
+        basis, explained = _embedding_basis(source_basis(adapter, source), source, target)
+        done = Port(arm, basis.frame(target.model, slots), 1.0, {"stream_fit": [round(explained, 4)]})
+    else:
+        assert adapter.anchors is not None
+        again = seen
+        seen = seen or observe(target, adapter.anchors.probe)
+        own = target.revision != "unknown" and target.revision == adapter.info.get("revision")
+        if own and arm in {"anchor", "zero-atoms", "refresh"}:  # the source itself: its own basis, no regression
+            frame = basis_of(seen, adapter.config.width).frame(target.model, slots)
+            done = Port(arm, frame, float(arm != "zero-atoms"))
+        else:
+            done = _anchored(adapter, target, task, arm, slots, seed, seen, way)
+        if arm in REFRESHED:
+            from uhl.refresh import refresh
+
+            done.report |= refresh(adapter, target, task, done.frame, done.scale, seed, way.refresh_steps)
+        begun -= seen.seconds if again else 0.0
+    done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
+    return done
+
+
+def _only_task(adapter: UHLAdapter) -> str:
+    if len(adapter.tasks) != 1:
+        raise UHLError(f"name one of the adapter's tasks: {', '.join(adapter.tasks) or 'it has none'}")
+    return next(iter(adapter.tasks))
+
+
+def port_model(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, name: str = "default", arm: str = "anchor"
+) -> Port:
+    """Port an adapter that a PEFT model carries to that model, and put the frame to work in it. No labels are used.
+
+    The host is an encoder, or a decoder, with any head on it; its other adapters are left alone. Raises
+    :class:`UHLError` for an arm that the adapter does not allow, or that needs its source model.
+    """
+    tuner = tuner_of(model)
+    if name not in tuner.uhl_adapters:
+        raise UHLError(f"the model has no adapter {name!r}; it has {', '.join(tuner.uhl_adapters) or 'none'}")
+    adapter, host = tuner.uhl_adapters[name], tuner.model
+    assert isinstance(adapter, UHLAdapter)
+    inner = getattr(host, "base_model", host)  # transformers' name for a model without its head
+    if getattr(getattr(host, "config", None), "is_encoder_decoder", False):
+        raise UHLError("a model with encoder and decoder has no single stream of states to port to")
+    prefix = next(path for path, module in host.named_modules() if module is inner)
+    with tuner.bare():
+        target = Encoder(str(getattr(host.config, "_name_or_path", "")), inner, tokenizer, "unknown")
+        done = port(adapter, target, tuner.attached(name).task_name, arm)
+    pairs = {f"{prefix}.{path}" if prefix else path: pair for path, pair in done.frame.slots.items()}
+    tuner.set_frame(name, replace(done.frame, slots=pairs), done.scale, arm)
+    return done
+
+
+def predict_texts(
+    adapter: UHLAdapter, target: Encoder, ported: Port, texts: Sequence[str], task: str | None = None
+) -> list[dict[str, object]]:
+    """What a ported adapter says of texts: ``text``, its ``label`` (of a token task: a list, a label a word) and the
+    ``probability`` of that. The two parts of a pair are divided by a tab.
+    """
+    task = task or _only_task(adapter)
+    part = adapter.task(task)
+    length = adapter.anchors.length if adapter.anchors else 64
+    probe = Probe(texts, part.kind, length=length, most=None)  # type: ignore[arg-type]
+    bare = ported.arm == "zero-atoms"
+    with nullcontext() if bare else attach(target.model, adapter, task, ported.frame, ported.scale), torch.no_grad():
+        states = unit_states(target, probe, ported.frame.levels)
+        found = part.classify(ported.frame.codes(states).to(part.head.device)).softmax(-1).cpu()
+    out: list[dict[str, object]] = []
+    for text, rows in zip(texts, found.split(probe.units()), strict=True):
+        best = rows.max(-1)
+        label: object = [part.labels[i] for i in best.indices.tolist()]
+        probability: object = [round(p, 4) for p in best.values.tolist()]
+        if part.kind != "token":
+            (label,), (probability,) = label, probability  # type: ignore[misc,has-type]
+        out.append({"text": text, "label": label, "probability": probability})
+    return out
+
+
+def source_basis(adapter: UHLAdapter, source: Encoder) -> Basis:
+    """The basis that a `canonical` adapter was trained in: principal directions of its source over its anchors."""
+    if adapter.anchors is None:
+        raise UHLError("the adapter has no anchor texts to take the source's basis from")
+    return basis_of(observe(source, replace(adapter.anchors.probe, words=0)), adapter.config.width)
+
+
+def _shared(source: Encoder, target: Encoder) -> tuple[list[int], list[int]]:
+    """Numbers of the vocabulary's entries that both models have, in either's numbering."""
+    own, other = source.tokenizer.get_vocab(), target.tokenizer.get_vocab()
+    both = sorted(set(own) & set(other))
+    return [own[entry] for entry in both], [other[entry] for entry in both]
+
+
+def _embedding_basis(basis: Basis, source: Encoder, target: Encoder) -> tuple[Basis, float]:
+    """A source's basis behind the maps from the target's token embeddings to the source's and back; how much of the
+    embeddings' variance the first explains. No text is used.
+    """
+    kept = zip((source, target), _shared(source, target), strict=True)
+    own, other = (_embeddings(e)[torch.tensor(numbers)] for e, numbers in kept)
+    there, back = ridge(other, own, False, held=False), ridge(own, other, False, each=False, held=False)
+    scale = float(other.double().pow(2).mean().sqrt() / own.double().pow(2).mean().sqrt())
+    made = Basis(
+        tuple(read @ there.matrix.T for read in basis.read),
+        tuple(back.matrix.T @ write for write in basis.write),
+        basis.head @ there.matrix.T,
+        basis.shift,
+        tuple(rms * scale for rms in basis.rms),
+    )
+    return made, there.explained
+
+
+def basis_of(seen: Observed, width: int) -> Basis:
+    """Canonical basis of a bare encoder that was observed on unlabelled texts."""
+    return canonical_basis(seen.moment, seen.final, width)
+
+
+def _anchored(
+    adapter: UHLAdapter,
+    target: Encoder,
+    task: str,
+    arm: str,
+    slots: Sequence[Slot],
+    seed: int,
+    seen: Observed,
+    way: Way,
+) -> Port:
+    anchors = adapter.anchors
+    assert anchors is not None
+    generator = torch.Generator().manual_seed(seed)
+    wanted = _Wanted.of(anchors, generator if arm == "shuffled" else None)
+    basis, fits = _stream_basis(anchors, seen, wanted.order, way)
+    few_units = sum(anchors.probe.first().units())
+    if arm in {"random-p", "refresh-random"}:
+        basis = _random_basis(basis, generator)
+    layers = adapter.info.get("layers")
+    ratio = layers / target.layers if isinstance(layers, int) and layers > 0 else 1.0
+    scales = (0.0,) if arm == "zero-atoms" else tuple(ratio * s for s in way.scales or SCALES)
+    few = wanted if wanted.logits is None else replace(wanted, logits=wanted.logits[:few_units])
+
+    def states(scale: float, probe: Probe) -> Tensor:
+        if scale == 0:
+            units = sum(probe.units())
+            return torch.cat([seen.units[i, :units] for i in basis.levels], -1)
+        with attach(target.model, adapter, task, basis.frame(target.model, slots), scale):
+            return unit_states(target, probe, basis.levels)
+
+    with untuned(adapter, task):
+        tried = {scale: _head_fit(states(scale, anchors.probe.first()), few, target.width) for scale in scales}
+        scale = max(tried, key=lambda s: tried[s].explained)
+        best = tried[scale]
+        if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
+            best = _head_fit(states(scale, anchors.probe), wanted, target.width)
+    frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(target.model, slots)
+    report: dict[str, object] = {
+        "anchors": len(anchors.texts),
+        "coded": anchors.coded,
+        "stream_fit": [round(f, 4) for f in fits],
+        "head_fit": {round(s, 4): round(f.explained, 4) for s, f in tried.items()},
+        "final_fit": round(best.explained, 4),
+    }
+    if anchors.judges(task) and arm not in REFRESHED:  # what refreshing changes was not foreseen
+        report["agreement"] = round(_agreement(best, anchors, few_units), 4)
+    return Port(arm, frame, scale, report)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What the regressions are to give: the head's codes at ``rows`` of the units, the logits at all of them (None:
+    every unit has a code). ``order`` is that of the coded texts, which the control `shuffled` permutes.
+    """
+
+    codes: Float[Tensor, "n C"]
+    rows: Tensor
+    order: Tensor
+    reads: Float[Tensor, "labels C"] | None
+    logits: Float[Tensor, "U labels"] | None
+
+    @classmethod
+    def of(cls, anchors: Anchors, shuffle: torch.Generator | None) -> _Wanted:
+        """The anchors' own, or shuffled."""
+        order = torch.arange(anchors.coded) if shuffle is None else torch.randperm(anchors.coded, generator=shuffle)
+        per_text = anchors.words if anchors.kind == "token" else 1
+        codes = anchors.head.table()[_expand(order, per_text)]
+        logits = None if anchors.logits is None else anchors.logits.table()
+        if logits is not None and shuffle is not None:
+            logits = logits[torch.randperm(len(logits), generator=shuffle)]
+        return cls(codes, torch.tensor(anchors.probe.coded_units()), order, anchors.reads, logits)
+
+
+def _expand(order: Tensor, per_text: int) -> Tensor:
+    """Rows of texts in an order, where a text has several."""
+    return (order[:, None] * per_text + torch.arange(per_text)).flatten()
+
+
+@dataclass(frozen=True)
+class _HeadFit:
+    """The head's reader. ``explained``: of the variance of the source's logits (without a head: of all codes);
+    ``logits``: centred, each unit's predicted from all others, before the head's bias.
+    """
+
+    matrix: Float[Tensor, "D_levels C"]
+    shift: Float[Tensor, " C"]
+    explained: float
+    logits: Float[Tensor, "n labels"] | None
+
+
+def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) -> _HeadFit:
+    """A ridge regression from several levels' states, each brought to the same size, to the adapted source's codes.
+
+    Coordinates are turned so that the first are those that the head reads: their penalties are then chosen for what the
+    task needs, and they are fitted on all units whose logits are known.
+    """
+    sizes = states.reshape(len(states), -1, width).double().pow(2).mean((0, 2)).sqrt().clamp_min(1e-12)
+    sizes = sizes.repeat_interleave(width).float()
+    x = states / sizes
+    if wanted.reads is None:
+        fit = ridge(x[wanted.rows], wanted.codes)
+        return _HeadFit(fit.matrix / sizes[:, None], fit.shift, fit.explained, None)
+    left, strength, turn = torch.linalg.svd((wanted.reads - wanted.reads.mean(0)).double(), full_matrices=True)
+    read = int((strength > 1e-6 * strength[0].clamp_min(1e-12)).sum())  # turn: the directions that are read come first
+    targets = wanted.codes.double() @ turn.T
+    fit = first = ridge(x[wanted.rows], targets)
+    targets = targets[:, :read]
+    matrix, shift = fit.matrix.double(), fit.shift.double()
+    if wanted.logits is not None:
+        known = wanted.logits.double()
+        targets = (known - known.mean(1, keepdim=True)) @ left[:, :read] / strength[:read]
+        first = ridge(x, targets)
+        matrix[:, :read], shift[:read] = first.matrix.double(), first.shift.double()
+    share = targets.var(0) * strength[:read].pow(2)
+    explained = float((first.columns[:read] * share).sum() / share.sum().clamp_min(1e-12))
+    logits = first.left_out[:, :read] * strength[:read] @ left[:, :read].T
+    return _HeadFit((matrix @ turn).float() / sizes[:, None], (shift @ turn).float(), explained, logits)
+
+
+def _agreement(fit: _HeadFit, anchors: Anchors, units: int) -> float:
+    """Share of the first units that a target fitted without them gives the label which the source gave: those of the
+    coded texts, which are of the task's domain where any are.
+    """
+    assert fit.logits is not None
+    assert anchors.bias is not None
+    same = (fit.logits.float() + anchors.bias).argmax(1)[:units] == anchors.decided().argmax(1)[:units]
+    return float(same.float().mean())
+
+
+@contextmanager
+def untuned(adapter: UHLAdapter, task: str) -> Iterator[None]:
+    """The task's bias at zero for a while: a tuned file is ported as it was before tuning, so its scores repeat."""
+    bias = adapter.task(task).bias
+    kept = bias.detach().clone()
+    with torch.no_grad():
+        bias.zero_()
+        try:
+            yield
+        finally:
+            bias.copy_(kept)
+
+
+def _stream_basis(anchors: Anchors, seen: Observed, order: Tensor, way: Way) -> tuple[Basis, list[float]]:
+    """Readers and writers of the target's stream, from its states to the source's codes and back; and how much of the
+    codes they explain at each level.
+    """
+    rows = _expand(order, max(anchors.words, 1))
+    states = seen.stream(anchors.words)[:, : len(rows)]
+    tables = [c.table()[rows] for c in anchors.stream]
+    width, last = anchors.head.values.shape[0], len(states) - 1
+    nearest = [min(range(len(tables)), key=lambda i: abs(anchors.depths[i] - n / last)) for n in range(last + 1)]
+    codes = torch.stack([tables[i] for i in nearest])
+    groups = [(states, codes)] if way.maps == "shared" else zip(states[:, None], codes[:, None], strict=True)
+    pairs = [_map_pair(h, z, width) for h, z in groups]
+    rms = tuple(float(h.double().pow(2).mean().sqrt()) for h in ([states] if way.maps == "shared" else states))
+    levels = LAST if way.reads == "last" else tuple(range((last + 1) // 2, last + 1))
+    unset = torch.zeros(width, len(levels) * states.shape[-1])
+    basis = Basis(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs), unset, unset[:, 0], rms, levels)
+    return basis, [fit for p in pairs for fit in p[2]]
+
+
+def _map_pair(
+    states: Float[Tensor, "levels n D"], codes: Float[Tensor, "levels n R"], width: int
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Reader (C, D), writer (D, C), and what the reader explains of each level's codes, rows left out of their own fit;
+    coordinates beyond the R stored are zero.
+    """
+    there, back = states.flatten(0, 1), codes.flatten(0, 1)
+    reader, writer = ridge(there, back, centre=False), ridge(back, there, False, each=False)
+    miss = (codes.double() - reader.left_out.view_as(codes)).pow(2).sum((1, 2))
+    fits = 1 - miss / codes.double().pow(2).sum((1, 2)).clamp_min(1e-12)
+    more = width - codes.shape[-1]
+    read, write = nn.functional.pad(reader.matrix.T, (0, 0, 0, more)), nn.functional.pad(writer.matrix.T, (0, more))
+    return read.contiguous(), write.contiguous(), fits.tolist()
+
+
+def _random_basis(like: Basis, generator: torch.Generator) -> Basis:
+    """Random orthogonal directions, others at each level, with the same overall gains for reading and writing."""
+    read, write = [], []
+    for old_read, old_write in zip(like.read, like.write, strict=True):
+        c, d = old_read.shape
+        square = torch.linalg.qr(torch.randn(max(c, d), max(c, d), generator=generator))[0]
+        directions = square[:c, :d]
+        read.append(directions * (old_read.norm() / directions.norm()))
+        write.append(directions.T * (old_write.norm() / directions.norm()))
+    return replace(like, read=tuple(read), write=tuple(write))
