@@ -135,16 +135,11 @@ REAL = {
     "amazon_cells": ("amazon_cells", "sentence", {"text": "sentence"}, (), 500),
     "boolq": ("boolq", "pair", {"text": "question", "text_pair": "passage", "label": "answer"}, (), 1_000),
 }
-NOT_SHOWN = pytest.mark.xfail(
-    raises=AssertionError,
-    reason="2,355 questions do not lift any method measured above the majority class reliably: fully fine-tuned "
-    "`mpnet-base`, three recipes of 2 to 4 epochs, gave 63.5, 65.4 and 69.3 on 654 test pairs, of which 65.4 % are yes",
-)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason="UHL_DATA names no folder with sst2/, conll2003/, boolq/, amazon_cells/")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=NOT_SHOWN) if n == "boolq" else n for n in REAL])
+@pytest.mark.parametrize("name", REAL)
 def test_real_data_trains_above_its_trivial_baseline(name, tmp_path):
     import torch
 
@@ -165,6 +160,14 @@ def test_real_data_trains_above_its_trivial_baseline(name, tmp_path):
             (source / f"{split}.jsonl.gz").symlink_to((DATA / folder / f"derived_{split}.jsonl.gz").resolve())
     whole = tasks.load_task(tasks.TaskSpec(str(source), kind, columns, labels))
     assert len(whole.data["train"]) > 0.8 * least
+    if name == "boolq":  # the source is too small for it: 40 minutes on a larger host
+        if "UHL_LONG" not in os.environ:
+            pytest.skip("set UHL_LONG=1 for BoolQ: 40 minutes")
+        import boolq
+
+        found_there, majority_there = boolq.run(source)
+        assert found_there > majority_there
+        return
     few = {"sentence": 1500, "pair": 1200, "token": 400}[kind]
     task = whole.subset("train", few, 0).subset("dev", 400, 0).subset("test", 400, 0)
     encoder = stages.freeze(load_encoder("minilm-l6"))
