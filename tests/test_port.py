@@ -306,6 +306,23 @@ def test_a_file_gives_back_what_a_port_needs_and_agreement_is_what_happens(encod
     assert agreed > 0.6
 
 
+def test_a_poor_port_is_called_one(encoder, make_encoder, caplog):
+    adapter, _ = trained(encoder, tuned=False)
+    good = port(adapter, encoder, "mood", "zero-atoms").report
+    assert good["kappa"] > 0.8
+    assert "warning" not in good
+    assert good["agreement"] > 0.9
+    with caplog.at_level("WARNING", "uhl"):
+        poor = port(adapter, make_encoder(2, 24, seed=3), "mood", "shuffled").report
+        assert not caplog.text  # a control
+        adapter.anchors = adapter.anchors.cut(16, 16)
+        adapter.anchors.texts = adapter.anchors.texts[::-1]  # paired wrongly
+        port(adapter, make_encoder(2, 24, seed=3), "mood", "anchor")
+    assert abs(poor["kappa"]) < 0.3
+    assert "more anchors" in poor["warning"]
+    assert "a poor port" in caplog.text
+
+
 def test_a_pair_is_read_as_two_parts(encoder):
     probe = Probe(["good film\twas bad", "the plot"], "pair", words=4)
     assert probe.spans(probe.texts[0]) == [(0, 0, 4), (0, 5, 9), (1, 0, 3), (1, 4, 7)]

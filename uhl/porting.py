@@ -25,6 +25,8 @@ A target whose weights are the source's own, by their hash, gets the source's ow
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,6 +37,7 @@ import torch
 from jaxtyping import Float
 from peft import PeftModel
 from pydantic import Field
+from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -47,9 +50,12 @@ from uhl.host import Slot, find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach, tuner_of
 
+logger = logging.getLogger("uhl")
+
 SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
 REFRESHED = ("refresh", "refresh-random")
 FEWEST_SHARED = 256  # entries of two vocabularies
+DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebook 06
 FREE = 0.1  # least share of the rows that a regression leaves as degrees of freedom
 PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squared singular value
 
@@ -183,7 +189,8 @@ def port(
     """The target's frame for ``adapter``. No labels are used. Raises :class:`UHLError` for an undefined cell.
 
     ``task`` may be left out where the adapter has one. The report says how well the maps fit at each depth, what scales
-    of the atoms were tried, and how often the target will decide as the source did.
+    of the atoms were tried, and how often the target will decide as the source did, with a ``warning`` (also logged)
+    where that is poor.
     ``source`` is needed by `lineage` and `embedding` alone; ``seed`` draws the controls; ``seen`` spares observing the
     target again when several arms are ported with the same anchors (its seconds are counted all the same). `refresh`
     sets the task's bias in ``adapter``.
@@ -360,7 +367,9 @@ def _anchored(
         "final_fit": round(best.explained, 4),
     }
     if anchors.judges(task) and arm not in REFRESHED:  # what refreshing changes was not foreseen
-        report["agreement"] = round(_agreement(best, anchors, few_units), 4)
+        report |= _agreement(best, anchors, few_units)
+        if arm == "anchor" and "warning" in report:  # the controls are meant to be poor
+            logger.warning("%s", report["warning"])
     return Port(arm, frame, scale, report)
 
 
@@ -434,14 +443,25 @@ def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) 
     return _HeadFit((matrix @ turn).float() / sizes[:, None], (shift @ turn).float(), explained, logits)
 
 
-def _agreement(fit: _HeadFit, anchors: Anchors, units: int) -> float:
-    """Share of the first units that a target fitted without them gives the label which the source gave: those of the
-    coded texts, which are of the task's domain where any are.
+def _agreement(fit: _HeadFit, anchors: Anchors, units: int) -> dict[str, object]:
+    """``agreement``, the share of the first units that a target fitted without them gives the label which the source
+    gave; the same beyond chance as Cohen's ``kappa``; and a ``warning`` where that is below :data:`DOUBTFUL`.
+
+    The first units are those of the coded texts, which are of the task's domain where any are.
     """
     assert fit.logits is not None
     assert anchors.bias is not None
-    same = (fit.logits.float() + anchors.bias).argmax(1)[:units] == anchors.decided().argmax(1)[:units]
-    return float(same.float().mean())
+    found = (fit.logits.float() + anchors.bias).argmax(1)[:units]
+    wanted = anchors.decided().argmax(1)[:units]
+    agreement, kappa = float((found == wanted).float().mean()), float(cohen_kappa_score(wanted, found))
+    kappa = 0.0 if math.isnan(kappa) else kappa  # one label alone
+    said: dict[str, object] = {"agreement": round(agreement, 4), "kappa": round(kappa, 4)}
+    if kappa < DOUBTFUL:
+        said["warning"] = (
+            f"a poor port: the host is expected to decide as the source does in {100 * agreement:.0f} % of cases "
+            f"(kappa {kappa:.2f}); use more anchors, text nearer to the task's, or labels of this host"
+        )
+    return said
 
 
 @contextmanager

@@ -138,8 +138,9 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
                 task, target, seed = runs.slug(host["task"]).split(".")[0], host["target"], entry["seed"]
                 own = float(scores[task, host["source"], "source", "uhl-canonical", seed])
                 ported = float(scores[task, target, "zero-shot", arm, seed])
-                rows.append((task, target, seed, arm, made["agreement"], float(same.mean()), own, ported))
-    columns = ["task", "target", "seed", "arm", "predicted", "measured", "source score", "score"]
+                kappa = made.get("kappa", float("nan"))
+                rows.append((task, target, seed, arm, made["agreement"], float(same.mean()), kappa, own, ported))
+    columns = ["task", "target", "seed", "arm", "predicted", "measured", "kappa", "source score", "score"]
     return pd.DataFrame(rows, columns=columns)
 
 
