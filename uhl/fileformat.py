@@ -17,7 +17,7 @@ One safetensors file with a JSON header. Never pickle, never code. ``A`` atoms, 
 | `anchors.reads`, `anchors.bias`          | int8 (labels, C), a scale a row; float16   | 260 a label               |
 | `anchors.logits`, for U units            | int8 (labels, U), a scale and a centre a row | labels (U + 4)          |
 | `anchors.head`, for n coded units        | int8 (C, n), a scale and a centre a row    | C n + 4 C                 |
-| `anchors.stream.<i>`, for W words a text | int8 (R, N W), a scale and a centre a row  | R N W + 4 R each          |
+| `anchors.stream.<i>`, for W words of M coded texts | int8 (R, M W), a scale and a centre a row | R M W + 4 R each |
 
 A scale is a float16 tensor `<name>.scale`, at least 2^-14; a value is integer times scale (plus `<name>.centre` for
 anchors). 8-bit integers are in [-127, 127]. 4-bit ones are in [-7, 7], rows one after another, two a byte, the first in
@@ -32,7 +32,9 @@ is the table above as a formula, and with the safetensors header it adds up to t
 A *dictionary file* is such a file without tasks and anchors. A *task pack* (:class:`PackHeader`) is one task alone,
 its tensors without the prefix `task.<name>.`; ``base`` says which dictionary it belongs to.
 
-Version 1 is the only one so far. A change of layout raises it; files of version 1 go on loading (the tests keep one).
+Version 1 is the only one so far, and its files go on loading (the tests keep one). Anchors have gained parts that a
+file may lack (words, the head that the codes were made for, logits); a release that does not know them refuses a file
+that has them. A change of what is there raises the version.
 
 Files may come from strangers: sizes are bounded before anything is read, shapes are checked before anything is built,
 and every fault is one :class:`UHLError`.

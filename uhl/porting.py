@@ -264,7 +264,8 @@ def predict_texts(
     adapter: UHLAdapter, target: Encoder, ported: Port, texts: Sequence[str], task: str | None = None
 ) -> list[dict[str, object]]:
     """What a ported adapter says of texts: ``text``, its ``label`` (of a token task: a list, a label a word) and the
-    ``probability`` of that. The two parts of a pair are divided by a tab.
+    ``probability`` of that. The two parts of a pair are divided by a tab. Words beyond the length that the adapter was
+    trained with are labelled by the mean of the text.
     """
     task = task or _only_task(adapter)
     part = adapter.task(task)
