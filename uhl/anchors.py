@@ -13,6 +13,7 @@ ones.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import BatchEncoding
 
 from uhl.errors import UHLError
@@ -183,12 +185,18 @@ def pieces_of(pieces: Sequence[Piece], spans: Sequence[Span], first: bool = Fals
     return weights
 
 
-def batches(encoder: Encoder, probe: Probe, size: int = 64) -> Iterator[tuple[list[int], BatchEncoding]]:
-    """Yield (row indices, tokenised batch) over the texts, sorted by length so that little is padded."""
+def batches(
+    encoder: Encoder, probe: Probe, size: int = 64, progress: bool = False
+) -> Iterator[tuple[list[int], BatchEncoding]]:
+    """Yield (row indices, tokenised batch) over the texts, sorted by length so that little is padded.
+
+    ``progress`` shows a bar on a terminal; elsewhere (notebooks, logs) there is none.
+    """
     most = int(getattr(encoder.model.config, "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
     length = min(probe.length, encoder.tokenizer.model_max_length, most)
     order = sorted(range(len(probe.texts)), key=lambda i: len(probe.texts[i]))
-    for start in range(0, len(order), size):
+    quiet = None if progress and os.environ.get("UHL_BATCH") != "1" else True
+    for start in tqdm(range(0, len(order), size), encoder.name, disable=quiet, leave=False, unit="batch"):
         rows = order[start : start + size]
         chosen = [probe.texts[i] for i in rows]
         pairs = [text.partition(PAIR)[::2] for text in chosen] if probe.kind == "pair" else None
@@ -228,10 +236,12 @@ def final_means(encoder: Encoder, texts: Sequence[str]) -> Float[Tensor, "N D"]:
     return unit_states(encoder, Probe(texts), LAST)
 
 
-def units_of(encoder: Encoder, probe: Probe, levels: Sequence[int]) -> list[Float[Tensor, "u D_levels"]]:
+def units_of(
+    encoder: Encoder, probe: Probe, levels: Sequence[int], progress: bool = False
+) -> list[Float[Tensor, "u D_levels"]]:
     """States of each text's units at ``levels``, see :func:`read_levels`, with whatever is attached to the host."""
     found: list[Tensor] = [torch.empty(0)] * len(probe.texts)
-    for rows, batch in batches(encoder, probe):
+    for rows, batch in batches(encoder, probe, progress=progress):
         hidden = read_levels(encoder.model.eval(), levels, **batch)
         for row, units in zip(rows, _units(probe, rows, batch, hidden), strict=True):
             found[row] = units
@@ -241,7 +251,7 @@ def units_of(encoder: Encoder, probe: Probe, levels: Sequence[int]) -> list[Floa
 @torch.no_grad()
 def unit_states(encoder: Encoder, probe: Probe, levels: Sequence[int]) -> Float[Tensor, "U D_levels"]:
     """The same in one table, without gradients and on the CPU."""
-    found = units_of(encoder, probe, levels)
+    found = units_of(encoder, probe, levels, progress=True)
     return torch.cat(found).cpu() if found else torch.empty(0, len(levels) * encoder.width)
 
 
@@ -298,7 +308,7 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
     starts = torch.tensor([0, *probe.units()]).cumsum(0).tolist()
     units = words = torch.empty(0)
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
-    for rows, batch in batches(encoder, probe):
+    for rows, batch in batches(encoder, probe, progress=True):
         states = levels_of(encoder.model.eval()(**batch, output_hidden_states=True))
         if not len(units):
             units = torch.empty(len(states), starts[-1], encoder.width)

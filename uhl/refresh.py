@@ -13,6 +13,7 @@ without a bias: that favours zero.)
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from uhl.adapter import TaskPart, UHLAdapter
 from uhl.anchors import Probe, units_of
@@ -68,7 +70,9 @@ def refresh(
             with torch.no_grad():
                 part.bias.zero_()
             optimiser = torch.optim.AdamW([part.bias], lr=RATE, weight_decay=0.0)
-            for step, chosen in enumerate([*_batches(texts[held:], steps, seed), []]):
+            quiet = True if os.environ.get("UHL_BATCH") == "1" else None  # None: a bar on a terminal alone
+            rows = [*_batches(texts[held:], steps, seed), []]
+            for step, chosen in enumerate(tqdm(rows, "refresh", disable=quiet, leave=False, unit="step")):
                 if step % math.ceil(steps / LOOKS) == 0 or step == steps:
                     curve[step], met[step] = student.held_out(texts[:held]), part.bias.detach().clone()
                 if step == steps:
