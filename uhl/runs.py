@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import fcntl
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -334,9 +335,13 @@ def commit() -> str:
 
 
 def quiet() -> None:
-    """No progress bars and no chatter from libraries, for batch runs and for notebooks whose output is compared."""
+    """No progress bars and no chatter, for batch runs and for notebooks whose output is compared.
+
+    A poor port is said in its report, and not logged beside.
+    """
     import datasets
 
+    logging.getLogger("uhl").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # transformers warns itself
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
