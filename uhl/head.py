@@ -18,7 +18,7 @@ from torch import Tensor
 from uhl.errors import UHLError
 from uhl.models import Encoder
 from uhl.tasks import IGNORE, Task, encode, score
-from uhl.train import Classifier, collator, eval_batches, predict
+from uhl.train import Classifier, collator, eval_batches
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)  # inverse penalties tried on dev
 MOST_ROWS = 20_000  # sentences and words that the regression sees, drawn with a fixed seed
@@ -48,8 +48,12 @@ def features(
     return torch.cat(codes), torch.cat(labels), [len(x) for x in labels]
 
 
-def fit_head(classifier: Classifier, encoder: Encoder, task: Task, max_length: int = 64) -> float:
-    """Fit the classifier's head on frozen codes; dev chooses among :data:`STRENGTHS`. Returns seconds."""
+def fit_head(
+    classifier: Classifier, encoder: Encoder, task: Task, max_length: int = 64, only_if_better: bool = False
+) -> float:
+    """Fit the classifier's head on frozen codes; dev chooses among :data:`STRENGTHS`, and with ``only_if_better`` keeps
+    the head that is there where none is better. Returns seconds.
+    """
     begun = time.time()
     x, y, _ = features(classifier, encoder, task, "train", max_length)
     dev_x, dev_y, lengths = features(classifier, encoder, task, "dev", max_length)
@@ -67,22 +71,12 @@ def fit_head(classifier: Classifier, encoder: Encoder, task: Task, max_length: i
         if best is None or value > best[0]:
             best = (value, model)
     assert best is not None
-    _install(classifier, best[1])
-    return time.time() - begun
-
-
-def better_head(classifier: Classifier, encoder: Encoder, task: Task, max_length: int = 64) -> bool:
-    """Fit the head where that is better on dev than the head that is there; whether it was."""
     part = classifier.part
-    kept = part.head.detach().clone(), part.head_bias.detach().clone()
-    before = predict(classifier, encoder, task, "dev", max_length=max_length).score
-    fit_head(classifier, encoder, task, max_length)
-    if predict(classifier, encoder, task, "dev", max_length=max_length).score > before:
-        return True
     with torch.no_grad():
-        part.head.copy_(kept[0])
-        part.head_bias.copy_(kept[1])
-    return False
+        there = part.classify(dev_x.to(part.head.device)).argmax(-1).cpu().numpy()
+    if not only_if_better or best[0] > _dev_score(task, there, dev_y.numpy(), lengths):
+        _install(classifier, best[1])
+    return time.time() - begun
 
 
 def _drawn(count: int) -> list[int]:

@@ -34,7 +34,7 @@ BATCH, RATE = 32, 1e-2
 CONFIDENCE = 0.0  # a, reached after a fifth of the steps
 LAMBDA_Q = 1e-5
 HELD_OUT = 0.2  # share of the texts
-LOOKS = 8  # at the held-out texts
+LOOKS = 8  # at the held-out texts, at most, beside the one at zero
 
 
 def refresh(
@@ -71,9 +71,10 @@ def refresh(
                 part.bias.zero_()
             optimiser = torch.optim.AdamW([part.bias], lr=RATE, weight_decay=0.0)
             quiet = True if os.environ.get("UHL_BATCH") == "1" else None  # None: a bar on a terminal alone
+            every = max(5, math.ceil(steps / LOOKS))
             rows = [*_batches(texts[held:], steps, seed), []]
             for step, chosen in enumerate(tqdm(rows, "refresh", disable=quiet, leave=False, unit="step")):
-                if step % math.ceil(steps / LOOKS) == 0 or step == steps:
+                if step % every == 0 or step == steps:
                     curve[step], met[step] = student.held_out(texts[:held]), part.bias.detach().clone()
                 if step == steps:
                     break

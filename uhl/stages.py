@@ -19,7 +19,7 @@ from uhl.baselines import Start, run_baseline, start
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame
-from uhl.head import better_head, fit_head
+from uhl.head import fit_head
 from uhl.host import find_slots
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
@@ -283,11 +283,11 @@ def tune_task(
     torch.manual_seed(settings.seed)
     if ported.arm == "zero-atoms":
         classifier = Classifier(target.model, part, ported.frame, None, config)
-        better_head(classifier, target, task, config.max_length)
+        fit_head(classifier, target, task, config.max_length, only_if_better=True)
         return train(classifier, target, task, config, folder, settings.model_dump_json())
     with attach(target.model, adapter, settings.task_name, ported.frame, ported.scale) as attached:
         classifier = Classifier(target.model, part, None, attached, config)
-        better_head(classifier, target, task, config.max_length)
+        fit_head(classifier, target, task, config.max_length, only_if_better=True)
         return train(classifier, target, task, config, folder, settings.model_dump_json())
 
 
