@@ -13,7 +13,6 @@ ones.
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -23,18 +22,17 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import BatchEncoding
 
+from uhl.config import PAIR, Kind
 from uhl.errors import UHLError
 from uhl.frame import LAST
 from uhl.models import Encoder
+from uhl.progress import bar
 from uhl.quant import dequantise, quantise
-from uhl.readers import Kind
 
 DEPTHS = (0.0, 1 / 3, 2 / 3, 1.0)  # of the stream's codes; the embeddings' output is depth 0
 FIRST_WORDS = 32  # of a text, among which words are chosen: later ones may be cut off
-PAIR = "\t"  # between the two parts of a pair's text
 
 Span = tuple[int, int, int]  # a word: part of a pair (0 or 1), first character, end
 
@@ -195,8 +193,8 @@ def batches(
     most = int(getattr(encoder.model.config, "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
     length = min(probe.length, encoder.tokenizer.model_max_length, most)
     order = sorted(range(len(probe.texts)), key=lambda i: len(probe.texts[i]))
-    quiet = None if progress and os.environ.get("UHL_BATCH") != "1" else True
-    for start in tqdm(range(0, len(order), size), encoder.name, disable=quiet, leave=False, unit="batch"):
+    starts = range(0, len(order), size)
+    for start in bar(starts, encoder.name, "batch") if progress else starts:
         rows = order[start : start + size]
         chosen = [probe.texts[i] for i in rows]
         pairs = [text.partition(PAIR)[::2] for text in chosen] if probe.kind == "pair" else None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,16 +16,15 @@ from jaxtyping import Float
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from uhl import budget, tasks
+from uhl import budget
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Probe, final_means, observe
 from uhl.errors import UHLError, one_of
 from uhl.host import find_slots
 from uhl.models import Encoder
-from uhl.peft_method import attach
-from uhl.porting import Way, port, source_basis
+from uhl.porting import Way, at_work, port, source_basis
 from uhl.runs import Settings
-from uhl.stages import make_anchors
+from uhl.stages import anchor_pool, make_anchors
 from uhl.tasks import Task
 from uhl.train import Classifier, predict
 
@@ -104,9 +102,7 @@ def measure(
             adapter.anchors = anchors
             own = observe(target, anchors.probe) if a.choice else seen.cut(anchors.probe)
             made = port(adapter, target, settings.task_name, a.arm, seed=settings.seed, seen=own, way=a.way)
-            bare = a.arm == "zero-atoms"
-            atoms = nullcontext() if bare else attach(target.model, adapter, settings.task_name, made.frame, made.scale)
-            with atoms as attached:
+            with at_work(adapter, target, settings.task_name, a.arm, made.frame, made.scale) as attached:
                 classifier = Classifier(target.model, adapter.task(settings.task_name), made.frame, attached)
                 found = predict(classifier, target, task, "dev", max_length=settings.max_length)
             size = budget.anchor_bytes(anchors, a.bits)
@@ -120,8 +116,8 @@ def measure(
 
 
 def chosen(settings: Settings, adapter: UHLAdapter, source: Encoder, task: Task, choice: str, count: int) -> Anchors:
-    """Anchors of a trained adapter made anew from ``count`` of the task's unlabelled texts."""
-    pool = sorted({" ".join(t.split()) for t in tasks.plain_text(task, "unlabelled")})
+    """Anchors of a trained adapter made anew from ``count`` of the texts that its own were drawn from."""
+    pool = anchor_pool(settings, task)
     texts = [pool[i] for i in select(final_means(source, pool), choice, count, settings.seed)]
     basis = source_basis(adapter, source)
     frame = basis.frame(source.model, find_slots(source.model, adapter.config.types))

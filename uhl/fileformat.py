@@ -55,12 +55,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from uhl.config import MAX_FILE, Sizes
+from uhl.config import MAX_FILE, Kind, Sizes
 from uhl.errors import UHLError
 from uhl.mixer import BASIS, INPUTS
 from uhl.projector import FEATURES, HIDDEN
 from uhl.quant import QMAX, SMALLEST_SCALE, unpack4
-from uhl.readers import Kind
 
 FORMAT, PACK, VERSION, KEY = "uhl-adapter", "uhl-task", "1", "uhl"
 MAX_HEADER = 1 << 20  # bytes

@@ -6,7 +6,6 @@ A cell ends with :meth:`Outcome.finish`, which writes predictions, figures and, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from uhl.files import write_atomic
 from uhl.frame import Frame
 from uhl.host import find_slots
 from uhl.models import Encoder
-from uhl.peft_method import attach
+from uhl.porting import at_work
 from uhl.runs import Settings
 from uhl.tasks import Task
 from uhl.train import Classifier, Prediction, predict
@@ -54,10 +53,10 @@ class Outcome:
         self, adapter: UHLAdapter, path: Path, encoder: Encoder, frame: Frame | None, scale: float, **known: object
     ) -> None:
         """Score an adapter read from ``path`` in a host's frame; the control without atoms pays no FLOPs."""
-        bare, name = known["arm"] == "zero-atoms", self.settings.task_name
-        with nullcontext() if bare else attach(encoder.model, adapter, name, frame, scale) as attached:
+        name = self.settings.task_name
+        with at_work(adapter, encoder, name, str(known["arm"]), frame, scale) as attached:
             classifier = Classifier(encoder.model, adapter.task(name), frame, attached)
-            cost = 0.0 if bare else flops_pct(adapter, encoder)
+            cost = flops_pct(adapter, encoder) if attached else 0.0
             self.score(classifier, encoder, adapter_bytes=path.stat().st_size, extra_flops_pct=cost, **known)
 
     def score_majority(self, encoder: Encoder) -> None:

@@ -29,7 +29,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -47,8 +47,10 @@ from uhl.config import ARMS, _Strict
 from uhl.errors import UHLError, one_of
 from uhl.frame import LAST, Basis, Frame, canonical_basis, dimension_frame
 from uhl.host import Slot, find_slots
+from uhl.layer import Attached
 from uhl.models import Encoder
 from uhl.peft_method import attach, tuner_of
+from uhl.refresh import refresh
 
 logger = logging.getLogger("uhl")
 
@@ -191,6 +193,7 @@ def port(
     ``task`` may be left out where the adapter has one. The report says how well the maps fit at each depth, what scales
     of the atoms were tried, and how often the target will decide as the source did, with a ``warning`` (also logged)
     where that is poor.
+
     ``source`` is needed by `lineage` and `embedding` alone; ``seed`` draws the controls; ``seen`` spares observing the
     target again when several arms are ported with the same anchors (its seconds are counted all the same). `refresh`
     sets the task's bias in ``adapter``.
@@ -221,8 +224,6 @@ def port(
         else:
             done = _anchored(adapter, target, task, arm, slots, seed, seen, way)
         if arm in REFRESHED:
-            from uhl.refresh import refresh
-
             done.report |= refresh(adapter, target, task, done.frame, done.scale, seed, way.refresh_steps)
         begun -= seen.seconds if again else 0.0
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
@@ -260,6 +261,13 @@ def port_model(
     return done
 
 
+def at_work(
+    adapter: UHLAdapter, encoder: Encoder, task: str, arm: str, frame: Frame | None, scale: float
+) -> AbstractContextManager[Attached | None]:
+    """A host with an adapter attached as an arm has it: the control `zero-atoms` leaves the host bare, None."""
+    return nullcontext() if arm == "zero-atoms" else attach(encoder.model, adapter, task, frame, scale)
+
+
 def predict_texts(
     adapter: UHLAdapter, target: Encoder, ported: Port, texts: Sequence[str], task: str | None = None
 ) -> list[dict[str, object]]:
@@ -271,8 +279,7 @@ def predict_texts(
     part = adapter.task(task)
     length = adapter.anchors.length if adapter.anchors else 64
     probe = Probe(texts, part.kind, length=length, most=None)  # type: ignore[arg-type]
-    bare = ported.arm == "zero-atoms"
-    with nullcontext() if bare else attach(target.model, adapter, task, ported.frame, ported.scale), torch.no_grad():
+    with at_work(adapter, target, task, ported.arm, ported.frame, ported.scale), torch.no_grad():
         states = unit_states(target, probe, ported.frame.levels)
         found = part.classify(ported.frame.codes(states).to(part.head.device)).softmax(-1).cpu()
     out: list[dict[str, object]] = []

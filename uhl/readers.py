@@ -10,15 +10,15 @@ import gzip
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
 
+from uhl.config import Kind
 from uhl.errors import UHLError
 
-Kind = Literal["sentence", "pair", "token"]
 SPLIT_SEED = 20240101
 
 

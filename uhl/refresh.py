@@ -13,15 +13,13 @@ without a bias: that favours zero.)
 from __future__ import annotations
 
 import math
-import os
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from uhl.adapter import TaskPart, UHLAdapter
 from uhl.anchors import Probe, units_of
@@ -29,6 +27,7 @@ from uhl.errors import UHLError
 from uhl.frame import Frame
 from uhl.models import Encoder
 from uhl.peft_method import attach
+from uhl.progress import bar
 
 BATCH, RATE = 32, 1e-2
 CONFIDENCE = 0.0  # a, reached after a fifth of the steps
@@ -70,10 +69,9 @@ def refresh(
             with torch.no_grad():
                 part.bias.zero_()
             optimiser = torch.optim.AdamW([part.bias], lr=RATE, weight_decay=0.0)
-            quiet = True if os.environ.get("UHL_BATCH") == "1" else None  # None: a bar on a terminal alone
             every = max(5, math.ceil(steps / LOOKS))
             rows = [*_batches(texts[held:], steps, seed), []]
-            for step, chosen in enumerate(tqdm(rows, "refresh", disable=quiet, leave=False, unit="step")):
+            for step, chosen in enumerate(bar(rows, "refresh", "step")):
                 if step % every == 0 or step == steps:
                     curve[step], met[step] = student.held_out(texts[:held]), part.bias.detach().clone()
                 if step == steps:
@@ -95,21 +93,22 @@ def refresh(
     return {"held_out": {s: round(v, 4) for s, v in curve.items()}, "kept_step": kept}
 
 
-class _Student(nn.Module):
+@dataclass(frozen=True)
+class _Student:
     """A target's logits on chosen texts of a probe, beside the teacher's decisions."""
 
-    def __init__(
-        self, target: Encoder, part: TaskPart, frame: Frame, probe: Probe, taught: Sequence[Float[Tensor, "u labels"]]
-    ) -> None:
-        super().__init__()
-        self._target, self._part, self._frame, self._probe, self._taught = target, part, frame, probe, taught
+    target: Encoder
+    part: TaskPart
+    frame: Frame
+    probe: Probe
+    taught: Sequence[Float[Tensor, "u labels"]]
 
-    def forward(self, rows: Sequence[int]) -> tuple[Float[Tensor, "U labels"], Float[Tensor, "U labels"]]:
+    def __call__(self, rows: Sequence[int]) -> tuple[Float[Tensor, "U labels"], Float[Tensor, "U labels"]]:
         """Logits of the texts' units, and the teacher's probabilities."""
-        probe = replace(self._probe, texts=[self._probe.texts[i] for i in rows], coded=None)
-        states = units_of(self._target, probe, self._frame.levels)
-        logits = self._part.classify(self._frame.codes(torch.cat(states)))
-        return logits, torch.cat([self._taught[i] for i in rows]).to(logits)
+        probe = replace(self.probe, texts=[self.probe.texts[i] for i in rows], coded=None)
+        states = units_of(self.target, probe, self.frame.levels)
+        logits = self.part.classify(self.frame.codes(torch.cat(states)))
+        return logits, torch.cat([self.taught[i] for i in rows]).to(logits)
 
     @torch.no_grad()
     def held_out(self, rows: Sequence[int]) -> float:

@@ -131,12 +131,12 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     for path in sorted((runs.root() / profile).glob("*/port-*/manifest.json")):
         entry = json.loads(path.read_text())
         source = _predictions(path.parent.parent / "pretrain-canonical" / "predictions.npz")
-        said, host = source[f"uhl-canonical/{split}/labels"], entry["parameters"]
+        said, cell = source[f"uhl-canonical/{split}/labels"], entry["rows"][0]
         for arm, made in entry.get("reports", {}).items():
             if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
                 same = said == _predictions(path.parent / "predictions.npz")[f"{arm}/{split}/labels"]
-                task, target, seed = runs.slug(host["task"]).split(".")[0], host["target"], entry["seed"]
-                own = float(scores[task, host["source"], "source", "uhl-canonical", seed])
+                task, target, seed = cell["task"], cell["target"], cell["seed"]
+                own = float(scores[task, cell["source"], "source", "uhl-canonical", seed])
                 ported = float(scores[task, target, "zero-shot", arm, seed])
                 kappa = made.get("kappa", float("nan"))
                 rows.append((task, target, seed, arm, made["agreement"], float(same.mean()), kappa, own, ported))

@@ -29,10 +29,11 @@ import transformers
 import yaml
 from pydantic import Field
 
-from uhl.config import ProjectorKind, Sizes, TrainConfig, _Strict
+from uhl.config import Kind, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_text
-from uhl.readers import Kind, TaskSpec
+from uhl.progress import batch as batch
+from uhl.readers import TaskSpec
 
 COLUMNS = (
     *("profile", "source", "target", "task", "arm", "phase", "seed", "split", "metric", "score", "n"),
@@ -346,8 +347,3 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def batch() -> bool:
-    """Whether this is a batch run (``UHL_BATCH=1``): no widgets, no progress bars."""
-    return os.environ.get("UHL_BATCH") == "1"

@@ -14,9 +14,9 @@ import torch
 
 from uhl import runs, store, tasks
 from uhl.adapter import UHLAdapter
-from uhl.anchors import DEPTHS, PAIR, Anchors, Codes, Observed, Probe, observe, unit_states
+from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_states
 from uhl.baselines import Start, run_baseline, start
-from uhl.config import ARMS
+from uhl.config import ARMS, PAIR
 from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame
 from uhl.head import fit_head
@@ -24,7 +24,7 @@ from uhl.host import find_slots
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
-from uhl.porting import REFRESHED, Port, Way, basis_of, port, why_not
+from uhl.porting import REFRESHED, Port, Way, at_work, basis_of, port, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
@@ -41,12 +41,9 @@ def load_data(settings: Settings) -> Task:
     return task
 
 
-def anchor_texts(settings: Settings, task: Task) -> list[str]:
-    """Texts of :func:`probe`, those with codes first; seeded.
-
-    ``anchor_text`` says where the coded ones and the ``more_anchors`` come from: the task's unlabelled split
-    (in-domain, opt-in), its training split without the labels (train, opt-in), or sentences of no task (generic). Of
-    ``more_anchors`` there are as many as there is text; ``generic_anchors`` are sentences of no task.
+def anchor_pool(settings: Settings, task: Task) -> list[str]:
+    """What anchors are drawn from, as ``anchor_text`` says: the task's unlabelled split (in-domain, opt-in), its
+    training split without the labels (train, opt-in), or sentences of no task (generic).
     """
     one_of(settings.anchor_text, ("in-domain", "train", "generic"), "anchor_text")
     split = {"in-domain": "unlabelled", "train": "train"}.get(settings.anchor_text)
@@ -56,7 +53,16 @@ def anchor_texts(settings: Settings, task: Task) -> list[str]:
         raise UHLError(f"task {task.name} has no unlabelled text; set anchor_text to generic, or to train")
     else:
         pool = tasks.plain_text(task, split)
-    pool = sorted(set(map(_one_line, pool)))
+    return sorted(set(map(_one_line, pool)))
+
+
+def anchor_texts(settings: Settings, task: Task) -> list[str]:
+    """Texts of :func:`probe`, those with codes first; seeded.
+
+    Those with codes and the ``more_anchors``, as many as there are, are of :func:`anchor_pool`; ``generic_anchors`` are
+    sentences of no task.
+    """
+    pool = anchor_pool(settings, task)
     if settings.anchors > len(pool):
         raise UHLError(f"{settings.anchors} anchors wanted, {len(pool)} texts there; lower `anchors`")
     draw = random.Random(settings.seed)
@@ -152,7 +158,7 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     if projector == "canonical":
         origin = f"{settings.anchor_text}, {task.licence}"
         if settings.generic_anchors:
-            origin += f"; {settings.generic_anchors} generic, {tasks.GENERIC_LICENCE}"
+            origin += f"; {settings.generic_anchors} generic, {tasks.LICENCE}"
         adapter.anchors = make_anchors(
             encoder, adapter, settings.task_name, seen, basis, frame, asked, origin, settings.anchor_dims
         )
@@ -191,7 +197,7 @@ def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
         ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen, way)
         outcome.details["reports"][arm] = ported.report
         if arm in REFRESHED:
-            adapter.info |= {"tuned_on": target.name, "arm": arm, "scale": ported.scale, "port_seed": settings.seed}
+            _say_where(settings, adapter, target, ported)
             folder = runs.cell_dir(settings, f"port-{runs.slug(settings.target)}")
             path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
             outcome.paths.append(path)
@@ -244,12 +250,17 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
     ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
-    adapter.info |= {"tuned_on": target.name, "arm": arm, "scale": ported.scale, "port_seed": settings.seed}
+    _say_where(settings, adapter, target, ported)
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
     outcome = Outcome(settings, task, paths=[path], details={"log": log, "scale": ported.scale})
     known = {"arm": arm, "phase": "tuned", "trainable_params": log.trained, "seconds": log.seconds}
     outcome.score_adapter(store.load(path), path, target, ported.frame, ported.scale, **known)
     return outcome
+
+
+def _say_where(settings: Settings, adapter: UHLAdapter, target: Encoder, ported: Port) -> None:
+    """Note in the adapter where and how it was ported before its task's parts were changed there."""
+    adapter.info |= {"tuned_on": target.name, "arm": ported.arm, "scale": ported.scale, "port_seed": settings.seed}
 
 
 def observe_target(settings: Settings) -> Observed:
@@ -281,12 +292,8 @@ def tune_task(
         lambda_f=0.0,
     )
     torch.manual_seed(settings.seed)
-    if ported.arm == "zero-atoms":
-        classifier = Classifier(target.model, part, ported.frame, None, config)
-        fit_head(classifier, target, task, config.max_length, only_if_better=True)
-        return train(classifier, target, task, config, folder, settings.model_dump_json())
-    with attach(target.model, adapter, settings.task_name, ported.frame, ported.scale) as attached:
-        classifier = Classifier(target.model, part, None, attached, config)
+    with at_work(adapter, target, settings.task_name, ported.arm, ported.frame, ported.scale) as attached:
+        classifier = Classifier(target.model, part, ported.frame, attached, config)
         fit_head(classifier, target, task, config.max_length, only_if_better=True)
         return train(classifier, target, task, config, folder, settings.model_dump_json())
 

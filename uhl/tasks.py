@@ -25,8 +25,9 @@ from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
 
 from uhl import sources
+from uhl.config import PAIR, Kind
 from uhl.errors import UHLError
-from uhl.readers import SPLIT_SEED, Kind, TaskSpec, read
+from uhl.readers import SPLIT_SEED, TaskSpec, read
 
 IGNORE = -100
 NEUTRAL = 0.3  # offline sentences whose mean rating is nearer to zero carry no label
@@ -94,7 +95,7 @@ def load_task(task: str | TaskSpec) -> Task:
 
 
 OFFLINE = {"movies": "movieReviewSnippets", "amazon": "amazonReviewSnippets"}
-GENERIC_LICENCE = "MIT"
+LICENCE = "MIT"  # of all these sentences
 GENERIC = {"editorials": "nytEditorialSnippets", "tweets": "tweets"}
 
 
@@ -127,7 +128,7 @@ def _offline_task(name: str) -> Task:
     held_out = table["group"].isin(parts["dev"]) | table["group"].isin(parts["test"])
     free = table[table["group"].isin(parts["unlabelled"]) | (~labelled & ~held_out)]
     data["unlabelled"] = Dataset.from_dict({"text": free["text"].tolist()})
-    return Task(name, "sentence", ("negative", "positive"), DatasetDict(data), licence="MIT")
+    return Task(name, "sentence", ("negative", "positive"), DatasetDict(data), licence=LICENCE)
 
 
 def generic_text() -> list[str]:
@@ -141,7 +142,7 @@ def plain_text(task: Task, split: str) -> list[str]:
     if "tokens" in rows.column_names:
         return [" ".join(words) for words in rows["tokens"]]
     if "text_pair" in rows.column_names:
-        return [f"{a}\t{b}" for a, b in zip(rows["text"], rows["text_pair"], strict=True)]
+        return [f"{a}{PAIR}{b}" for a, b in zip(rows["text"], rows["text_pair"], strict=True)]
     return list(rows["text"])
 
 

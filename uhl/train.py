@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from uhl.files import write_text
 from uhl.frame import Frame
 from uhl.layer import Attached
 from uhl.models import Encoder
+from uhl.progress import batch
 from uhl.tasks import IGNORE, Task, encode, every_word, kept_words, score
 
 
@@ -243,7 +243,7 @@ def train(
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=os.environ.get("UHL_BATCH") == "1",
+        disable_tqdm=batch(),
         report_to=[],
         label_names=["labels"],
         remove_unused_columns=False,
