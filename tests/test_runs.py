@@ -109,7 +109,7 @@ def test_unknown_profile_and_bad_parameter_file(tmp_path):
 
 
 def test_the_readme_is_not_written_from_an_incomplete_profile(tmp_path):
-    with pytest.raises(UHLError, match="offline is not complete, 18 cells are missing, first movies-s0/pretrain-"):
+    with pytest.raises(UHLError, match="offline is not complete, 9 cells are missing, first movies-s0/pretrain-"):
         report.update_readme("offline", tmp_path / "README.md", tmp_path)
 
 
@@ -160,5 +160,5 @@ def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):
     text = readme.read_text()
     assert text.startswith("a\n")
     assert text.endswith("b\n")
-    assert "**Not complete: 17 cells of the grid are missing.**" in text
+    assert "**Not complete: 8 cells of the grid are missing.**" in text
     assert "movies on minilm-l3: seeds 1, n = 2" in text

@@ -136,7 +136,7 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     assert sorted(p.name for p in cell.iterdir()) == ["manifest.json", "predictions.npz"]
     assert report.summary("t").equals(before)
     with pytest.raises(UHLError, match="a cell restored from an archive has none"):
-        stages.zero_shot(tiny_world, ("anchor",))
+        stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor",)}))
 
 
 @pytest.mark.parametrize("name", ["../evil/x/manifest.json", "a-s0/x/run.sh", "/a-s0/x/manifest.json"])
@@ -250,7 +250,7 @@ def test_an_exported_cell_is_a_peft_folder_with_its_scores(tiny_world, tmp_path)
     from uhl import report
 
     stages.pretrain(tiny_world, "canonical")[1].finish("pretrain-canonical")
-    stages.zero_shot(tiny_world, ("anchor", "zero-atoms")).finish("port-small")
+    stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor", "zero-atoms")})).finish("port-small")
     runs.update_results("t")
     folder = report.export("t", "mood", 0, "canonical", tmp_path / "out")
     text = (folder / "README.md").read_text()
@@ -277,7 +277,7 @@ def test_a_head_for_other_labels_is_an_error(tiny_world, task, monkeypatch):
     other = type(task)("mood", "sentence", ("sad", "glad"), task.data)
     monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
     with pytest.raises(UHLError, match="labels negative, positive; the task is a sentence task with labels sad, glad"):
-        stages.zero_shot(tiny_world, ("anchor",))
+        stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor",)}))
 
 
 def test_too_many_anchors(tiny_world, task):

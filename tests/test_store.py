@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -188,8 +189,9 @@ def test_a_full_disk_leaves_the_old_file(path):
 
 def save_many_times(path, seed):
     adapter = UHLAdapter(Sizes(atoms=64, width=64, seed=int(seed)))
-    for _ in range(200):
+    for _ in range(80):
         store.save(adapter, path)
+        time.sleep(0.01)
 
 
 def test_two_processes_writing_one_file_leave_a_whole_one(tmp_path):
@@ -198,6 +200,7 @@ def test_two_processes_writing_one_file_leave_a_whole_one(tmp_path):
     writers = [in_a_process("save_many_times", path, seed) for seed in (1, 2)]
     while any(w.poll() is None for w in writers):
         seeds.add(store.load(path).config.seed)  # whole at any moment
+        time.sleep(0.005)
     assert [w.returncode for w in writers] == [0, 0]
     assert {1, 2} <= seeds
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

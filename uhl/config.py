@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
@@ -30,10 +30,10 @@ RouterKind = Literal["token", "static"]
 Routing = Literal["layer", "weight", "model"]
 ROUTINGS: tuple[Routing, ...] = ("layer", "weight", "model")
 MAX_FILE = 16 << 20  # bytes of an adapter's file
-ARMS = (
-    *("dimension", "lineage", "embedding", "anchor", "refresh"),
-    *("zero-atoms", "random-p", "shuffled", "refresh-random"),
-)
+Arm = Literal[
+    "dimension", "lineage", "embedding", "anchor", "refresh", "zero-atoms", "random-p", "shuffled", "refresh-random"
+]
+ARMS: tuple[Arm, ...] = get_args(Arm)
 
 
 class _Strict(BaseModel):

@@ -29,7 +29,7 @@ import transformers
 import yaml
 from pydantic import Field
 
-from uhl.config import Kind, ProjectorKind, Sizes, TrainConfig, _Strict
+from uhl.config import ARMS, Arm, Kind, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_text
 from uhl.progress import batch as batch
@@ -81,6 +81,7 @@ class Settings(_Strict):
     lambda_q: float = Field(1e-5, ge=0)
     alpha: float = Field(1.0, gt=0)
     top_k: int = Field(2, ge=1)
+    arms: tuple[Arm, ...] = Field(ARMS, min_length=1, description="arms and controls that are ported")
     refresh_steps: int = Field(200, ge=1, description="label-free steps of the arms that refresh")
     attempts: tuple[str, ...] = Field(("head", "scale"), description="groups of notebook 07; uhl.attempts.GROUPS")
     tune_steps: int = Field(500, ge=1)

@@ -16,7 +16,7 @@ from uhl import runs, store, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_states
 from uhl.baselines import Start, run_baseline, start
-from uhl.config import ARMS, PAIR
+from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame
 from uhl.head import fit_head
@@ -177,14 +177,14 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     return found, outcome
 
 
-def zero_shot(settings: Settings, arms: tuple[str, ...] = ARMS) -> Outcome:
-    """Port the trained adapters to the target by every arm and control, and score without any label of the target."""
+def zero_shot(settings: Settings) -> Outcome:
+    """Port the trained adapters to the target by the settings' arms, and score without any label of the target."""
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
     outcome = Outcome(settings, task, details={"reports": {}, "undefined": {}})
     outcome.score_majority(target)
     seen: Observed | None = None
-    for arm in arms:
+    for arm in settings.arms:
         adapter, path = adapter_for(settings, arm)
         reason = why_not(adapter, target, arm, source)
         if reason:

@@ -3,7 +3,9 @@
 Every metric here is 100 * 2 TP / (predicted + gold) summed over examples: for entity F1 the counts are entities, for
 accuracy they are (correct, 1, 1), where the formula is the accuracy. So one bootstrap over rows of counts serves all
 kinds of task. Seeds and examples are resampled independently (crossed), as both vary: Efron & Tibshirani 1993. Where
-examples come in groups, whole groups are drawn. Three seeds are few: resampling them understates how much seeds vary.
+examples come in groups, whole groups are drawn. Means over S resampled seeds vary (S - 1) / S as much as means over S
+new seeds do, which is put right. In simulations (tests/test_stats.py) an interval of three seeds holds the truth in 95 %
+of cases or more where seeds differ by a point or two in accuracy, and in 86 % where they differ by eight.
 """
 
 from __future__ import annotations
@@ -54,12 +56,19 @@ def bootstrap(
     seeds, n, _ = tables.shape
     names, place = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
     count = len(names)
-    out = np.empty(repeats)
-    for i in range(repeats):
-        weight = np.bincount(rng.integers(0, count, count), minlength=count)[place]
-        chosen = rng.integers(0, seeds, seeds)
-        out[i] = score_of(np.einsum("n,snk->sk", weight, tables[chosen])).mean()
-    return out
+    units = np.zeros((count, seeds, 3))
+    np.add.at(units, place, tables.transpose(1, 0, 2))
+    scores = np.empty((repeats, seeds))
+    for begin in range(0, repeats, step := max(1, 2_000_000 // count)):
+        rows = min(step, repeats - begin)
+        drawn = rng.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
+        weight = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+        scores[begin : begin + rows] = score_of((weight @ units.reshape(count, -1)).reshape(rows, seeds, 3))
+    chosen = np.take_along_axis(scores, rng.integers(0, seeds, (repeats, seeds)), 1).mean(1)
+    if seeds == 1:
+        return chosen
+    whole = scores.mean(1)
+    return whole + np.sqrt(seeds / (seeds - 1)) * (chosen - whole)
 
 
 def interval(tables: np.ndarray, groups: np.ndarray | None = None, seed: int = 0) -> Interval:
