@@ -59,9 +59,10 @@ unit: $(STAMP)
 	$(BIN)/python -m uhl fetch --profile offline
 	$(BIN)/pytest -n $(CORES)
 
-notebooks: export OMP_NUM_THREADS = 2
+notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(STAMP)
-	UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 300 notebooks
+	UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg \
+		--nbval-cell-timeout 300 -n $(CORES) notebooks
 
 # PEFT's own tests on our method; a minute, and peft's source distribution is fetched on first use.
 conformance: $(STAMP)

@@ -141,8 +141,13 @@ def folding(shape: str = "bert-large", frames: Sequence[str] = ("dimension", "re
 
 
 def _alone(work: Callable[..., Any], *args: Any) -> Any:
-    """Run in a fresh process, so that one measurement's memory is not another's."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    """Run in a process of its own, so that one measurement's memory is not another's.
+
+    It is a fork of a process that has imported this module and done nothing else.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with context.Pool(1) as pool:
         return pool.apply(work, args)
 
 
