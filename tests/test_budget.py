@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, BertConfig
 
 from uhl import budget
 from uhl.adapter import UHLAdapter
-from uhl.baselines import file_sizes
+from uhl.baselines import file_sizes, peft_method
 from uhl.config import Sizes
 from uhl.host import find_slots
 from uhl.peft_method import attach
@@ -35,6 +36,19 @@ def test_formula_equals_the_counter(make_encoder, config, layers, width, routing
     assert extra != tokens * budget.update_flops(adapter.config, slots)
     routed = {"layer": layers * width, "weight": layers * 7 * width, "model": width}[routing]
     assert budget.routing_flops(adapter.config, slots, width) == 2 * adapter.config.atoms * routed
+
+
+@pytest.mark.parametrize("method", ["lora-r8", "lora-1mb", "vera", "vb-lora", "uni-lora"])
+def test_formulas_of_the_baselines_equal_the_counter(make_encoder, method):
+    """Per token: what a method computes once a pass (its matrices) falls out of the difference."""
+    encoder = make_encoder()
+    slots = find_slots(encoder.model)
+    short, long = ({"input_ids": torch.arange(5, 5 + n)[None]} for n in (8, 20))
+    bare = count(encoder, long) - count(encoder, short)
+    config, targets, rank = peft_method(method, slots)
+    encoder.model = get_peft_model(encoder.model, config)
+    extra = count(encoder, long) - count(encoder, short) - bare
+    assert extra == 12 * sum(2 * rank * (s.d_in + s.d_out) for s in targets)
 
 
 def test_static_routes_cost_nothing(encoder, config):

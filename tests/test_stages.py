@@ -10,8 +10,7 @@ from conftest import sentences
 
 from uhl import attempts, budget, runs, search, stages, store
 from uhl.adapter import UHLAdapter
-from uhl.baselines import METHODS
-from uhl.config import ARMS
+from uhl.config import ARMS, METHODS
 from uhl.errors import UHLError
 from uhl.outcome import merge
 from uhl.peft_method import attach
@@ -84,7 +83,7 @@ def run_all(settings):
     merge(tuned).finish("tune-small")
     for host, name in (("source", "big"), ("target", "small")):
         begin = stages.baseline_start(settings, host)
-        made = [stages.baseline(settings, host, method, begin) for method in METHODS]
+        made = [stages.baseline(settings, host, method, begin) for method in settings.baselines]
         merge(made).finish(f"baselines-{name}")
     return outcome
 
@@ -92,13 +91,15 @@ def run_all(settings):
 @pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
 def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     settings = tiny_world if kind == "sentence" else own_files(kind)
+    methods = METHODS if kind == "sentence" else ("head", "sat-lora", "full")
+    settings = settings.model_copy(update={"baselines": methods})
     zero = run_all(settings)
     frame = runs.load_results("t")
     assert tuple(frame.columns) == runs.COLUMNS
     test = frame[frame["split"] == "test"]
     cells = {phase: set(rows["arm"]) for phase, rows in test.groupby("phase")}
-    assert cells["source"] == {"uhl-canonical", "uhl-dimension", *METHODS}
-    assert cells["retrained"] == set(METHODS)
+    assert cells["source"] == {"uhl-canonical", "uhl-dimension", *methods}
+    assert cells["retrained"] == set(methods)
     assert cells["zero-shot"] == {"no-adapter", *ARMS} - {"lineage", "embedding"}
     assert cells["tuned"] == {"dimension", "anchor", "zero-atoms", "random-p"}
     assert "equal widths" in zero.details["undefined"]["lineage"]
@@ -106,7 +107,7 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert (test["n"] == 16).all()
     assert set(test["metric"]) == {"f1" if kind == "token" else "accuracy"}
     assert set(test["task"]) == {"mood"}
-    from uhl import report
+    from uhl import claims, report
 
     table = report.summary("t")  # raises when a score differs from the stored predictions
     assert len(table) == len(test)
@@ -114,7 +115,25 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     text = report.markdown("t")
     assert "shuffled anchors" in text
     assert "nan" not in text
-    assert len(report.paired(report.gather("t"))) >= 8
+    tables = report.gather("t")
+    pairs = report.paired(tables)
+    assert len(pairs) >= 8
+    assert (pairs["p holm"] >= pairs["p"]).all()
+    assert pairs["p mcnemar"].isna().all() == (kind == "token")
+    judged = claims.judge(table, tables, {})
+    ours = {"dimension", "anchor", "refresh"}
+    for number, arms in {"1": ours, "2 tuned": ours - {"refresh"}, "3": ours - {"refresh"}}.items():
+        assert set(judged[judged["claim"].str.startswith(number)]["arm"]) == arms
+    run = judged["claim"].str.startswith("3") & (judged["verdict"] == "not decidable") & (judged["seeds"] == 0)
+    assert run.any() == (kind != "sentence")  # LoRA at 1 MB ran there alone, and the others say so
+    assert set(judged["verdict"]) <= {"held", "refuted", "not decidable"}
+    board = report.leaderboard(table)
+    assert {"anchor", "sat-lora", "full"} <= set(board["method"])
+    assert (board[board["method"] == "anchor"]["zero-shot"] > 0).all()
+    assert (board[board["method"] == "full"]["memory MB"] > 0).all()
+    learned = report.curves("t")
+    assert {"uhl-canonical", "sat-lora", "anchor"} <= set(learned["arm"])
+    assert set(learned["phase"]) == {"source", "tuned", "retrained"}
     trust = report.calibration("t").set_index("arm")
     assert set(trust.index) == {"anchor", "zero-atoms", "random-p"}
     for arm, row in trust.iterrows():
@@ -226,6 +245,8 @@ def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monk
 def test_what_is_trained_is_what_is_shipped(tiny_world, own_files, kind, tmp_path):
     """Every example's logits, before saving and after loading, for the three kinds of task."""
     settings = tiny_world if kind == "sentence" else own_files(kind)
+    methods = METHODS if kind == "sentence" else ("head", "sat-lora", "full")
+    settings = settings.model_copy(update={"baselines": methods})
     data, encoder = stages.load_data(settings), stages.freeze(stages.load_encoder("big"))
     adapter = UHLAdapter(settings.adapter_config("dimension"))
     part = adapter.add_task("t", data.labels, data.kind)

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 from seqeval.metrics import f1_score
 from sklearn.metrics import accuracy_score
 
@@ -40,12 +41,12 @@ def test_a_paired_difference_is_narrower_than_two_intervals_and_sees_zero():
     found, alone = stats.difference(a, b), stats.interval(a)
     assert found.high - found.low < 0.5 * (alone.high - alone.low)
     same = stats.difference(a, a)
-    assert same == (0, 0, 0)
+    assert same == (0, 0, 0, 1)
     with pytest.raises(ValueError, match="one shape"):
         stats.difference(a, a[:, :5])
 
 
-def test_groups_widen_intervals_and_seeds_are_resampled():
+def test_groups_widen_intervals_and_so_do_seeds():
     """Examples that come in tens with one outcome carry a tenth of the evidence; seeds that differ widen it too."""
     rng = np.random.default_rng(0)
     right = np.repeat((rng.random(100) < 0.7).astype(float), 10)[None, :, None]
@@ -56,4 +57,76 @@ def test_groups_widen_intervals_and_seeds_are_resampled():
     assert grouped.high - grouped.low == pytest.approx(width, rel=0.15)
     assert alone.high - alone.low == pytest.approx(width / np.sqrt(10), rel=0.15)
     spread = np.concatenate([draw(s, n=4000, p=p) for s, p in ((0, 0.6), (1, 0.7), (2, 0.8))])
-    assert stats.bootstrap(spread).std() == pytest.approx(100 * np.std([0.6, 0.7, 0.8]) / np.sqrt(3), rel=0.2)
+    low, high = stats.interval(spread)[1:]
+    assert (high - low) / 2 == pytest.approx(4.303 * 100 * np.std([0.6, 0.7, 0.8], ddof=1) / np.sqrt(3), rel=0.1)
+
+
+def seeds_of(trial, seeds, n, spread, shift=(0.0, 0.0)):
+    """Two methods on the same examples: how hard an example is and how good a seed is are drawn anew; ``shift`` is how
+    much better than that each method is, in logits.
+    """
+    rng = np.random.default_rng(trial)
+    hard, own = rng.normal(1.2, 1.5, n), rng.normal(0, spread, (2, seeds))
+    right = [
+        rng.random((seeds, n)) < 1 / (1 + np.exp(-(hard + o[:, None] + s))) for o, s in zip(own, shift, strict=True)
+    ]
+    return [np.stack([r, np.ones_like(r), np.ones_like(r)], 2).astype(float) for r in right]
+
+
+@pytest.fixture(scope="module")
+def truth():
+    """The score of a method in the long run."""
+    rng = np.random.default_rng(10**6)
+
+    def of(spread, shift=0.0):
+        return 100 * float((1 / (1 + np.exp(-rng.normal(1.2 + shift, np.hypot(1.5, spread), 2_000_000)))).mean())
+
+    return of
+
+
+@pytest.mark.parametrize(("spread", "least"), [(0.05, 0.95), (0.4, 0.93)])  # of about 1 and 8 points in accuracy
+def test_intervals_of_three_seeds_have_their_coverage(truth, spread, least):
+    wanted, held = truth(spread), 0
+    for trial in range(150):
+        low, high = stats.interval(seeds_of(trial, 3, 500, spread)[0])[1:]
+        held += low <= wanted <= high
+    assert held / 150 >= least
+
+
+def test_equal_methods_are_rarely_told_apart_and_unequal_ones_often():
+    false = [stats.difference(*seeds_of(t, 3, 500, 0.05)).p < 0.05 for t in range(150)]
+    true = [stats.difference(*seeds_of(t, 3, 500, 0.05, (0.6, 0.0))).p < 0.05 for t in range(50)]
+    assert np.mean(false) <= 0.05
+    assert np.mean(true) > 0.75
+
+
+def test_a_method_at_the_margin_is_rarely_called_non_inferior(truth):
+    """The one-sided error of the test is at most 2.5 %: here the truth lies on the margin itself."""
+    shift = -0.3
+    margin = truth(0.05, shift) - truth(0.05)
+    made = [stats.verdict(stats.difference(*seeds_of(t, 3, 500, 0.05, (shift, 0.0))), margin) for t in range(150)]
+    assert made.count("held") / 150 <= 0.04
+    assert stats.verdict(stats.Difference(0.0, -0.9, 0.9, 1.0), -1.0) == "held"
+    assert stats.verdict(stats.Difference(0.0, -1.1, 0.9, 1.0), -1.0) == "not decidable"
+    assert stats.verdict(stats.Difference(-3.0, -5.0, -1.2, 0.0), -1.0) == "refuted"
+
+
+def test_p_and_interval_say_the_same():
+    """p is 0.05 where the interval ends at zero; near it, both are on the same side."""
+    for trial in range(60):
+        made = stats.difference(*seeds_of(trial, 3, 300, 0.1, (0.25, 0.0)))
+        if abs(made.p - 0.05) > 0.01:
+            assert (made.p < 0.05) == (made.low > 0 or made.high < 0)
+
+
+def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs():
+    a, b = (table[0] for table in seeds_of(0, 1, 400, 0.0, (0.6, 0.0)))
+    first, second = ((a[:, 0] > b[:, 0]).sum(), (b[:, 0] > a[:, 0]).sum())
+    assert stats.mcnemar(a, b) == pytest.approx(binomtest(int(first), int(first + second)).pvalue)
+    assert stats.mcnemar(a, a) == 1
+
+
+def test_holm_steps_down():
+    p = [0.04, 0.001, 0.03, 0.2]
+    assert stats.holm(p) == pytest.approx([0.09, 0.004, 0.09, 0.2])
+    assert len(stats.holm([])) == 0

@@ -9,11 +9,14 @@ from transformers import TrainerCallback
 from uhl import train
 from uhl.adapter import TaskPart, UHLAdapter
 from uhl.anchors import Probe
-from uhl.baselines import METHODS, own_frame, run_baseline, start
-from uhl.config import Sizes, TrainConfig
+from uhl.baselines import SPARSE, own_frame, peft_method, run_baseline, start
+from uhl.config import METHODS, Sizes, TrainConfig
 from uhl.errors import UHLError
 from uhl.head import fit_head
+from uhl.host import find_slots
 from uhl.peft_method import attach
+from uhl.quant import dequantise
+from uhl.sat import SATAdapter
 from uhl.train import Classifier, predict
 
 
@@ -109,25 +112,86 @@ def test_prediction_keeps_the_split_order(encoder, task, config):
     attached.detach()
 
 
+def trained_beside_the_head(method, encoder):
+    """How many values a baseline trains on the tiny host, of 3 layers, D = 24 and D_ffn = 48."""
+    own = dict(encoder.model.named_parameters())
+    shapes = [(24, 24), (24, 48), (48, 24)]
+    sat = sum(128 * (d_in + d_out) for d_in, d_out in shapes) + 128 * 24 + 128  # atoms, router, its offset
+    return {
+        "head": 0,
+        "bitfit": sum(p.numel() for n, p in own.items() if n.endswith("bias")),
+        "lora-r8": 3 * 2 * 8 * (24 + 24),
+        "lora-1mb": peft_method("lora-1mb", find_slots(encoder.model))[2] * 3 * (8 * 24 + 2 * (24 + 48)),
+        "vera": 3 * 2 * (256 + 24),
+        "vb-lora": 960 * 24 + 3 * 2 * 2 * 4 * 960,  # the bank, and each vector's logits over it
+        "uni-lora": 23_040,
+        "sat-lora": sat + 3 * 6 * 128,
+        "hf-sat-lora": sat + 14 * 7 + 128 * 15,
+        "full": sum(p.numel() for p in own.values()),
+    }[method]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_baselines_train_what_they_say(make_encoder, task, method, tmp_path):
     encoder = make_encoder()
     before = {k: v.clone() for k, v in encoder.model.state_dict().items()}
     begin = start(encoder, task, Probe(list(task.data["unlabelled"]["text"])))
-    fitted = begin.part.head.clone()
+    fitted, wanted = begin.part.head.clone(), trained_beside_the_head(method, encoder)
     made = run_baseline(method, encoder, task, begin, TrainConfig(steps=8, batch=16, rate=1e-2), tmp_path)
     assert torch.equal(begin.part.head, fitted)
     assert torch.equal(made.classifier.part.head, fitted) == (method == "head")
     found = predict(made.classifier, encoder, task, "test")
     assert 0 <= found.score <= 100
-    layers, width = 3, 24
-    lora = layers * 2 * 8 * (width + width)
-    head = 2 * 256 + 2
-    whole = sum(p.numel() for p in make_encoder().model.parameters())
-    assert made.log.trained == {"head": head, "lora-r8": lora + head, "full": whole + head}[method]
-    assert made.extra_flops_pct == pytest.approx(100 * lora / (layers * 8 * width**2) if method == "lora-r8" else 0)
+    assert made.log.trained == wanted + 2 * 256 + 2
+    assert made.log.steps == (0 if method == "head" else 8)
+    assert (made.log.peak_mb is None) == (method == "head")
     moved = any(not torch.equal(v, before[k]) for k, v in encoder.model.state_dict().items() if k in before)
-    assert moved == (method == "full")
+    assert moved == (method in {"full", "bitfit"})
+    if method not in {"head", "full", "bitfit"}:
+        assert made.extra_flops_pct > 0
+    assert made.bytes <= 1_000_000
+    stored = 1 if method in SPARSE else 0 if method == "vb-lora" else 2  # bytes a value, VB-LoRA's top ones alone
+    assert made.bytes >= stored * wanted * 0.95
+
+
+def test_sparse_baselines_start_as_the_host_and_are_what_their_file_holds(make_encoder, task):
+    """SAT-LoRA's update is zero at the start; its stored integers give back the parameters it computes with."""
+    encoder = make_encoder()
+    slots = find_slots(encoder.model)
+    for functional in (False, True):
+        adapter = SATAdapter(Sizes(), slots, encoder.width, functional)
+        adapter.add_task("main", task.labels, task.kind)
+        ids = torch.arange(5, 13)[None]
+        with torch.no_grad():
+            bare = encoder.model(input_ids=ids).last_hidden_state
+            frame = own_frame(encoder, Probe(list(task.data["unlabelled"]["text"])))
+            with attach(encoder.model, adapter, "main", frame) as attached:
+                assert torch.equal(encoder.model(input_ids=ids).last_hidden_state, bare)
+                for atoms in adapter.dictionary.values():
+                    atoms.u.copy_(torch.randn(atoms.u.shape))
+                assert (encoder.model(input_ids=ids).last_hidden_state - bare).abs().max() > 1e-3
+                v, u, strength = attached.folded.atoms[slots[4].path]
+        stored = adapter.stored("main")
+        name = f"dictionary.{slots[4].d_in}x{slots[4].d_out}.u"
+        torch.testing.assert_close(dequantise(stored[name], stored[f"{name}.scale"]), u)
+        assert (v.shape, u.shape) == ((128, slots[4].d_in), (128, slots[4].d_out))
+        assert len(strength) == 128
+        rows = {"mixer.first", "mixer.second"} if functional else {"mixer.first"}
+        assert rows <= set(stored)
+        assert not any(n.startswith("tasks.main.head") for n in stored)
+
+
+def test_the_peak_of_memory_is_that_of_a_step(make_encoder, task, tmp_path):
+    """More tokens at a time take more; AdamW's moments and the gradients of all parameters are in it."""
+    found = {}
+    for name, method, batch in (("few", "lora-r8", 8), ("many", "lora-r8", 32), ("full", "full", 8)):
+        encoder = make_encoder()
+        begin = start(encoder, task, Probe(list(task.data["unlabelled"]["text"])))
+        config = TrainConfig(steps=2, batch=batch)
+        found[name] = run_baseline(method, encoder, task, begin, config, tmp_path / name).log.peak_mb
+    assert found["many"] > 2 * found["few"]
+    whole = sum(p.numel() for n, p in make_encoder().model.named_parameters() if "pooler" not in n)
+    assert found["full"] - found["few"] > 2 * 4 * whole / 1e6  # the moments alone
 
 
 def test_the_fitted_head_is_the_logistic_regression(encoder, task):

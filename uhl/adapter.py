@@ -170,12 +170,15 @@ class UHLAdapter(nn.Module):
         vectors = self.vectors(frame, slots) if vectors is None else vectors
         strengths = self.strengths(slots, task, scale)
         atoms = {slot.path: (*vectors[slot.path], strength) for slot, strength in zip(slots, strengths, strict=True)}
-        embedding = self.task(task).route_embedding()
+        return Folded(atoms, *self.readers(frame, slots), self.task(task).route_embedding())
+
+    def readers(self, frame: Frame, slots: Sequence[Slot]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The router in a host's frame: readers of the layers' inputs, and of weights that have their own route."""
         if self.router is None:
-            return Folded(atoms, (), {}, embedding)
+            return (), {}
         reads, alone = Times(self.router()), self.config.routing == "weight"
         own = {slot.path: reads(frame.slots[slot.path][0]) for slot in slots if alone or not slot.shared}
-        return Folded(atoms, tuple(reads(r) for r in frame.routes), own, embedding)
+        return tuple(reads(r) for r in frame.routes), own
 
 
 def _as_stored(adapter: UHLAdapter, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:

@@ -1,7 +1,8 @@
-"""Baselines on the same host, labels and head: rank-8 LoRA and full fine-tuning (PEFT, Trainer), and head only."""
+"""Baselines on the same host, labels and head: head only, BitFit, PEFT's small methods, SAT-LoRA, full fine-tuning."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -10,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import safetensors.torch
 import torch
 from peft import (
     FourierFTConfig,
     LoraConfig,
     PeftConfig,
+    PeftModel,
     UniLoraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -26,19 +29,24 @@ from torch import nn
 from uhl import budget
 from uhl.adapter import TaskPart
 from uhl.anchors import Probe, observe
-from uhl.config import Sizes, TrainConfig
+from uhl.config import METHODS, Sizes, TrainConfig
 from uhl.errors import one_of
 from uhl.frame import Frame
 from uhl.head import fit_head
-from uhl.host import find_slots
+from uhl.host import Slot, find_slots
 from uhl.models import Encoder
+from uhl.peft_method import attach
 from uhl.porting import basis_of
 from uhl.quant import quantise
+from uhl.sat import SATAdapter
 from uhl.tasks import Task
 from uhl.train import Classifier, TrainLog, train
 
-METHODS = ("head", "lora-r8", "full")
+SPARSE = ("sat-lora", "hf-sat-lora")
+RATES = {m: m.removesuffix("-r8").replace("-", "_") + "_rate" for m in METHODS if m != "head"}  # settings of the rates
 RANK = 8
+HEAD_AND_HEADER = 24_000  # bytes that a rank may not use: the head, and a tensor's line in the file's header each
+VERA_RANK, SMALL_RANK, VALUES = 256, 4, 23_040  # of VeRA; of VB-LoRA and Uni-LoRA, and the values that both train
 
 
 @dataclass
@@ -79,34 +87,86 @@ def start(encoder: Encoder, task: Task, probe: Probe, max_length: int = 64) -> S
 def run_baseline(
     method: str, encoder: Encoder, task: Task, begin: Start, config: TrainConfig, folder: str | Path
 ) -> Baseline:
-    """Train one of :data:`METHODS` on the task's training split. The encoder is changed in place, ``begin`` is not."""
+    """Train one of :data:`uhl.config.METHODS` on the task's training split.
+
+    The encoder is changed in place, ``begin`` is not.
+    """
     one_of(method, METHODS, "baseline")
     part, frame = deepcopy(begin.part), begin.frame
     torch.manual_seed(config.seed)
     model: nn.Module = encoder.model
-    for p in model.parameters():
-        p.requires_grad_(method == "full")
+    for name, p in model.named_parameters():
+        p.requires_grad_(method == "full" or (method == "bitfit" and name.endswith("bias")))
     if method == "head":
         log = TrainLog([], begin.seconds, 0, part.head.numel() + part.head_bias.numel())
         return Baseline(Classifier(model, part, frame), log, head_size(part, frame), 0.0)
-    flops = 0.0
-    if method == "lora-r8":
-        slots = find_slots(model)
-        targets = [s for s in slots if s.type in {"Q", "V"}]
-        lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=[s.path for s in targets])
+    slots, flops, attached = find_slots(model), 0.0, None
+    if method in SPARSE:
+        adapter = SATAdapter(Sizes(seed=config.seed), slots, encoder.width, functional=method == "hf-sat-lora")
+        adapter.tasks["main"] = part
+        part.embedding.requires_grad_(True)
+        attached = attach(model, adapter, "main", frame)
+        flops = budget.extra_flops_pct(adapter.config, slots, slots, encoder.width)
+    elif method not in {"bitfit", "full"}:
+        lora, targets, rank = peft_method(method, slots)
         model = get_peft_model(model, lora)  # type: ignore[arg-type]
-        flops = budget.lora_flops_pct(RANK, targets, slots)
-    classifier = Classifier(model, part, frame, train_config=config)
+        flops = budget.lora_flops_pct(rank, targets, slots)
+    classifier = Classifier(model, part, frame, attached, config)
     log = train(classifier, encoder, task, config, folder)
-    round_trained(classifier)
-    own = sum(p.numel() for n, p in classifier.named_parameters() if p.requires_grad and "part." not in n)
-    return Baseline(classifier, log, 2 * own + head_size(part, frame), flops)
+    if attached is None:
+        round_trained(classifier)
+    return Baseline(classifier, log, added_bytes(classifier) + head_size(part, frame), flops)
+
+
+def peft_method(method: str, slots: Sequence[Slot]) -> tuple[PeftConfig, list[Slot], int]:
+    """PEFT's configuration of a method for a host's weights, the weights that it changes, and its rank.
+
+    All change Q and V, as their authors do, but `lora-1mb`: LoRA on every weight, at the largest rank whose file of
+    float16 stays within the adapter's budget of :data:`uhl.budget.LIMIT_BYTES`.
+    """
+    if method == "lora-1mb":
+        left = budget.LIMIT_BYTES - HEAD_AND_HEADER
+        rank = max(1, left // (2 * sum(s.d_in + s.d_out for s in slots)))
+        paths = [s.path for s in slots]
+        return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=paths), list(slots), rank
+    targets = [s for s in slots if s.type in {"Q", "V"}]
+    divisor = math.gcd(*(size for s in targets for size in (s.d_in, s.d_out)))
+    length = max(n for n in range(1, min(divisor, 256) + 1) if divisor % n == 0)
+    names = {"lora-r8": "LoRA r8", "vera": "VeRA r256", "vb-lora": "VB-LoRA", "uni-lora": "Uni-LoRA"}
+    ranks = {"lora-r8": RANK, "vera": VERA_RANK}
+    made = peft_methods([s.path for s in targets], length)[names[method]]
+    return made, targets, ranks.get(method, SMALL_RANK)
 
 
 def head_size(part: TaskPart, frame: Frame) -> int:
     """Bytes of a head folded into its host's coordinates, as it would be stored (8-bit rows, float16 biases)."""
     tensors = (*quantise((part.head @ frame.head).detach(), 8), part.head_bias.detach().half())
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def added_bytes(classifier: Classifier) -> int:
+    """Bytes of a file with what was trained beside the head: PEFT's own or bare tensors, in float16 or as quantised."""
+    if isinstance(classifier.adapter, SATAdapter):
+        (task,) = classifier.adapter.tasks
+        return len(safetensors.torch.save(classifier.adapter.stored(task)))
+    if isinstance(classifier.model, PeftModel):
+        return saved_bytes(classifier.model, torch.float16)
+    own = {n: p.detach().half() for n, p in classifier.model.named_parameters() if p.requires_grad}
+    return len(safetensors.torch.save(own))
+
+
+def saved_bytes(model: PeftModel, dtype: torch.dtype) -> int:
+    """Bytes of PEFT's file of a model's adapter, with what trains in ``dtype``; the model is left as it was."""
+    own = [(p, p.data) for p in model.parameters() if p.requires_grad]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for p, data in own:
+                p.data = data.to(dtype)
+            model.save_pretrained(folder)
+            return (Path(folder) / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+    finally:
+        for p, data in own:
+            p.data = data
 
 
 @torch.no_grad()
@@ -117,24 +177,30 @@ def round_trained(classifier: Classifier) -> None:
             parameter.copy_(parameter.half().float())
 
 
-def peft_methods(targets: Sequence[str]) -> dict[str, PeftConfig]:
+def peft_methods(targets: Sequence[str], length: int = 256) -> dict[str, PeftConfig]:
     """PEFT's small methods on the weights whose names end in ``targets``, with the sizes that their authors report.
 
-    LoRA (Hu et al. 2021) at rank 8, VeRA (Kopiczko et al. 2023) at rank 256, VB-LoRA (Li et al. 2024) with 90 vectors
-    of 256, FourierFT (Gao et al. 2024) with 1,000 coefficients, Uni-LoRA (Li et al. 2025) with a vector of 23,040.
+    LoRA (Hu et al. 2021) at rank 8, VeRA (Kopiczko et al. 2023) at rank 256, VB-LoRA (Li et al. 2024) with 23,040
+    values in vectors of ``length``, which must divide the weights' sizes, FourierFT (Gao et al. 2024) with 1,000
+    coefficients, Uni-LoRA (Li et al. 2025) with a vector of 23,040.
     """
     names = list(targets)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B")  # as meant: a seed remakes them
-        vera = VeraConfig(r=256, target_modules=names, save_projection=False)
+        vera = VeraConfig(r=VERA_RANK, target_modules=names, save_projection=False)
     return {
-        "LoRA r8": LoraConfig(r=RANK, target_modules=names),
+        "LoRA r8": LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=names),
         "VeRA r256": vera,
         "VB-LoRA": VBLoRAConfig(
-            r=4, num_vectors=90, vector_length=256, topk=2, target_modules=names, save_only_topk_weights=True
+            r=SMALL_RANK,
+            num_vectors=VALUES // length,
+            vector_length=length,
+            topk=2,
+            target_modules=names,
+            save_only_topk_weights=True,
         ),
         "FourierFT": FourierFTConfig(n_frequency=1000, target_modules=names),
-        "Uni-LoRA": UniLoraConfig(r=4, theta_d_length=23_040, target_modules=names),
+        "Uni-LoRA": UniLoraConfig(r=SMALL_RANK, theta_d_length=VALUES, target_modules=names),
     }
 
 
@@ -144,15 +210,8 @@ def file_sizes(model: nn.Module, targets: Sequence[str]) -> pd.DataFrame:
     for name, config in peft_methods(targets).items():
         torch.manual_seed(0)
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
-        own = [p for p in adapted.parameters() if p.requires_grad]
-        trained = sum(p.numel() for p in own)
-        sizes = []
-        for dtype in (torch.float32, torch.float16):
-            with tempfile.TemporaryDirectory() as folder:
-                for p in own:
-                    p.data = p.data.to(dtype)
-                adapted.save_pretrained(folder)
-                sizes.append((Path(folder) / SAFETENSORS_WEIGHTS_NAME).stat().st_size)
-        rows.append({"method": name, "trained": trained, "bytes": sizes[0], "bytes, float16": sizes[1]})
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        whole, half = (saved_bytes(adapted, dtype) for dtype in (torch.float32, torch.float16))  # type: ignore[arg-type]
+        rows.append({"method": name, "trained": trained, "bytes": whole, "bytes, float16": half})
         model = adapted.unload()  # type: ignore[operator]
     return pd.DataFrame(rows)

@@ -34,6 +34,10 @@ Arm = Literal[
     "dimension", "lineage", "embedding", "anchor", "refresh", "zero-atoms", "random-p", "shuffled", "refresh-random"
 ]
 ARMS: tuple[Arm, ...] = get_args(Arm)
+Method = Literal[  # a baseline
+    "head", "bitfit", "lora-r8", "lora-1mb", "vera", "vb-lora", "uni-lora", "sat-lora", "hf-sat-lora", "full"
+]
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class _Strict(BaseModel):

@@ -13,13 +13,16 @@ from uhl.quant import fake_quantise
 
 
 class AtomDictionary(nn.Module):
-    """Parameters ``u`` and ``v``, both (A, C): V starts as unit rows, U at zero, so a new adapter changes nothing."""
+    """Parameters ``u`` (A, writes) and ``v`` (A, reads), which are both C by default.
 
-    def __init__(self, atoms: int, width: int, generator: torch.Generator) -> None:
+    V starts as unit rows, U at zero, so a new adapter changes nothing.
+    """
+
+    def __init__(self, atoms: int, reads: int, generator: torch.Generator, writes: int | None = None) -> None:
         super().__init__()
-        self.u = nn.Parameter(torch.zeros(atoms, width))
-        self.v = nn.Parameter(nn.functional.normalize(torch.randn(atoms, width, generator=generator), dim=1))
+        self.u = nn.Parameter(torch.zeros(atoms, writes or reads))
+        self.v = nn.Parameter(nn.functional.normalize(torch.randn(atoms, reads, generator=generator), dim=1))
 
-    def forward(self) -> tuple[Float[Tensor, "A C"], Float[Tensor, "A C"]]:
+    def forward(self) -> tuple[Float[Tensor, "A writes"], Float[Tensor, "A reads"]]:
         """U and V as the file gives them back."""
         return fake_quantise(self.u, 8), fake_quantise(self.v, 8)

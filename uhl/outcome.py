@@ -41,6 +41,7 @@ class Outcome:
     rows: list[dict[str, object]] = field(default_factory=list)
     predictions: dict[str, Prediction] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
+    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # training loss by step, of each arm
     details: dict[str, Any] = field(default_factory=dict)
 
     def score(self, classifier: Classifier, encoder: Encoder, **known: object) -> None:
@@ -90,7 +91,7 @@ class Outcome:
         made = [stats.interval(self.counts(arm, split), self.groups(split)) for arm in rows["arm"]]
         return rows.assign(low=[i.low for i in made], high=[i.high for i in made])
 
-    def difference(self, first: str, second: str, split: str = "test") -> stats.Interval:
+    def difference(self, first: str, second: str, split: str = "test") -> stats.Difference:
         """Paired difference of two arms in points."""
         return stats.difference(self.counts(first, split), self.counts(second, split), self.groups(split))
 
@@ -103,6 +104,7 @@ class Outcome:
         written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
         used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
         extra |= {"labels": list(self.task.labels), "models": {name: models.revision(name) for name in used}}
+        extra |= {"curves": self.curves}
         return runs.write_manifest(self.settings, stage, self.rows, written + self.paths, **extra)
 
     def _save_predictions(self, path: Path) -> Path:
@@ -128,8 +130,10 @@ def merge(outcomes: Iterable[Outcome]) -> Outcome:
     """Several outcomes of one cell as one."""
     first, *rest = outcomes
     merged = Outcome(first.settings, first.task, list(first.rows), dict(first.predictions), list(first.paths))
+    merged.curves = dict(first.curves)
     for outcome in rest:
         merged.rows += outcome.rows
         merged.predictions |= outcome.predictions
         merged.paths += outcome.paths
+        merged.curves |= outcome.curves
     return merged

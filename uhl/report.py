@@ -90,7 +90,7 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
         made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split))
         if abs(made.value - group["score"].mean()) > 0.05:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
-        mean = group[["adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"]].mean()
+        mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
         rows.append(
             {"task": task, "target": target, "phase": phase, "arm": arm, "score": made.value, "low": made.low}
             | {"high": made.high, "seeds": len(group), "n": int(group["n"].iloc[0])}
@@ -162,25 +162,64 @@ PAIRS = (
     ("tuned", "anchor", "tuned", "random-p"),
     ("tuned", "dimension", "tuned", "zero-atoms"),
     ("tuned", "anchor", "retrained", "lora-r8"),
+    ("tuned", "anchor", "retrained", "sat-lora"),
+    ("tuned", "anchor", "retrained", "hf-sat-lora"),
 )
 
 
 def paired(tables: Cells, groups: Mapping[str, np.ndarray | None] | None = None) -> pd.DataFrame:
     """Paired differences of :data:`PAIRS` over the seeds that both have, from :func:`gather`.
 
-    ``groups`` maps a task to the group of each example, see :func:`groups_of`.
+    ``groups`` maps a task to the group of each example, see :func:`groups_of`. ``p holm`` is corrected over the whole
+    table, and the verdict goes by it. ``p mcnemar`` is the largest of the seeds', where the metric is an accuracy and
+    examples stand alone.
     """
     rows = []
     for task, target in dict.fromkeys((key[0], key[1]) for key in tables):
+        group = (groups or {}).get(task)
         for phase_a, a, phase_b, b in PAIRS:
             first, second = (tables.get((task, target, *cell), {}) for cell in ((phase_a, a), (phase_b, b)))
             seeds = set(first) & set(second)
             if seeds:
-                made = stats.difference(stack(first, seeds), stack(second, seeds), (groups or {}).get(task))
-                verdict = "better" if made.low > 0 else "worse" if made.high < 0 else "undecided"
-                rows.append((task, target, f"{phase_a} {a}", f"{phase_b} {b}", len(seeds), *made, verdict))
-    columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "verdict"]
-    return pd.DataFrame(rows, columns=columns)
+                one, other = stack(first, seeds), stack(second, seeds)
+                alone = group is None and bool((one[..., 1:] == 1).all())
+                exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
+                made = stats.difference(one, other, group)
+                rows.append((task, target, f"{phase_a} {a}", f"{phase_b} {b}", len(seeds), *made, exact))
+    columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "p", "p mcnemar"]
+    table = pd.DataFrame(rows, columns=columns)
+    table.insert(9, "p holm", stats.holm(table["p"].tolist()))
+    sign = np.where(table["difference"] > 0, "better", "worse")
+    return table.assign(verdict=np.where(table["p holm"] < 0.05, sign, "undecided"))
+
+
+def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
+    """What each way to adapt a target reaches and costs there, from :func:`summary`, best first within a target.
+
+    The columns are those of PEFT's method_comparison, and the score without labels: a row a (task, target, method).
+    ``memory`` is the peak of a training step beside the host's weights.
+    """
+    keys = ["task", "target", "arm"]
+    zero = table[table["phase"] == "zero-shot"].set_index(keys)["score"].rename("zero-shot")
+    trained = table[table["phase"].isin(["tuned", "retrained"])]
+    out = trained.join(zero, on=keys).assign(step=trained["seconds"] / trained["steps"])
+    names = {"arm": "method", "score": "accuracy", "trainable_params": "trainable", "adapter_bytes": "file size"}
+    names |= {"peak_mb": "memory MB", "step": "s a step", "seconds": "train time s", "extra_flops_pct": "FLOPs %"}
+    shown = ["task", "target", "phase", "arm", "score", "low", "high", "zero-shot", "trainable_params", "adapter_bytes"]
+    shown += ["peak_mb", "step", "seconds", "extra_flops_pct", "in budget"]
+    out = out.sort_values(["task", "target", "score"], ascending=[True, True, False], kind="stable")
+    return out[shown].rename(columns=names).reset_index(drop=True)
+
+
+def curves(profile: str) -> pd.DataFrame:
+    """Training loss by step of every cell that trained: columns task, target, phase, arm, seed, step, loss."""
+    rows = []
+    for path in sorted((runs.root() / profile).glob("*-s*/*/manifest.json")):
+        entry = json.loads(path.read_text())
+        phases = {row["arm"]: (row["task"], row["target"], row["phase"]) for row in entry["rows"]}
+        for arm, losses in entry.get("curves", {}).items():
+            rows += [(*phases[arm], arm, entry["seed"], step, loss) for step, loss in losses]
+    return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "seed", "step", "loss"])
 
 
 def findings(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:

@@ -29,7 +29,7 @@ import transformers
 import yaml
 from pydantic import Field
 
-from uhl.config import ARMS, Arm, Kind, ProjectorKind, Sizes, TrainConfig, _Strict
+from uhl.config import ARMS, Arm, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_text
 from uhl.progress import batch as batch
@@ -38,6 +38,7 @@ from uhl.readers import TaskSpec
 COLUMNS = (
     *("profile", "source", "target", "task", "arm", "phase", "seed", "split", "metric", "score", "n"),
     *("adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"),
+    *("steps", "peak_mb"),
 )
 PHASES = ("source", "zero-shot", "tuned", "retrained")
 VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "scikit-learn")
@@ -75,7 +76,15 @@ class Settings(_Strict):
     rate: float = Field(5e-3, gt=0, description="dictionary, router and projector")
     mixer_rate: float = Field(1e-2, gt=0)
     head_rate: float = Field(1e-3, gt=0)
+    baselines: tuple[Method, ...] = Field(("head", "lora-r8", "full"), min_length=1, description="methods to compare")
+    bitfit_rate: float = Field(3e-3, gt=0, description="learning rate of each method beside its head")
     lora_rate: float = Field(3e-3, gt=0)
+    lora_1mb_rate: float = Field(3e-3, gt=0)
+    vera_rate: float = Field(1e-2, gt=0)
+    vb_lora_rate: float = Field(1e-2, gt=0)
+    uni_lora_rate: float = Field(1e-2, gt=0)
+    sat_lora_rate: float = Field(5e-3, gt=0)
+    hf_sat_lora_rate: float = Field(5e-3, gt=0)
     full_rate: float = Field(1e-4, gt=0)
     lambda_f: float = Field(0.01, ge=0)
     lambda_q: float = Field(1e-5, ge=0)

@@ -17,11 +17,12 @@ from typing import Any
 import yaml
 
 from uhl import runs, stages
+from uhl.baselines import RATES
 from uhl.errors import UHLError, one_of
 from uhl.runs import Settings
 
-METHODS = ("uhl-canonical", "uhl-dimension", "lora-r8", "full")
-BASELINE_RATES = {"lora_rate", "full_rate"}  # settings that one baseline alone uses
+METHODS = ("uhl-canonical", "uhl-dimension", *RATES)
+UNUSED = {*RATES.values(), "baselines", "arms"}  # settings that belong to one baseline alone, or to none
 Ranges = Mapping[str, Mapping[str, list[Any]]]
 
 
@@ -48,7 +49,7 @@ def trial(settings: Settings, method: str, setting: str, value: Any) -> dict[str
     profile = f"{settings.profile}-search/{method}-{setting}-{value:g}"
     chosen = settings.model_copy(update={"profile": profile, setting: value, "splits": ("dev",)})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
-    others = BASELINE_RATES - {setting}  # another default there makes no other trial
+    others = UNUSED - {setting}  # another default there makes no other trial
     if not path.is_file() or _without(json.loads(path.read_text())["parameters"], others) != _without(
         chosen.model_dump(mode="json"), others
     ):

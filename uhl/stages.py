@@ -15,7 +15,7 @@ import torch
 from uhl import runs, store, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_states
-from uhl.baselines import Start, run_baseline, start
+from uhl.baselines import RATES, Start, run_baseline, start
 from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
 from uhl.frame import Basis, Frame
@@ -171,9 +171,8 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     path = store.save(adapter, folder / "adapter.safetensors")
     found = store.load(path)
     frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
-    outcome = Outcome(settings, task, paths=[path], details={"log": log})
-    known = {"arm": f"uhl-{projector}", "phase": "source", "trainable_params": log.trained, "seconds": log.seconds}
-    outcome.score_adapter(found, path, encoder, frame, 1.0, **known)
+    outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses}, details={"log": log})
+    outcome.score_adapter(found, path, encoder, frame, 1.0, arm=f"uhl-{projector}", phase="source", **log.costs())
     return found, outcome
 
 
@@ -252,9 +251,10 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
     _say_where(settings, adapter, target, ported)
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
-    outcome = Outcome(settings, task, paths=[path], details={"log": log, "scale": ported.scale})
-    known = {"arm": arm, "phase": "tuned", "trainable_params": log.trained, "seconds": log.seconds}
-    outcome.score_adapter(store.load(path), path, target, ported.frame, ported.scale, **known)
+    details = {"log": log, "scale": ported.scale}
+    outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, details=details)
+    found = store.load(path)
+    outcome.score_adapter(found, path, target, ported.frame, ported.scale, arm=arm, phase="tuned", **log.costs())
     return outcome
 
 
@@ -309,18 +309,16 @@ def baseline(settings: Settings, host: str, method: str, begin: Start) -> Outcom
     name = settings.source if host == "source" else settings.target
     task, encoder = load_data(settings), load_encoder(name)
     folder = runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
-    rate = {"head": settings.rate, "lora-r8": settings.lora_rate, "full": settings.full_rate}[method]
-    config = settings.train_config(rate=rate)
+    config = settings.train_config(**({"rate": getattr(settings, RATES[method])} if method in RATES else {}))
     made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}")
-    outcome = Outcome(settings, task, details={"log": made.log})
+    outcome = Outcome(settings, task, curves={method: made.log.losses}, details={"log": made.log})
     outcome.score(
         made.classifier,
         encoder,
         arm=method,
         phase="source" if host == "source" else "retrained",
         adapter_bytes=made.bytes,
-        trainable_params=made.log.trained,
         extra_flops_pct=made.extra_flops_pct,
-        seconds=made.log.seconds,
+        **made.log.costs(),
     )
     return outcome

@@ -14,6 +14,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from transformers import (
     DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -170,14 +173,54 @@ class BudgetTrainer(Trainer):
         return (out["loss"], out) if kwargs.get("return_outputs") else out["loss"]
 
 
+class StepMemory(TrainerCallback):
+    """The most bytes that the first step had allocated at a time: activations, gradients and AdamW's moments.
+
+    The first batch is the one of the longest texts. The host's weights and the parameters themselves do not count.
+    """
+
+    def __init__(self) -> None:
+        self.peak: int | None = None
+        self._profile: torch.profiler.profile | None = None
+
+    def on_step_begin(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
+        """Record the first step of all."""
+        if state.global_step == 0:
+            self._profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            )
+            self._profile.__enter__()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        """Add up what was allocated and freed, in order."""
+        if self._profile is not None:
+            self._profile.__exit__(None, None, None)
+            events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+            changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")  # type: ignore[union-attr]
+            self.peak = max(accumulate((size for _, size in changes), initial=0))
+            self._profile = None
+
+
 @dataclass
 class TrainLog:
-    """What a run leaves: loss by step, wall seconds, optimiser steps and the count of trained parameters."""
+    """What a run leaves: loss by step, wall seconds, optimiser steps, the count of trained parameters, and the peak of
+    memory of a step in MB, see :class:`StepMemory` (None where nothing trained, or training was resumed).
+    """
 
     losses: list[tuple[int, float]]
     seconds: float
     steps: int
     trained: int
+    peak_mb: float | None = None
+
+    def costs(self) -> dict[str, float | int | None]:
+        """Columns of a result row."""
+        return {
+            "trainable_params": self.trained,
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "peak_mb": self.peak_mb,
+        }
 
 
 RUN_FILE = "run.txt"
@@ -251,6 +294,8 @@ def train(
     trainer = BudgetTrainer(
         classifier, arguments, train_dataset=rows, data_collator=collator(encoder, task), train_config=config
     )
+    memory = StepMemory()
+    trainer.add_callback(memory)
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log line
     checkpoint = _own_checkpoint(Path(folder), fingerprint(classifier, encoder, task, config, about))
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -259,7 +304,8 @@ def train(
     losses = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     classifier.eval()
-    return TrainLog(losses, result.metrics["train_runtime"], trainer.state.global_step, trained)
+    peak = None if memory.peak is None else memory.peak / 1e6
+    return TrainLog(losses, result.metrics["train_runtime"], trainer.state.global_step, trained, peak)
 
 
 def collator(encoder: Encoder, task: Task) -> Any:

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
-from uhl.config import WEIGHT_TYPES
+from uhl.config import METHODS, WEIGHT_TYPES
 from uhl.files import write_atomic
 from uhl.mixer import type_features
 
@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
 NAMES = {
     "head": "head only",
+    "bitfit": "BitFit",
     "lora-r8": "LoRA r8 (q, v)",
+    "lora-1mb": "LoRA, 1 MB (all weights)",
+    "vera": "VeRA r256 (q, v)",
+    "vb-lora": "VB-LoRA (q, v)",
+    "uni-lora": "Uni-LoRA (q, v)",
+    "sat-lora": "SAT-LoRA",
+    "hf-sat-lora": "HF-SAT-LoRA",
     "full": "full fine-tune",
     "uhl-canonical": "UHL, canonical",
     "uhl-dimension": "UHL, dimension",
@@ -41,7 +48,8 @@ NAMES = {
     "refresh-random": "refreshed, random P",
 }
 ORDER = (
-    *("no-adapter", "head", "uhl-dimension", "uhl-canonical", "lora-r8", "full"),
+    *("no-adapter", "uhl-dimension", "uhl-canonical"),
+    *METHODS,
     *("dimension", "lineage", "embedding", "anchor", "refresh"),
     *("zero-atoms", "random-p", "shuffled", "refresh-random"),
 )
@@ -110,7 +118,7 @@ def loss_curves(table: pd.DataFrame) -> Figure:
 def _colour(arm: str) -> str:
     if arm in CONTROLS:
         return CONTROL
-    return BASELINE if arm in {"head", "lora-r8", "full"} else OURS
+    return BASELINE if arm in METHODS else OURS
 
 
 def arm_scores(table: pd.DataFrame, title: str, ax: Axes | None = None) -> Figure:
@@ -209,22 +217,56 @@ def gap_heat(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def score_against_bytes(table: pd.DataFrame) -> Figure:
-    """Score over bytes (log scale), a panel a task; the 1 MB line."""
+def score_against(table: pd.DataFrame, column: str, label: str, limit: float, scale: str = "log") -> Figure:
+    """Score over what a method adds to the host (``column``), a panel a task; a line at the budget's ``limit``."""
     tasks = list(dict.fromkeys(table["task"]))
     fig, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.6), squeeze=False)
     marks = dict(zip(dict.fromkeys(table["phase"]), ("o", "s", "D", "^"), strict=False))
     for ax, task in zip(axes[0], tasks, strict=True):
-        for _, cell in table[(table["task"] == task) & (table["adapter_bytes"] > 0)].iterrows():
+        for _, cell in table[(table["task"] == task) & (table[column] > 0)].iterrows():
             error = [[cell["score"] - cell["low"]], [cell["high"] - cell["score"]]]
             colour, mark = _colour(cell["arm"]), marks[cell["phase"]]
-            ax.errorbar(cell["adapter_bytes"], cell["score"], yerr=np.abs(error), fmt=mark, color=colour, alpha=0.8)
-        ax.axvline(1e6, color="black", linestyle=":", linewidth=1)
-        ax.set(title=task, xscale="log", xlabel="bytes added to the host", ylabel="test score, %")
+            ax.errorbar(cell[column], cell["score"], yerr=np.abs(error), fmt=mark, color=colour, alpha=0.8)
+        ax.axvline(limit, color="black", linestyle=":", linewidth=1)
+        ax.set(title=task, xscale=scale, xlabel=label, ylabel="test score, %")
     handles = [plt.Line2D([], [], marker=m, linestyle="", color="grey", label=p) for p, m in marks.items()]
     axes[0, 0].legend(handles=handles, fontsize=8, loc="lower right")
     fig.tight_layout()
     return fig
+
+
+def slopes(table: pd.DataFrame) -> Figure:
+    """Each arm's score without labels joined to its score after tuning, a panel a task and target."""
+    shown = table[table["phase"].isin(["zero-shot", "tuned"])]
+    both = shown.groupby(["task", "target", "arm"])["phase"].transform("nunique") == 2
+    shown = shown[both]
+    places = list(dict.fromkeys(zip(shown["task"], shown["target"], strict=True)))
+    fig, axes = plt.subplots(1, len(places), figsize=(3.3 * len(places), 3.6), squeeze=False, sharey=True)
+    for ax, (task, target) in zip(axes[0], places, strict=True):
+        cells = shown[(shown["task"] == task) & (shown["target"] == target)]
+        for i, (arm, rows) in enumerate(cells.groupby("arm", sort=False)):
+            pair = rows.set_index("phase").loc[["zero-shot", "tuned"]]
+            error = np.abs([pair["score"] - pair["low"], pair["high"] - pair["score"]])
+            style = {"color": f"C{i}", "linestyle": "--" if arm in CONTROLS else "-", "label": NAMES.get(str(arm), arm)}
+            ax.errorbar([0.04 * i, 1 + 0.04 * i], pair["score"], yerr=error, marker="o", capsize=3, **style)
+        ax.set_xticks([0.1, 1.1], ["zero-shot", "tuned"])
+        ax.set(title=f"{task} on {target}", ylabel="test score, %" if ax is axes[0, 0] else "", xlim=(-0.2, 1.4))
+    axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    fig.tight_layout()
+    return fig
+
+
+def learning_curves(table: pd.DataFrame) -> Figure:
+    """Training loss of every method, the mean of its seeds, a panel a (task, model and phase)."""
+    shown = table.assign(panel=table["task"] + " on " + table["target"] + ", " + table["phase"])
+    shown = shown.assign(method=[NAMES.get(a, a) for a in table["arm"]])
+    grid = sns.relplot(
+        shown, x="step", y="loss", hue="method", col="panel", col_wrap=3, kind="line", height=2.4, aspect=1.35,
+        errorbar=None, facet_kws={"sharex": False, "sharey": False},
+    )  # fmt: skip
+    grid.set_titles("{col_name}", size=9)
+    grid.legend.set_title("")
+    return grid.figure
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""The hypothesis's claims, judged from a profile's files: held, refuted or not decidable here, for each arm.
+
+    1  zero-shot, less than 1 point is lost against the source
+    2  after tuning, as good as SAT-LoRA retrained there (margin 1 point), with 97 % less memory and the same FLOPs
+    3  on a narrow host, at least 1.1 points over plain LoRA of the same budget
+    4  at most 1 MB, 10 % more FLOPs and two active atoms a token
+
+Claims about scores are tests of a bound against the 95 % interval of a paired difference, on the same test examples
+and seeds; those about budgets hold or do not. The claims name BERT-base, BERT-large and TinyBERT; which models stand in
+for them is what the profile says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from uhl import stats
+from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
+from uhl.report import Cells, stack
+
+PORTED = ("dimension", "lineage", "embedding", "anchor", "refresh")
+RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
+COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "seeds", "n", "verdict", "reason"]
+Groups = Mapping[str, np.ndarray | None]
+
+
+def judge(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.DataFrame:
+    """A row a claim, arm, target and task, from :func:`uhl.report.summary` and :func:`uhl.report.gather`.
+
+    ``effect`` is in points for claims about scores, else in the unit that the claim names.
+    """
+    rows = [*_zero_shot(tables, groups), *_tuned(tables, groups), *_memory(table), *_narrow(tables, groups)]
+    return pd.DataFrame([*rows, *_budgets(table)], columns=COLUMNS)
+
+
+def _compared(
+    name: str, arm: str, place: tuple[str, str], cells: tuple[dict[int, np.ndarray], dict[int, np.ndarray]],
+    bound: float, groups: Groups, missing: str,
+) -> list[object]:  # fmt: skip
+    """One row: the difference of two cells against a bound."""
+    task, target = place
+    seeds = set(cells[0]) & set(cells[1])
+    if not seeds:
+        nothing = [None, None, None, bound, 0, 0, "not decidable"]
+        return [name, arm, target, task, *nothing, f"{missing} was not run in this profile"]
+    one, other = (stack(cell, seeds) for cell in cells)
+    made = stats.difference(one, other, groups.get(task))
+    found = stats.verdict(made, bound)
+    told = {"held": "all of the interval is above", "refuted": "none of the interval is above"}
+    reason = f"{told.get(found, 'the interval holds')} {bound:+.1f}"
+    return [name, arm, target, task, made.value, made.low, made.high, bound, len(seeds), one.shape[1], found, reason]
+
+
+def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str]]:
+    return ((task, target, arm) for task, target, p, arm in tables if p == phase and arm in PORTED)
+
+
+def _zero_shot(tables: Cells, groups: Groups) -> Iterator[list[object]]:
+    name = "1 zero-shot loses less than 1 point against the source"
+    for task, target, arm in _ported(tables, "zero-shot"):
+        own = "uhl-dimension" if arm == "dimension" else "uhl-canonical"
+        source = next((cell for (t, _, p, a), cell in tables.items() if (t, p, a) == (task, "source", own)), {})
+        pair = tables[task, target, "zero-shot", arm], source
+        yield _compared(name, arm, (task, target), pair, -1.0, groups, own)
+
+
+def _tuned(tables: Cells, groups: Groups) -> Iterator[list[object]]:
+    name = "2 tuned, it matches SAT-LoRA retrained (margin 1 point)"
+    for task, target, arm in _ported(tables, "tuned"):
+        pair = tables[task, target, "tuned", arm], tables.get((task, target, "retrained", RIVAL), {})
+        yield _compared(name, arm, (task, target), pair, -1.0, groups, "SAT-LoRA")
+
+
+def _narrow(tables: Cells, groups: Groups) -> Iterator[list[object]]:
+    name = "3 tuned, 1.1 points over plain LoRA of the same budget"
+    for task, target, arm in _ported(tables, "tuned"):
+        pair = tables[task, target, "tuned", arm], tables.get((task, target, "retrained", SAME_BUDGET), {})
+        yield _compared(name, arm, (task, target), pair, 1.1, groups, "LoRA at 1 MB")
+
+
+def _fact(name: str, row: Mapping[Any, Any], value: float, bound: float, holds: bool, reason: str) -> list[object]:
+    place = [row["arm"], row["target"], row["task"]]
+    held = "held" if holds else "refuted"
+    return [name, *place, value, None, None, bound, row["seeds"], row["n"], held, reason]
+
+
+def _memory(table: pd.DataFrame) -> Iterator[list[object]]:
+    """Bytes of files at one precision (8 bits, 4 where both have 4), and FLOPs, of ours and of the rival's."""
+    rivals = table[(table["arm"] == RIVAL) & (table["phase"] == "retrained")].to_dict("records")
+    rival = {(row["task"], row["target"]): row for row in rivals}
+    for row in table[(table["phase"] == "tuned") & table["arm"].isin(PORTED)].to_dict("records"):
+        place = (row["task"], row["target"])
+        if theirs := rival.get(place):
+            less = 100 * (1 - row["adapter_bytes"] / theirs["adapter_bytes"])
+            reason = f"{row['adapter_bytes']:,.0f} bytes against {theirs['adapter_bytes']:,.0f}"
+            yield _fact("2 with 97 % less memory than SAT-LoRA", row, less, 97.0, less >= 97.0, reason)
+            apart = abs(row["extra_flops_pct"] - theirs["extra_flops_pct"])
+            reason = f"{row['extra_flops_pct']:.2f} % against {theirs['extra_flops_pct']:.2f} % of the host's FLOPs"
+            yield _fact("2 with SAT-LoRA's FLOPs", row, apart, 0.05, apart < 0.05, reason)
+
+
+def _budgets(table: pd.DataFrame) -> Iterator[list[object]]:
+    limits = {
+        "adapter_bytes": ("4 at most 1 MB", float(LIMIT_BYTES), "{:,.0f} bytes"),
+        "extra_flops_pct": ("4 at most 10 % more FLOPs", LIMIT_FLOPS_PCT, "{:.1f} %"),
+        "active_atoms": ("4 at most two active atoms a token", 2.0, "{:.2f} on average"),
+    }
+    ours = table[table["arm"].isin([*PORTED, "uhl-canonical", "uhl-dimension"])]
+    for column, (name, limit, text) in limits.items():
+        for _, rows in ours.groupby("arm", sort=False):
+            worst = max(rows.to_dict("records"), key=lambda row: row[column])
+            value = float(worst[column])
+            reason = f"the largest of {len(rows)} cells: {text.format(value)}"
+            yield _fact(name, worst, value, limit, value <= limit, reason)
+
+
+def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
+    """Counts of each verdict by claim and arm, of :func:`judge`."""
+    counts = judged.groupby(["claim", "arm"], sort=False)["verdict"].value_counts().unstack(fill_value=0)
+    return counts.reindex(columns=["held", "refuted", "not decidable"], fill_value=0).reset_index()
