@@ -1,11 +1,5 @@
 """UniHyperLoRA: one adapter file for many Transformers. Importing it registers the PEFT method `UNIHYPERLORA`."""
 
-import os
-
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # torch's profiler, which measures memory, says that it starts and stops
-
 from uhl.config import UHLConfig
 from uhl.peft_method import UHLModel
 from uhl.porting import port, port_model

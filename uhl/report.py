@@ -202,7 +202,7 @@ def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
     keys = ["task", "target", "arm"]
     zero = table[table["phase"] == "zero-shot"].set_index(keys)["score"].rename("zero-shot")
     trained = table[table["phase"].isin(["tuned", "retrained"])]
-    out = trained.join(zero, on=keys).assign(step=trained["seconds"] / trained["steps"])
+    out = trained.join(zero, on=keys).assign(step=trained["seconds"] / trained["steps"].where(trained["steps"] > 0))
     names = {"arm": "method", "score": "accuracy", "trainable_params": "trainable", "adapter_bytes": "file size"}
     names |= {"peak_mb": "memory MB", "step": "s a step", "seconds": "train time s", "extra_flops_pct": "FLOPs %"}
     shown = ["task", "target", "phase", "arm", "score", "low", "high", "zero-shot", "trainable_params", "adapter_bytes"]

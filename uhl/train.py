@@ -12,9 +12,9 @@ import hashlib
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from datasets import Dataset
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
@@ -173,32 +175,48 @@ class BudgetTrainer(Trainer):
         return (out["loss"], out) if kwargs.get("return_outputs") else out["loss"]
 
 
+class _Live(TorchDispatchMode):
+    """Bytes of the tensors that operations have made and that are still there, and the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage()).data_ptr() not in known:  # else a view
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage.nbytes()).atexit = False
+        return out
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
 class StepMemory(TrainerCallback):
-    """The most bytes that the first step had allocated at a time: activations, gradients and AdamW's moments.
+    """The most bytes that the first step held at a time: activations, gradients and AdamW's moments.
 
     The first batch is the one of the longest texts. The host's weights and the parameters themselves do not count.
     """
 
     def __init__(self) -> None:
         self.peak: int | None = None
-        self._profile: torch.profiler.profile | None = None
+        self._live: _Live | None = None
 
     def on_step_begin(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
-        """Record the first step of all."""
+        """Watch the first step of all."""
         if state.global_step == 0:
-            self._profile = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-            )
-            self._profile.__enter__()
+            self._live = _Live()
+            self._live.__enter__()
 
     def on_step_end(self, *_: object, **__: object) -> None:
-        """Add up what was allocated and freed, in order."""
-        if self._profile is not None:
-            self._profile.__exit__(None, None, None)
-            events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-            changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")  # type: ignore[union-attr]
-            self.peak = max(accumulate((size for _, size in changes), initial=0))
-            self._profile = None
+        """It has ended."""
+        if self._live is not None:
+            self._live.__exit__(None, None, None)
+            self.peak, self._live = self._live.peak, None
 
 
 @dataclass
