@@ -111,6 +111,27 @@ def test_a_method_at_the_margin_is_rarely_called_non_inferior(truth):
     assert stats.verdict(stats.Difference(-3.0, -5.0, -1.2, 0.0), -1.0) == "refuted"
 
 
+def test_cells_of_a_table_lend_one_another_how_much_seeds_vary():
+    """The prior finds the spread that made the cells; intervals get shorter and keep their coverage."""
+    rng = np.random.default_rng(0)
+    same = stats.prior(rng.normal(70, 2, (200, 3)))
+    assert same.variance == pytest.approx(4, rel=0.3)
+    assert same.df > 20
+    apart = stats.prior(rng.normal(70, np.exp(rng.normal(0, 1.5, 200))[:, None], (200, 3)))
+    assert apart.df < 5
+    assert stats.prior([np.array([1.0, 2.0]), np.array([3.0])]) is None
+    held = widths = 0.0
+    pairs = [seeds_of(t, 3, 500, 0.15) for t in range(150)]
+    known = stats.prior(stats.seeds_apart(*pair) for pair in pairs)
+    for pair in pairs:
+        made, alone = stats.difference(*pair, None, known), stats.difference(*pair)
+        held += made.low <= 0 <= made.high
+        widths += (made.high - made.low) / (alone.high - alone.low)
+        assert (made.p < 0.05) == (made.low > 0 or made.high < 0) or abs(made.p - 0.05) < 0.01
+    assert held / 150 >= 0.95
+    assert widths / 150 < 0.95
+
+
 def test_p_and_interval_say_the_same():
     """p is 0.05 where the interval ends at zero; near it, both are on the same side."""
     for trial in range(60):

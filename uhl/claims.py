@@ -13,14 +13,14 @@ for them is what the profile says.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
-from uhl.report import Cells, stack
+from uhl.report import Cells, prior_of, stack
 
 PORTED = ("dimension", "lineage", "embedding", "anchor", "refresh")
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
@@ -28,18 +28,26 @@ COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "
 Groups = Mapping[str, np.ndarray | None]
 
 
+class About(NamedTuple):
+    """What intervals need beside the counts."""
+
+    groups: Groups  # of a task's examples
+    known: stats.Prior | None
+
+
 def judge(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.DataFrame:
     """A row a claim, arm, target and task, from :func:`uhl.report.summary` and :func:`uhl.report.gather`.
 
     ``effect`` is in points for claims about scores, else in the unit that the claim names.
     """
-    rows = [*_zero_shot(tables, groups), *_tuned(tables, groups), *_memory(table), *_narrow(tables, groups)]
+    about = About(groups, prior_of(tables))
+    rows = [*_zero_shot(tables, about), *_tuned(tables, about), *_memory(table), *_narrow(tables, about)]
     return pd.DataFrame([*rows, *_budgets(table)], columns=COLUMNS)
 
 
 def _compared(
     name: str, arm: str, place: tuple[str, str], cells: tuple[dict[int, np.ndarray], dict[int, np.ndarray]],
-    bound: float, groups: Groups, missing: str,
+    bound: float, about: About, missing: str,
 ) -> list[object]:  # fmt: skip
     """One row: the difference of two cells against a bound."""
     task, target = place
@@ -48,7 +56,7 @@ def _compared(
         nothing = [None, None, None, bound, 0, 0, "not decidable"]
         return [name, arm, target, task, *nothing, f"{missing} was not run in this profile"]
     one, other = (stack(cell, seeds) for cell in cells)
-    made = stats.difference(one, other, groups.get(task))
+    made = stats.difference(one, other, about.groups.get(task), about.known)
     found = stats.verdict(made, bound)
     told = {"held": "all of the interval is above", "refuted": "none of the interval is above"}
     reason = f"{told.get(found, 'the interval holds')} {bound:+.1f}"
@@ -59,27 +67,27 @@ def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str]]:
     return ((task, target, arm) for task, target, p, arm in tables if p == phase and arm in PORTED)
 
 
-def _zero_shot(tables: Cells, groups: Groups) -> Iterator[list[object]]:
+def _zero_shot(tables: Cells, about: About) -> Iterator[list[object]]:
     name = "1 zero-shot loses less than 1 point against the source"
     for task, target, arm in _ported(tables, "zero-shot"):
         own = "uhl-dimension" if arm == "dimension" else "uhl-canonical"
         source = next((cell for (t, _, p, a), cell in tables.items() if (t, p, a) == (task, "source", own)), {})
         pair = tables[task, target, "zero-shot", arm], source
-        yield _compared(name, arm, (task, target), pair, -1.0, groups, own)
+        yield _compared(name, arm, (task, target), pair, -1.0, about, own)
 
 
-def _tuned(tables: Cells, groups: Groups) -> Iterator[list[object]]:
+def _tuned(tables: Cells, about: About) -> Iterator[list[object]]:
     name = "2 tuned, it matches SAT-LoRA retrained (margin 1 point)"
     for task, target, arm in _ported(tables, "tuned"):
         pair = tables[task, target, "tuned", arm], tables.get((task, target, "retrained", RIVAL), {})
-        yield _compared(name, arm, (task, target), pair, -1.0, groups, "SAT-LoRA")
+        yield _compared(name, arm, (task, target), pair, -1.0, about, "SAT-LoRA")
 
 
-def _narrow(tables: Cells, groups: Groups) -> Iterator[list[object]]:
+def _narrow(tables: Cells, about: About) -> Iterator[list[object]]:
     name = "3 tuned, 1.1 points over plain LoRA of the same budget"
     for task, target, arm in _ported(tables, "tuned"):
         pair = tables[task, target, "tuned", arm], tables.get((task, target, "retrained", SAME_BUDGET), {})
-        yield _compared(name, arm, (task, target), pair, 1.1, groups, "LoRA at 1 MB")
+        yield _compared(name, arm, (task, target), pair, 1.1, about, "LoRA at 1 MB")
 
 
 def _fact(name: str, row: Mapping[Any, Any], value: float, bound: float, holds: bool, reason: str) -> list[object]:

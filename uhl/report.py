@@ -84,10 +84,11 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     frame = runs.load_results(profile)
     frame = frame[frame["split"] == split]
     tables = gather(profile, split)
+    known = stats.prior(stats.score_of(stack(cell).sum(1)) for cell in tables.values())
     rows = []
     for key, group in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
-        made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split))
+        made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split), known)
         if abs(made.value - group["score"].mean()) > 0.05:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
@@ -167,6 +168,20 @@ PAIRS = (
 )
 
 
+def _pairs(tables: Cells) -> Iterator[tuple[tuple[str, str, str, str], np.ndarray, np.ndarray]]:
+    """(task, target, first, second) of :data:`PAIRS`, and the counts of both on the seeds that both have."""
+    for task, target in dict.fromkeys((key[0], key[1]) for key in tables):
+        for phase_a, a, phase_b, b in PAIRS:
+            first, second = (tables.get((task, target, *cell), {}) for cell in ((phase_a, a), (phase_b, b)))
+            if seeds := set(first) & set(second):
+                yield (task, target, f"{phase_a} {a}", f"{phase_b} {b}"), stack(first, seeds), stack(second, seeds)
+
+
+def prior_of(tables: Cells) -> stats.Prior | None:
+    """How much seeds vary in the differences of :data:`PAIRS`."""
+    return stats.prior(stats.seeds_apart(one, other) for _, one, other in _pairs(tables))
+
+
 def paired(tables: Cells, groups: Mapping[str, np.ndarray | None] | None = None) -> pd.DataFrame:
     """Paired differences of :data:`PAIRS` over the seeds that both have, from :func:`gather`.
 
@@ -174,18 +189,12 @@ def paired(tables: Cells, groups: Mapping[str, np.ndarray | None] | None = None)
     table, and the verdict goes by it. ``p mcnemar`` is the largest of the seeds', where the metric is an accuracy and
     examples stand alone.
     """
-    rows = []
-    for task, target in dict.fromkeys((key[0], key[1]) for key in tables):
-        group = (groups or {}).get(task)
-        for phase_a, a, phase_b, b in PAIRS:
-            first, second = (tables.get((task, target, *cell), {}) for cell in ((phase_a, a), (phase_b, b)))
-            seeds = set(first) & set(second)
-            if seeds:
-                one, other = stack(first, seeds), stack(second, seeds)
-                alone = group is None and bool((one[..., 1:] == 1).all())
-                exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
-                made = stats.difference(one, other, group)
-                rows.append((task, target, f"{phase_a} {a}", f"{phase_b} {b}", len(seeds), *made, exact))
+    rows, known = [], prior_of(tables)
+    for key, one, other in _pairs(tables):
+        group = (groups or {}).get(key[0])
+        alone = group is None and bool((one[..., 1:] == 1).all())
+        exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
+        rows.append((*key, len(one), *stats.difference(one, other, group, known), exact))
     columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "p", "p mcnemar"]
     table = pd.DataFrame(rows, columns=columns)
     table.insert(9, "p holm", stats.holm(table["p"].tolist()))
@@ -308,7 +317,7 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     left = missing_cells(profile) if (PARAMS / profile).is_dir() else []  # a profile of one's own has no grid
     state = f"**Not complete: {len(left)} cells of the grid are missing.** " if left else ""
     return (
-        f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % bootstrap intervals over "
+        f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % intervals over "
         f"seeds and test examples ({'; '.join(groups)}); {labels}. "
         f"Italics: controls. Bytes: what the method adds to the bare host, head included (the larger task). "
         f"FLOPs: added per token, in "

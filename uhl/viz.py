@@ -48,8 +48,8 @@ NAMES = {
     "refresh-random": "refreshed, random P",
 }
 ORDER = (
-    *("no-adapter", "uhl-dimension", "uhl-canonical"),
-    *METHODS,
+    *("no-adapter", "head", "uhl-dimension", "uhl-canonical"),
+    *METHODS[1:],
     *("dimension", "lineage", "embedding", "anchor", "refresh"),
     *("zero-atoms", "random-p", "shuffled", "refresh-random"),
 )
@@ -241,23 +241,34 @@ def slopes(table: pd.DataFrame) -> Figure:
     both = shown.groupby(["task", "target", "arm"])["phase"].transform("nunique") == 2
     shown = shown[both]
     places = list(dict.fromkeys(zip(shown["task"], shown["target"], strict=True)))
-    fig, axes = plt.subplots(1, len(places), figsize=(3.3 * len(places), 3.6), squeeze=False, sharey=True)
+    arms = [arm for arm in ORDER if arm in set(shown["arm"])]
+    fig, axes = plt.subplots(1, len(places), figsize=(3.3 * len(places) + 2.2, 3.6), squeeze=False, sharey=True)
     for ax, (task, target) in zip(axes[0], places, strict=True):
         cells = shown[(shown["task"] == task) & (shown["target"] == target)]
-        for i, (arm, rows) in enumerate(cells.groupby("arm", sort=False)):
+        for i, arm in enumerate(arms):
+            rows = cells[cells["arm"] == arm]
+            if rows.empty:
+                continue
             pair = rows.set_index("phase").loc[["zero-shot", "tuned"]]
             error = np.abs([pair["score"] - pair["low"], pair["high"] - pair["score"]])
-            style = {"color": f"C{i}", "linestyle": "--" if arm in CONTROLS else "-", "label": NAMES.get(str(arm), arm)}
-            ax.errorbar([0.04 * i, 1 + 0.04 * i], pair["score"], yerr=error, marker="o", capsize=3, **style)
+            style = {"color": f"C{i}", "linestyle": "--" if arm in CONTROLS else "-"}
+            ax.errorbar([0.05 * i, 1 + 0.05 * i], pair["score"], yerr=error, marker="o", capsize=3, **style)
         ax.set_xticks([0.1, 1.1], ["zero-shot", "tuned"])
         ax.set(title=f"{task} on {target}", ylabel="test score, %" if ax is axes[0, 0] else "", xlim=(-0.2, 1.4))
-    axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    lines = [plt.Line2D([], [], color=f"C{i}", linestyle="--" if a in CONTROLS else "-") for i, a in enumerate(arms)]
+    names = [NAMES.get(a, a) for a in arms]
+    axes[0, -1].legend(lines, names, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     fig.tight_layout()
     return fig
 
 
 def learning_curves(table: pd.DataFrame) -> Figure:
     """Training loss of every method, the mean of its seeds, a panel a (task, model and phase)."""
+    if table.empty:
+        fig, ax = plt.subplots(figsize=(4, 1))
+        ax.text(0.5, 0.5, "these runs kept no losses", ha="center", va="center")
+        ax.set_axis_off()
+        return fig
     shown = table.assign(panel=table["task"] + " on " + table["target"] + ", " + table["phase"])
     shown = shown.assign(method=[NAMES.get(a, a) for a in table["arm"]])
     grid = sns.relplot(
