@@ -14,7 +14,7 @@ class Workbook(LoadScopeScheduling):
         return "series" if "02" <= name[:2] <= "07" else name
 
 
-@pytest.hookimpl
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Workbook:
     """For ``pytest -n``."""
     return Workbook(config, log)

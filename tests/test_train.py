@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sentences
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import TrainerCallback
 
 from uhl import train
@@ -88,6 +89,7 @@ def test_a_loss_that_is_not_finite_stops(encoder, task, config, tmp_path):
         classifier.part.head_bias.fill_(float("nan"))
     with pytest.raises(UHLError, match="the loss is nan at step 0; lower the learning rates"):
         train.train(classifier, encoder, task, settings, tmp_path)
+    assert _get_current_dispatch_mode() is None  # what watched the step's memory has stopped
     attached.detach()
 
 

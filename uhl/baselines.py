@@ -43,7 +43,9 @@ from uhl.tasks import Task
 from uhl.train import Classifier, TrainLog, train
 
 SPARSE = ("sat-lora", "hf-sat-lora")
-RATES = {m: m.removesuffix("-r8").replace("-", "_") + "_rate" for m in METHODS if m != "head"}  # settings of the rates
+RATES: dict[str, str] = {
+    m: m.removesuffix("-r8").replace("-", "_") + "_rate" for m in METHODS if m != "head"
+}  # settings of the rates
 RANK = 8
 HEAD_AND_HEADER = 24_000  # bytes that a rank may not use: the head, and a tensor's line in the file's header each
 VERA_RANK, SMALL_RANK, VALUES = 256, 4, 23_040  # of VeRA; of VB-LoRA and Uni-LoRA, and the values that both train

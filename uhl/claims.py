@@ -20,9 +20,11 @@ import pandas as pd
 
 from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
+from uhl.config import ARMS
 from uhl.report import Cells, prior_of, stack
+from uhl.viz import CONTROLS
 
-PORTED = ("dimension", "lineage", "embedding", "anchor", "refresh")
+PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
 COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "seeds", "n", "verdict", "reason"]
 Groups = Mapping[str, np.ndarray | None]

@@ -104,7 +104,7 @@ class Outcome:
         written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
         used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
         extra |= {"labels": list(self.task.labels), "models": {name: models.revision(name) for name in used}}
-        extra |= {"curves": self.curves}
+        extra["curves"] = self.curves
         return runs.write_manifest(self.settings, stage, self.rows, written + self.paths, **extra)
 
     def _save_predictions(self, path: Path) -> Path:

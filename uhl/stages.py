@@ -309,7 +309,7 @@ def baseline(settings: Settings, host: str, method: str, begin: Start) -> Outcom
     name = settings.source if host == "source" else settings.target
     task, encoder = load_data(settings), load_encoder(name)
     folder = runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
-    config = settings.train_config(**({"rate": getattr(settings, RATES[method])} if method in RATES else {}))
+    config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
     made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}")
     outcome = Outcome(settings, task, curves={method: made.log.losses}, details={"log": made.log})
     outcome.score(

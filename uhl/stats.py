@@ -65,7 +65,7 @@ def score_of(total: np.ndarray) -> np.ndarray:
 def bootstrap(
     tables: np.ndarray, groups: np.ndarray | None = None, seed: int = 0, repeats: int = REPEATS
 ) -> np.ndarray:
-    """Scores (repeats,) of counts (seeds, n, 3) on resampled examples, which all seeds share: the mean over seeds.
+    """Scores (repeats, seeds) of counts (seeds, n, 3) on resampled examples, which all seeds share.
 
     ``groups`` (n,) are what is drawn where examples are not independent: the sentences of one review stay together.
     """
@@ -75,13 +75,12 @@ def bootstrap(
     count = len(names)
     units = np.zeros((count, seeds, 3))
     np.add.at(units, place, tables.transpose(1, 0, 2))
-    out = np.empty(repeats)
+    out = np.empty((repeats, seeds))
     for begin in range(0, repeats, step := max(1, 2_000_000 // count)):
         rows = min(step, repeats - begin)
         drawn = rng.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
         weight = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
-        totals = (weight @ units.reshape(count, -1)).reshape(rows, seeds, 3)
-        out[begin : begin + rows] = score_of(totals).mean(1)
+        out[begin : begin + rows] = score_of((weight @ units.reshape(count, -1)).reshape(rows, seeds, 3))
     return out
 
 
@@ -132,7 +131,7 @@ def interval(
     tables: np.ndarray, groups: np.ndarray | None = None, known: Prior | None = None, seed: int = 0
 ) -> Interval:
     """Mean score over seeds with its 95 % interval. ``tables`` is (seeds, n, 3); ``groups`` as above."""
-    return _interval(score_of(tables.sum(1)), bootstrap(tables, groups, seed), known)
+    return _interval(score_of(tables.sum(1)), bootstrap(tables, groups, seed).mean(1), known)
 
 
 def seeds_apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -151,7 +150,8 @@ def difference(
     normal, since its own tail is too coarse for a table of many comparisons (:func:`holm`).
     """
     scores = seeds_apart(a, b)
-    drawn = bootstrap(a, groups, seed) - bootstrap(b, groups, seed)
+    one, other = np.split(bootstrap(np.concatenate([a, b]), groups, seed), 2, axis=1)
+    drawn = (one - other).mean(1)
     return Difference(*_interval(scores, drawn, known), _p_value(scores, float(drawn.std()), known))
 
 

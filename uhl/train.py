@@ -214,6 +214,10 @@ class StepMemory(TrainerCallback):
 
     def on_step_end(self, *_: object, **__: object) -> None:
         """It has ended."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Watch no more; needed where the step did not end."""
         if self._live is not None:
             self._live.__exit__(None, None, None)
             self.peak, self._live = self._live.peak, None
@@ -316,7 +320,10 @@ def train(
     trainer.add_callback(memory)
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log line
     checkpoint = _own_checkpoint(Path(folder), fingerprint(classifier, encoder, task, config, about))
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        memory.stop()
     for left in Path(folder).glob("checkpoint-*"):
         shutil.rmtree(left)
     losses = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
-from uhl.config import METHODS, WEIGHT_TYPES
+from uhl.config import ARMS, METHODS, WEIGHT_TYPES
 from uhl.files import write_atomic
 from uhl.mixer import type_features
 
@@ -50,8 +50,7 @@ NAMES = {
 ORDER = (
     *("no-adapter", "head", "uhl-dimension", "uhl-canonical"),
     *METHODS[1:],
-    *("dimension", "lineage", "embedding", "anchor", "refresh"),
-    *("zero-atoms", "random-p", "shuffled", "refresh-random"),
+    *ARMS,
 )
 CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled", "refresh-random")
 OURS, CONTROL, BASELINE = "#0b6e99", "#b0b0b0", "#d98032"
