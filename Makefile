@@ -67,7 +67,6 @@ notebooks: $(STAMP)
 # PEFT's own tests on our method; a minute, and peft's source distribution is fetched on first use.
 conformance: $(STAMP)
 	$(BIN)/python tests/conformance.py -n $(CORES)
-	$(BIN)/python tests/conformance.py -n $(CORES) --router token
 
 # Times and memory on this machine: notebook 08 in full, on BERT-base. Goes on where it stopped; writes figures/speed_*.
 bench: export UHL_BATCH = 1

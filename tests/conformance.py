@@ -1,12 +1,12 @@
 """PEFT's own tests, run on :class:`uhl.UHLConfig` in place of PEFT's methods.
 
-    python tests/conformance.py                     # static router: everything, with merging
-    python tests/conformance.py --router token      # token router: without the tests of merging
+    python tests/conformance.py                     # static and token router
     python tests/conformance.py -k checkpointing    # further arguments go to pytest
 
-The tests come from the source distribution of the installed peft; models that they take from the hub are replaced by
-random ones of the same family. The file is its own pytest plugin: while PEFT's test modules are imported, lists of
-methods in `pytest.mark.parametrize` are replaced by ours, and tests that have none are left out.
+The static router runs all of them, the token router all but those of merging. The tests come from the source
+distribution of the installed peft; models that they take from the hub are replaced by random ones of the same family.
+The file is its own pytest plugin: while PEFT's test modules are imported, lists of methods in `pytest.mark.parametrize`
+are replaced by ours, and tests that have none are left out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import pytest
 
 from uhl.sources import Package, cache_dir, fetch_folder
 
-ROUTER = os.environ.get("UHL_CONFORMANCE", "static")
 FILES = ("custom_models", "config", "feature_extraction_models", "seq_classifier", "token_classification_qa")
 FILES += ("decoder_models", "encoder_decoder_models")
 LAYERS = (["lin0"], ["lin1"], ["lin0", "lin1"], "lin0")
@@ -41,21 +40,23 @@ def our_cases(names: tuple[str, ...], theirs: Sequence[Any]) -> list[Any] | None
     """What replaces a list of PEFT's methods; None for a list of something else."""
     from uhl import UHLConfig
 
-    router = {"router": ROUTER}
+    routers = [{"router": "static"}, {"router": "token"}]
     if names == ("test_name", "model_id", "config_cls", "config_kwargs"):
         cases: list[dict[str, Any]] = [{"target_modules": layers} for layers in LAYERS]
         cases += [{"target_modules": layers, "modules_to_save": ["lin1"]} for layers in (["lin0"], ["lin0", "lin1"])]
         cases.append({"target_modules": ["lin0"], "exclude_modules": ["lin1"]})
-        return [(f"uhl {i}", "MLP", UHLConfig, case | router) for i, case in enumerate(cases)]
+        return [(f"uhl {i}", "MLP", UHLConfig, case | router) for i, case in enumerate(cases) for router in routers]
     if names == ("test_name", "tuner_method", "config_cls", "config_kwargs_1", "config_kwargs_2"):
-        first, other = ({"target_modules": [layer], "init_weights": False} | router for layer in ("lin0", "lin1"))
-        return [("same", "uhl", UHLConfig, first, first), ("different", "uhl", UHLConfig, first, other)]
+        first, other = ({"target_modules": [layer], "init_weights": False} for layer in ("lin0", "lin1"))
+        pairs = {"same": (first, first), "different": (first, other)}
+        return [(name, "uhl", UHLConfig, a | r, b | r) for name, (a, b) in pairs.items() for r in routers]
     if names == ("config_cls", "config_kwargs") and "task_type" in theirs[0][1]:
-        return [(UHLConfig, {"task_type": theirs[0][1]["task_type"], "target_modules": None} | router)]
+        task = {"task_type": theirs[0][1]["task_type"], "target_modules": None}
+        return [(UHLConfig, task | router) for router in routers]
     if names == ("config_cls",) and len(theirs) > 10:  # every method
         return [UHLConfig]
     if names == ("config_class", "mandatory_kwargs") and len(theirs) >= 30:  # every configuration
-        return [(UHLConfig, router)]
+        return [(UHLConfig, router) for router in routers]
     return None
 
 
@@ -79,16 +80,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept = [i for i in items if UHLConfig in getattr(getattr(i, "callspec", None), "params", {}).values()]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
-    left_out = NOT_OURS | (NOT_MERGED if ROUTER == "token" else {})
     for item in kept:
-        for word, reason in left_out.items():
+        token = by_token(*item.callspec.params.values())  # type: ignore[attr-defined]
+        for word, reason in (NOT_OURS | (NOT_MERGED if token else {})).items():
             if word in item.name.split("[")[0]:
                 item.add_marker(pytest.mark.skip(reason=reason))
-    if ROUTER == "token":  # tests that merge as one of many steps ask this function
-        for module in {item.module for item in kept}:  # type: ignore[attr-defined]
-            for place in (module, sys.modules[module.__package__ + ".testing_common"]):
-                if hasattr(place, "_skip_if_merging_not_supported"):
-                    place._skip_if_merging_not_supported = lambda *_a, **_k: pytest.skip(NOT_MERGED["merg"])
+    for module in {item.module for item in kept}:  # type: ignore[attr-defined]
+        for place in (module, sys.modules[module.__package__ + ".testing_common"]):
+            if hasattr(place, "_skip_if_merging_not_supported"):  # what tests that merge as one of many steps ask
+                place._skip_if_merging_not_supported = skip_merging
+
+
+def by_token(*given: object) -> bool:
+    """Whether a test's parameters ask for the token router, which is also what a configuration without one gets."""
+    routers = [one["router"] for one in given if isinstance(one, dict) and "router" in one]
+    return routers != ["static"] * max(len(routers), 1)
+
+
+def skip_merging(*given: object) -> None:
+    """Skip the rest of a test that goes on to merge a token router."""
+    if by_token(*given):
+        pytest.skip(NOT_MERGED["merg"])
 
 
 # --- PEFT's tests, and models for them -------------------------------------------------------------------------------
@@ -168,7 +180,6 @@ def make_models(folder: Path) -> None:
 def main() -> int:
     """Fetch, make, run; the exit status is pytest's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--router", choices=("static", "token"), default="static")
     parser.add_argument("-n", default="2", help="processes")
     options, rest = parser.parse_known_args()
     folder = cache_dir() / "conformance"
@@ -178,13 +189,13 @@ def main() -> int:
     (site / "diffusers" / "__init__.py").write_text("class StableDiffusionPipeline: ...\n")  # imported, never used here
     tests = fetch_tests(folder)
     make_models(models)
-    environment = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", UHL_CONFORMANCE=options.router)
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     here = Path(__file__).resolve().parent
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, here.parent, site, tests)))
     command = [sys.executable, "-m", "pytest", "-p", "conformance", "-c", os.devnull, "--rootdir", str(tests), "-q"]
     command += ["-n", options.n, "-p", "no:cacheprovider", "-W", "ignore", "--tb=short"]
     command += [str(tests / "tests" / f"test_{name}.py") for name in FILES]
-    print(f"PEFT's tests, peft {PEFT.version}, {options.router} router", flush=True)
+    print(f"PEFT's tests, peft {PEFT.version}", flush=True)
     return subprocess.run([*command, *rest], cwd=models, env=environment, check=False).returncode
 
 

@@ -13,8 +13,10 @@ import torch
 from peft import get_peft_model
 from transformers import BertConfig, BertModel
 
+from uhl import ops
 from uhl.config import UHLConfig
 from uhl.frame import Basis
+from uhl.router import Route
 
 UNCHECKED = "UHL_UNCHECKED" in os.environ
 plain = pytest.mark.skipif(not UNCHECKED, reason="run by test_without_type_checks, in a process of its own")
@@ -23,10 +25,10 @@ IDS = torch.arange(5, 37).reshape(2, 16)
 LARGE = torch.linspace(-9, 9, 2 * 16 * 32).sin().reshape(2, 16, 32)
 
 
-def bert(**kwargs):
+def bert(layers=2, **kwargs):
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        vocab_size=64, hidden_size=32, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=48,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     sizes = {"atoms": 16, "width": 24}
@@ -64,31 +66,35 @@ def test_without_type_checks():
     assert "...." in done.stdout  # they ran
 
 
+def check_forward(model, compiled):
+    """Outputs, also after a change of a parameter, which what is folded must follow."""
+    with torch.no_grad():
+        eager, found = run(model), run(compiled)
+        torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)
+        model.base_model.uhl_adapters["default"].dictionary.u.add_(0.3)
+        changed = run(compiled)
+        torch.testing.assert_close(changed, run(model), atol=1e-4, rtol=1e-3)
+        assert (changed - found).abs().max() > 1e-2
+
+
+KINDS = [
+    ({"router": "token"}, "eager"),  # traced, not compiled, which takes minutes
+    ({"router": "static"}, "eager"),
+    ({"routing": "weight"}, "eager"),
+    ({"routing": "model"}, "eager"),
+    ({"projector": "canonical"}, "aot_eager"),  # differentiated by the compiler too
+]
+
+
 @plain
-@pytest.mark.parametrize(
-    ("kind", "backend"),
-    [
-        ({"router": "token"}, "inductor"),
-        ({"router": "static"}, "eager"),  # traced, not compiled, which takes minutes
-        ({"routing": "weight"}, "eager"),
-        ({"routing": "model"}, "eager"),
-        ({"projector": "canonical"}, "aot_eager"),  # differentiated by the compiler too
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("kind", "backend"), KINDS, ids=str)
 def test_compiled_host_is_the_eager_host(kind, backend):
     model = bert(**kind)
     if kind.get("projector") == "canonical":
         model.base_model.set_frame("default", frame_of(model.base_model))
     model.eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    with torch.no_grad():
-        eager, found = run(model), run(compiled)
-        torch.testing.assert_close(found, eager, atol=1e-5, rtol=1e-5)
-        model.base_model.uhl_adapters["default"].dictionary.u.add_(0.3)  # what is folded must follow
-        changed = run(compiled)
-        torch.testing.assert_close(changed, run(model), atol=1e-4, rtol=1e-3)
-        assert (changed - found).abs().max() > 1e-2
+    check_forward(model, compiled)
     model.train()
     eager, found = gradients(model, run), gradients(model, lambda _: run(compiled))
     assert eager.keys() == found.keys()
@@ -98,6 +104,32 @@ def test_compiled_host_is_the_eager_host(kind, backend):
     wanted = {"weight": sorted(s.path for s in model.base_model.attached().slots), "model": [0]}
     assert sorted(routes) == wanted.get(kind.get("routing"), [0, 1])
     assert all(r.gate.requires_grad for r in routes.values())
+
+
+@plain
+def test_inductors_code_for_a_host():
+    model = bert(layers=1).eval()
+    check_forward(model, torch.compile(model, fullgraph=True))
+
+
+@plain
+def test_inductors_code_for_an_update_and_its_gradients():
+    g = torch.Generator().manual_seed(0)
+    y, x, v, u = (torch.randn(*shape, generator=g) for shape in ((19, 10), (19, 12), (7, 12), (7, 10)))
+    strength, gate, index = (
+        torch.randn(7, generator=g),
+        torch.rand(19, 2, generator=g),
+        torch.arange(38).view(19, 2) % 7,
+    )
+    found = []
+    for update in (ops.get("reference"), torch.compile(ops.get("gather"), fullgraph=True)):
+        leaves = [t.clone().requires_grad_() for t in (y, x, v, u, strength, gate)]
+        out = update(*leaves[:5], Route(index, leaves[5]))
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        found.append([out, *(leaf.grad for leaf in leaves)])
+    for reference, compiled in zip(*found, strict=True):
+        assert reference.abs().max() > 0.1
+        torch.testing.assert_close(compiled, reference, atol=1e-4, rtol=1e-4)
 
 
 @plain

@@ -17,9 +17,9 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from transformers import BertConfig, BertModel
 from uhl.errors import UHLError
 from uhl.files import write_atomic
 from uhl.tasks import OFFLINE, generic_text, load_task
-
-if TYPE_CHECKING:
-    from uhl.models import Encoder
 
 SHAPE = {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200}
 TEACHER_LAYERS = (0, 2, 3, 5)  # layer that each student layer starts from
@@ -187,8 +184,8 @@ def read_student(path: Path) -> tuple[BertConfig, dict[str, Tensor]]:
     return config, state
 
 
-def quality(pupil: Encoder, teacher: Encoder, texts: list[str]) -> dict[str, float]:
-    """How near a student's sentence means come to its teacher's on texts that neither was fitted to.
+def quality(near: Float[Tensor, "n d"], far: Float[Tensor, "n D"]) -> dict[str, float]:
+    """How near a student's sentence means come to its teacher's on n texts that neither was fitted to.
 
     ``explained``: share of the teacher's variance that a ridge regression from the student explains, fitted on every
     other text and scored on the rest. ``similarity``: Spearman correlation, over all pairs of texts, of the cosine
@@ -196,14 +193,12 @@ def quality(pupil: Encoder, teacher: Encoder, texts: list[str]) -> dict[str, flo
     """
     from scipy.stats import spearmanr
 
-    from uhl.anchors import final_means
     from uhl.porting import ridge
 
-    near, far = final_means(pupil, texts), final_means(teacher, texts)
     fit = ridge(near[::2], far[::2])
     error = (near[1::2] @ fit.matrix + fit.shift - far[1::2]).pow(2).sum()
     explained = 1 - float(error / (far[1::2] - far[::2].mean(0)).pow(2).sum())
-    pairs = torch.triu_indices(len(texts), len(texts), 1)
+    pairs = torch.triu_indices(len(near), len(near), 1)
     cosines = []
     for means in (near, far):
         unit = nn.functional.normalize(means - means.mean(0), dim=1)
@@ -214,13 +209,14 @@ def quality(pupil: Encoder, teacher: Encoder, texts: list[str]) -> dict[str, flo
 def check() -> None:
     """Print :func:`quality` of the shipped student, and of the other small model for scale."""
     from uhl import runs
+    from uhl.anchors import final_means
     from uhl.models import load_encoder
 
     runs.quiet()
-    teacher = load_encoder("minilm-l6")
     texts = [text for name in OFFLINE for text in load_task(name).data["dev"]["text"]]
+    far = final_means(load_encoder("minilm-l6"), texts)
     for name in ("minilm-4x312", "minilm-l3"):
-        found = quality(load_encoder(name), teacher, texts)
+        found = quality(final_means(load_encoder(name), texts), far)
         print(
             f"{name}: on {len(texts):,} dev sentences explains {found['explained']:.1%} of the variance of the "
             f"teacher's sentence means; pairwise similarities correlate at {found['similarity']:.3f}"
