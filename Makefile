@@ -4,6 +4,7 @@
 # make bench                   times and memory of the layers on this machine
 # make lab                     JupyterLab on notebooks/
 
+SHELL := bash
 PROFILE ?= offline
 TASK ?= movies
 SEED ?= 0
@@ -47,26 +48,32 @@ port: $(STAMP)
 	@$(SNAKE) --config profile=$(PROFILE) -- $(or $(UHL_RUNS),runs)/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
 
-test: $(STAMP) lint unit conformance notebooks
+# Two at a time, because each has long stretches with one process; every line says whose it is.
+test: $(STAMP)
+	@$(BIN)/python -m uhl fetch --profile offline
+	@$(MAKE) --no-print-directory -j2 notebooks lint unit conformance
+
+FAILS = set -o pipefail;
+NAMED = 2>&1 | awk '{ print "$@  " $$0; fflush() }'
 
 lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@$(FAILS) $(BIN)/ruff check . $(NAMED)
+	@$(FAILS) $(BIN)/ruff format --check . $(NAMED)
+	@$(FAILS) $(BIN)/mypy $(NAMED)
 
 unit: export OMP_NUM_THREADS = 1
 unit: $(STAMP)
-	$(BIN)/python -m uhl fetch --profile offline
-	$(BIN)/pytest -n $(CORES)
+	@$(BIN)/python -m uhl fetch --profile offline
+	@$(FAILS) $(BIN)/pytest -n $(CORES) $(NAMED)
 
 notebooks: export OMP_NUM_THREADS = 1
 notebooks: $(STAMP)
-	UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg \
-		--nbval-cell-timeout 300 -n $(CORES) notebooks
+	@$(FAILS) UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg \
+		--nbval-cell-timeout 300 -n $(CORES) notebooks $(NAMED)
 
 # PEFT's own tests on our method; a minute, and peft's source distribution is fetched on first use.
 conformance: $(STAMP)
-	$(BIN)/python tests/conformance.py -n $(CORES)
+	@$(FAILS) $(BIN)/python tests/conformance.py -n $(CORES) $(NAMED)
 
 # Times and memory on this machine: notebook 08 in full, on BERT-base. Goes on where it stopped; writes figures/speed_*.
 bench: export UHL_BATCH = 1

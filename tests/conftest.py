@@ -1,6 +1,7 @@
 import os
 
 os.environ["UHL_BATCH"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here asks a hub
 if not os.path.exists("/dev/nvidia0"):  # Triton's kernels run in its interpreter; must be said before it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 

@@ -4,6 +4,7 @@ import time
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,18 +37,14 @@ def test_peak_is_that_of_the_process_alone():
     assert child < here - held.nbytes / 2
 
 
-def test_folding_bert_large_takes_two_seconds_and_150_mb_at_most():
-    (row,) = bench.folding("bert-large", ["dimension"]).to_dict("records")
+@pytest.mark.parametrize("frame", ["dimension", "residual"])
+def test_folding_bert_large_takes_two_seconds_and_150_mb_at_most(frame):
+    (row,) = bench.folding("bert-large", [frame]).to_dict("records")
     assert row["seconds"] < 2
     assert row["folded MB"] < row["peak MB"] + 1
     assert row["peak MB"] < 150
-
-
-def test_folding_keeps_no_projector_of_a_weight():
-    """A residual frame's products, 2 x 12 x 6 MB for BERT-base, are never held: little beyond what is folded."""
-    (row,) = bench.folding("bert-base", ["residual"]).to_dict("records")
-    assert row["folded MB"] > 40
-    assert row["peak MB"] < row["folded MB"] + 40
+    if frame == "residual":  # V~, U~ and R~ of all weights, and a strength each
+        assert row["folded MB"] < 3 * 128 * 1024 * 4 / 1e6 + 0.2
 
 
 def test_a_size_stops_at_its_limit_and_says_after_how_many_rounds():

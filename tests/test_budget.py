@@ -10,6 +10,7 @@ from uhl import budget
 from uhl.adapter import UHLAdapter
 from uhl.baselines import file_sizes, peft_method
 from uhl.config import Sizes
+from uhl.frame import Basis
 from uhl.host import find_slots
 from uhl.peft_method import attach
 
@@ -22,20 +23,24 @@ def count(encoder, inputs):
 
 @pytest.mark.parametrize(("layers", "width"), [(3, 24), (1, 16)])
 @pytest.mark.parametrize("routing", ["layer", "weight", "model"])
-def test_formula_equals_the_counter(make_encoder, config, layers, width, routing):
+@pytest.mark.parametrize("stream", [False, True])
+def test_formula_equals_the_counter(make_encoder, config, layers, width, routing, stream):
     encoder = make_encoder(layers, width)
     adapter = UHLAdapter(config.model_copy(update={"routing": routing}))
     adapter.add_task("mood", ("a", "b"), "sentence")
     inputs = encoder.tokenizer(["good film the plot"], return_tensors="pt")
     slots, tokens = find_slots(encoder.model), inputs["input_ids"].numel()
     bare = count(encoder, inputs)
-    with torch.no_grad(), attach(encoder.model, adapter, "mood", path="reference"):  # folds before the count
+    maps = torch.randn(16, width)
+    frame = Basis((maps,), (maps.T.contiguous(),), maps, maps[:, 0], (1.0,)).frame(slots) if stream else None
+    with torch.no_grad(), attach(encoder.model, adapter, "mood", frame, path="reference"):  # folds before the count
         extra = count(encoder, inputs) - bare
-    formula = budget.routing_flops(adapter.config, slots, width) + budget.update_flops(adapter.config, slots)
-    assert extra == tokens * formula
-    assert extra != tokens * budget.update_flops(adapter.config, slots)
-    routed = {"layer": layers * width, "weight": layers * 7 * width, "model": width}[routing]
-    assert budget.routing_flops(adapter.config, slots, width) == 2 * adapter.config.atoms * routed
+    updates = budget.update_flops(adapter.config, slots, stream)
+    routes = budget.routing_flops(adapter.config, slots, width, stream)
+    assert extra == tokens * (routes + updates)
+    routed = {"layer": layers * width, "weight": layers * (6 if stream else 7) * width, "model": width}[routing]
+    assert routes == 2 * adapter.config.atoms * routed
+    assert updates == 2 * 2 * layers * width * (12 if stream else 14)  # FFN's inner width is twice D
 
 
 @pytest.mark.parametrize("method", ["lora-r8", "lora-1mb", "vera", "vb-lora", "uni-lora"])

@@ -37,13 +37,14 @@ def inputs(device="cpu", seed=0, b=2, t=5, a=7, k=2, d_in=6, d_out=9, one_atom=F
     return [draw(b, t, d_out), draw(b, t, d_in), draw(a, d_in), draw(a, d_out), draw(a), Route(index.to(device), gate)]
 
 
-def loop(y, x, v, u, m, chosen):
+def loop(y, x, v, u, m, chosen, offset):
     """The equation for each token by itself, in float64, with gradients."""
     out = []
     for place in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
         at = tuple(place)
         terms = [
-            s * m[j] * (v[j] @ x[at]) * u[j] for j, s in zip(chosen.index[at].tolist(), chosen.gate[at], strict=True)
+            s * m[j] * (v[j] @ x[at] - offset[j]) * u[j]
+            for j, s in zip(chosen.index[at].tolist(), chosen.gate[at], strict=True)
         ]
         out.append(y[at] + sum(terms))
     return torch.stack(out).reshape(y.shape)
@@ -68,20 +69,25 @@ SIZES = [
 def test_forward_and_gradients_equal_the_loop(place, size):
     path, device = place
     given = inputs(device, **size)
+    offset = torch.linspace(-2, 2, len(given[2])).to(device)
     leaves64, given64 = doubled(given)
+    leaves64.append(offset.detach().cpu().double().requires_grad_())
     weights = torch.linspace(-1, 1, given[0].numel()).reshape(given[0].shape)
-    wanted = loop(*given64)
+    wanted = loop(*given64, leaves64[6])
     (wanted * weights.double()).sum().backward()
-    leaves = [z.detach().clone().requires_grad_() for z in (*given[:5], given[5].gate)]
-    found = ops.get(path)(*leaves[:5], Route(given[5].index, leaves[5]))
+    leaves = [z.detach().clone().requires_grad_() for z in (*given[:5], given[5].gate, offset)]
+    found = ops.get(path)(*leaves[:5], Route(given[5].index, leaves[5]), leaves[6])
     (found * weights.to(device)).sum().backward()
     torch.testing.assert_close(found.cpu().double(), wanted, atol=1e-4, rtol=1e-4)
     for mine, true in zip(leaves, leaves64, strict=True):
         assert true.grad.abs().max() > 0.1
         torch.testing.assert_close(mine.grad.cpu().double(), true.grad, atol=1e-4, rtol=1e-4)
     if not size.get("one_atom"):
-        wrong = ops.get(path)(*given[:5], Route((given[5].index + 1) % len(given[2]), given[5].gate))
+        wrong = ops.get(path)(*given[:5], Route((given[5].index + 1) % len(given[2]), given[5].gate), offset)
         assert not torch.allclose(wrong.cpu().double(), wanted, atol=1e-2)
+    plain, zero = (ops.get(path)(*given, *less) for less in ((), (torch.zeros_like(offset),)))
+    torch.testing.assert_close(plain, zero)
+    assert not torch.allclose(plain.cpu().double(), wanted, atol=1e-2)
 
 
 def test_closed_gates_and_no_tokens(place):

@@ -758,7 +758,7 @@ def distributed(rank, folder):
 
 @pytest.mark.slow
 def test_data_parallel_gradients_are_the_mean_of_the_processes(tmp_path):
-    torch.multiprocessing.spawn(distributed, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.start_processes(distributed, (str(tmp_path),), nprocs=2, start_method="forkserver")
     mine, theirs = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     model = trainable()
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

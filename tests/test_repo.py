@@ -6,6 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 
@@ -72,14 +73,17 @@ def test_nbval_fails_on_a_changed_output(tmp_path):
     import subprocess
     import sys
 
-    text = (ROOT / "notebooks" / "01_build_adapter.ipynb").read_text()
-    changed = text.replace("mixer parameters: 2018", "mixer parameters: 2019")
-    assert changed != text
-    (tmp_path / "changed.ipynb").write_text(changed)
-    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", str(tmp_path / "changed.ipynb")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "1 failed" in done.stdout
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3"}})
+    book.cells = [nbformat.v4.new_code_cell("print('atoms:', 64 + 64)", execution_count=1)]
+    said = {}
+    for told in ("128", "129"):
+        book.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"atoms: {told}\n")]
+        nbformat.write(book, tmp_path / f"{told}.ipynb")
+        command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", str(tmp_path / f"{told}.ipynb")]
+        said[told] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (said["128"].returncode, said["129"].returncode) == (0, 1)
+    assert "1 passed" in said["128"].stdout
+    assert "1 failed" in said["129"].stdout
 
 
 @pytest.mark.parametrize("profile", ["offline", "offline-full", "paper"])

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from conftest import sentences
@@ -11,8 +12,8 @@ from conftest import sentences
 from uhl import attempts, budget, runs, search, stages, store
 from uhl.adapter import UHLAdapter
 from uhl.config import ARMS, METHODS
-from uhl.errors import UHLError
-from uhl.outcome import merge
+from uhl.errors import DivergenceError, UHLError
+from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
 from uhl.runs import Settings
 from uhl.tasks import load_task
@@ -175,38 +176,111 @@ def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
     assert not runs.root().exists()
 
 
-def test_a_search_tries_each_setting_once_and_never_scores_test(tiny_world, monkeypatch):
-    ranges = {"uhl-canonical": {"rate": [1e-3], "top_k": [1]}, "full": {"full_rate": [1e-4]}}
-    rows = list(search.search(tiny_world, ranges))
-    assert [(r["method"], r["value"], r["split"]) for r in rows] == [
-        ("uhl-canonical", 1e-3, "dev"),
-        ("uhl-canonical", 1, "dev"),
-        ("full", 1e-4, "dev"),
-    ]
-    assert len(list((runs.root() / "t-search").glob("*/*/trial/manifest.json"))) == 3
-    monkeypatch.setattr(stages, "pretrain", None)  # a finished trial is read, not run
-    assert list(search.search(tiny_world, ranges, ("uhl-canonical",))) == rows[:2]
-    with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical, full"):
-        list(search.search(tiny_world, ranges, ("lora",)))
+def test_a_search_goes_on_where_it_was_stopped_and_never_scores_test(tiny_world, monkeypatch):
+    where, told = search.storage(tiny_world), []
+    grid = {"rate": [1e-3, 3e-3], "top_k": [1]}
+    study = search.search(tiny_world, "uhl-canonical", grid, trials=1, where=where, tell=told.append)
+    assert len(study.trials) == 1
+    study = search.search(tiny_world, "uhl-canonical", grid, where=search.storage(tiny_world), tell=told.append)
+    rows = search.table([study])
+    assert [dict(r) for r in told] == rows.to_dict("records")
+    assert sorted(rows["settings"]) == ["rate 0.001, top_k 1", "rate 0.003, top_k 1"]  # a grid ends by itself
+    assert set(rows["state"]) == {"complete"}
+    stored = [json.loads(p.read_text()) for p in (runs.root() / "t-search").glob("*/*/trial/manifest.json")]
+    assert sorted(m["rows"][0]["score"] for m in stored) == sorted(rows["score"])
+    assert {row["split"] for m in stored for row in m["rows"]} == {"dev"}
+    monkeypatch.setattr(stages, "pretrain", None)  # finished trials are read, not run, in another database too
+    url = f"sqlite:///{runs.root() / 'other.db'}"
+    other = search.search(tiny_world, "uhl-canonical", grid, where=search.storage(tiny_world, url))
+    assert sorted(search.table([other])["score"]) == sorted(rows["score"])
+    with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical"):
+        search.search(tiny_world, "lora", grid)
+
+
+def test_a_range_is_sampled_within_its_bounds_and_the_best_is_written(tiny_world, tmp_path):
+    space = {"lora_rate": search.Range(low=1e-4, high=1e-1, log=True), "batch": search.Range(low=8, high=16)}
+    study = search.search(tiny_world, "lora-r8", space, trials=3)
+    values = [t.params for t in study.trials]
+    assert len({v["lora_rate"] for v in values}) == 3
+    assert all(1e-4 <= v["lora_rate"] <= 1e-1 and v["batch"] in range(8, 17) for v in values)
+    again = search.search(tiny_world.model_copy(update={"profile": "u"}), "lora-r8", space, trials=1)
+    assert again.trials[0].params == values[0]  # seeded
+    file = tmp_path / "settings.yaml"
+    file.write_text("# why\nprofile: t  # here\nlora_rate: 1\nseed: 0\n")
+    search.write_settings(file, search.best([study]))
+    lines = file.read_text().splitlines()
+    assert lines[:2] == ["# why", "profile: t  # here"]
+    assert lines[2] == f"lora_rate: {study.best_params['lora_rate']}"
+    assert lines[4] == f"batch: {study.best_params['batch']}"
+    assert runs.read_yaml(file)["batch"] == study.best_params["batch"]
+
+
+def test_poor_trials_are_pruned_and_diverged_ones_fail(tiny_world, monkeypatch):
+    quality = {0.5: 1.0, 0.6: 2.0, 0.7: 3.0, 0.8: 4.0, 0.1: 0.5, 0.2: None}
+    space = {"full_rate": list(quality)}
+
+    def baseline(settings, host, method, begin, watch):
+        (runs.cell_dir(settings, "trial")).mkdir(parents=True)
+        score = quality[settings.full_rate]
+        if score is None:
+            raise DivergenceError("the loss is nan")
+        for step in (1, 2, 3):
+            watch(step, score)
+        row = dict.fromkeys(runs.COLUMNS, 0) | {"score": score, "metric": "accuracy", "split": "dev", "arm": method}
+        return Outcome(settings, stages.load_data(settings), rows=[row])
+
+    monkeypatch.setattr(stages, "baseline", baseline)
+    monkeypatch.setattr(stages, "baseline_start", lambda *_: None)
+    monkeypatch.setattr(
+        optuna.samplers.GridSampler, "sample_independent", lambda self, study, trial, *_: list(quality)[trial.number]
+    )
+    study = search.search(tiny_world, "full", space, trials=6)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4 + ["PRUNED", "FAIL"]
+    assert not (runs.root() / "t-search" / "full-full_rate-0.1").exists()
+    assert search.table([study])["score"].tolist()[:5] == [1, 2, 3, 4, 0.5]
+    assert search.best([study]) == {"full_rate": 0.8}
+
+
+def test_watching_a_run_does_not_change_it(tiny_world):
+    seen = []
+    _, plain = stages.pretrain(tiny_world, "canonical")
+    _, watched = stages.pretrain(
+        tiny_world.model_copy(update={"profile": "w"}), "canonical", lambda step, score: seen.append((step, score))
+    )
+    steps = plain.details["log"].steps
+    assert [step for step, _ in seen] == sorted({steps * part // 4 for part in (1, 2, 3)} - {0})
+    assert all(0 <= score <= 100 for _, score in seen)
+    assert watched.curves == plain.curves
+    assert [r["score"] for r in watched.rows] == [r["score"] for r in plain.rows]
+
+
+def test_a_database_that_cannot_be_used(tiny_world):
+    with pytest.raises(UHLError, match="nosuch://x cannot be used .* give a URL such as"):
+        search.storage(tiny_world, "nosuch://x")
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
         ("lora: {rate: [1]}", "unknown method to search 'lora'"),
-        ("full: {full_rate: 1}", "full, full_rate: expected a list"),
+        ("full: {full_rate: 1}", "full, full_rate: expected a list of values or a range"),
+        ("full: {full_rate: {low: 2, high: 1}}", "low must be at most high"),
+        ("full: {full_rate: {low: 0, high: 1, log: true}}", "above 0 with log"),
+        ("full: {full_rate: {lo: 0, high: 1}}", "Range, low"),
         ("full: {ful_rate: [1]}", "Settings, ful_rate"),
         ("full: {full_rate: [-1]}", "Settings, full_rate"),
+        ("full: {full_rate: {low: -1, high: 1}}", "Settings, full_rate"),
+        ("full: {}", "must map methods"),
         ("[full]", "must map methods"),
     ],
 )
 def test_a_search_file_is_checked(tmp_path, text, says):
     path = tmp_path / "search.yaml"
     with pytest.raises(UHLError, match="does not exist"):
-        search.read_ranges(path)
+        search.read_spaces(path)
     path.write_text(text)
     with pytest.raises(UHLError, match=says):
-        search.read_ranges(path)
+        search.read_spaces(path)
 
 
 def test_a_tuned_file_holds_what_was_scored(tiny_world):

@@ -158,10 +158,8 @@ def test_an_interrupted_write_leaves_the_old_file(path, adapter, monkeypatch):
 
 
 def in_a_process(work, *args):
-    """Start a function of this file in a process of its own, a fork of one that has imported the package."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["uhl.store"])
-    process = context.Process(target=work, args=args)
+    """Start a function of this file in a process of its own."""
+    process = multiprocessing.get_context("forkserver").Process(target=work, args=args)
     process.start()
     return process
 

@@ -13,14 +13,12 @@ from pathlib import Path
 
 from uhl import report, runs, store
 from uhl.config import ARMS
-from uhl.errors import UHLError
+from uhl.errors import UHLError, one_of
 from uhl.fileformat import Header, read_either
 from uhl.grid import PARAMS, Grid, target_of
 from uhl.models import OFFLINE, load_encoder, resolve
 from uhl.porting import port, predict_texts
 from uhl.runs import Settings, read_yaml
-from uhl.search import METHODS, read_ranges
-from uhl.search import search as search_settings
 from uhl.tasks import OFFLINE as OFFLINE_TASKS
 
 HERE = Path(__file__).parent.parent
@@ -124,17 +122,29 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Try the settings of params/<profile>/search.yaml on the profile's source, dev scores only; print CSV."""
-    grid = Grid.read(options.profile)
-    settings = Settings(**read_yaml(PARAMS / options.profile / "settings.yaml"))
+    """Search the spaces of params/<profile>/search.yaml on the profile's source, dev scores only; print CSV."""
+    try:
+        from uhl import search as searching
+    except ModuleNotFoundError as error:
+        raise UHLError(f"uhl search needs Optuna ({error}); pip install 'uhl[notebooks]'") from error
+    grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
     changes = {"task": options.task, "seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
     changes["source"] = grid.source
-    settings = Settings(**settings.model_dump() | {k: v for k, v in changes.items() if v is not None})
-    ranges = read_ranges(PARAMS / options.profile / "search.yaml")
-    for number, row in enumerate(search_settings(settings, ranges, tuple(options.method or ()))):
-        if number == 0:
-            print(",".join(row), flush=True)
-        print(",".join(f"{v:g}" if isinstance(v, float) else str(v) for v in row.values()), flush=True)
+    settings = Settings(**read_yaml(file) | {k: v for k, v in changes.items() if v is not None})
+    spaces = searching.read_spaces(PARAMS / options.profile / "search.yaml")
+    methods = options.method or list(spaces)
+    for method in methods:
+        one_of(method, tuple(spaces), "method to search")
+
+    def told(row: dict[str, object]) -> None:
+        print(*(row[key] for key in ("method", "trial", "state", "score", "settings")), file=sys.stderr, flush=True)
+
+    where, studies = searching.storage(settings, options.storage), []
+    for method in methods:
+        studies.append(searching.search(settings, method, spaces[method], options.trials, where, told))
+    print(searching.table(studies).to_csv(index=False, float_format="%g"), end="")
+    if options.save:
+        searching.write_settings(file, searching.best(studies))
 
 
 def main() -> None:
@@ -193,7 +203,10 @@ def main() -> None:
     three.add_argument("--seed", type=int, default=0)
     three.add_argument("--epochs", type=float, help="instead of the profile's")
     three.add_argument("--train-size", type=int, help="instead of the profile's")
-    three.add_argument("--method", action="append", help=f"one of {', '.join(METHODS)}; may be repeated")
+    three.add_argument("--method", action="append", help="one of the file's, which are searched all by default")
+    three.add_argument("--trials", type=int, default=12, help="of each method, at most (12)")
+    three.add_argument("--storage", help="URL of the database, for several workers; by default SQLite in runs/")
+    three.add_argument("--save", action="store_true", help="write the best values into the profile's settings.yaml")
     three.set_defaults(run=search)
     options = parser.parse_args()
     try:

@@ -120,7 +120,7 @@ def chosen(settings: Settings, adapter: UHLAdapter, source: Encoder, task: Task,
     pool = anchor_pool(settings, task)
     texts = [pool[i] for i in select(final_means(source, pool), choice, count, settings.seed)]
     basis = source_basis(adapter, source)
-    frame = basis.frame(source.model, find_slots(source.model, adapter.config.types))
+    frame = basis.frame(find_slots(source.model, adapter.config.types))
     probe = Probe(texts, task.kind, settings.anchor_words, None, settings.max_length)
     return make_anchors(source, adapter, settings.task_name, observe(source, probe), basis, frame, probe, "attempt")
 

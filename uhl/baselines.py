@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -40,7 +40,7 @@ from uhl.porting import basis_of
 from uhl.quant import quantise
 from uhl.sat import SATAdapter
 from uhl.tasks import Task
-from uhl.train import Classifier, TrainLog, train
+from uhl.train import Classifier, TrainLog, Watch, train
 
 SPARSE = ("sat-lora", "hf-sat-lora")
 RATES: dict[str, str] = {
@@ -71,8 +71,11 @@ class Start:
 
 
 def own_frame(encoder: Encoder, probe: Probe, width: int = 256) -> Frame:
-    """Head coordinates of a host from its own states on unlabelled texts: the same head capacity for every method."""
-    return basis_of(observe(encoder, probe), width).frame(encoder.model, [])
+    """Head coordinates of a host from its own states on unlabelled texts: the same head capacity for every method.
+
+    No weight has a pair in it: sparse adapters' atoms are of the weights' own sides.
+    """
+    return replace(basis_of(observe(encoder, probe), width).frame([]), stream=False)
 
 
 def start(encoder: Encoder, task: Task, probe: Probe, max_length: int = 64) -> Start:
@@ -87,7 +90,13 @@ def start(encoder: Encoder, task: Task, probe: Probe, max_length: int = 64) -> S
 
 
 def run_baseline(
-    method: str, encoder: Encoder, task: Task, begin: Start, config: TrainConfig, folder: str | Path
+    method: str,
+    encoder: Encoder,
+    task: Task,
+    begin: Start,
+    config: TrainConfig,
+    folder: str | Path,
+    watch: Watch | None = None,
 ) -> Baseline:
     """Train one of :data:`uhl.config.METHODS` on the task's training split.
 
@@ -114,7 +123,7 @@ def run_baseline(
         model = get_peft_model(model, lora)  # type: ignore[arg-type]
         flops = budget.lora_flops_pct(rank, targets, slots)
     classifier = Classifier(model, part, frame, attached, config)
-    log = train(classifier, encoder, task, config, folder)
+    log = train(classifier, encoder, task, config, folder, watch=watch)
     if attached is None:
         round_trained(classifier)
     return Baseline(classifier, log, added_bytes(classifier) + head_size(part, frame), flops)

@@ -27,8 +27,8 @@ from uhl import baselines, ops
 from uhl.adapter import UHLAdapter
 from uhl.config import Sizes, UHLConfig, _Strict
 from uhl.files import write_atomic
-from uhl.frame import Basis, dimension_frame
-from uhl.host import find_slots
+from uhl.frame import Basis, Frame, dimension_frame
+from uhl.host import Slot, find_slots
 from uhl.peft_method import LOG
 from uhl.router import Route
 
@@ -113,21 +113,15 @@ def _fold_cost(shape: str, frame: str) -> dict[str, object]:
     dimension, width = frame == "dimension", SHAPES[shape][1]
     adapter = UHLAdapter(Sizes(projector="dimension" if dimension else "canonical"))
     adapter.add_task("main", [], "sentence")
-    with torch.device("meta"):
-        host = bert(shape)
-    if not dimension:  # only then are weights read
-        host.to_empty(device="cpu")
-        for parameter in host.parameters():
-            parameter.data.fill_(0.01)
-    slots, c = find_slots(host), adapter.config.width
+    with torch.device("meta"):  # no frame looks at the weights
+        slots = find_slots(bert(shape))
     with torch.no_grad():
         adapter.fold(dimension_frame(adapter.projector, slots[:1], 64), slots[:1], "main")  # what first use costs
         before, begun = _peak(), time.perf_counter()
         if dimension:
             made = dimension_frame(adapter.projector, slots, width)
         else:
-            read = torch.ones(c, width) / width
-            made = Basis((read,), (read.T.contiguous(),), read, read[:, 0], (1.0,)).frame(host, slots)
+            made = stream_frame(slots, width, adapter.config.width)
         folded = adapter.fold(made, slots, "main")
     seconds, peak = time.perf_counter() - begun, _peak() - before
     held = {t.data_ptr(): t.numel() * t.element_size() for t in folded.tensors()}
@@ -255,13 +249,28 @@ def weights(
     return kept
 
 
+def stream_frame(slots: Sequence[Slot], width: int, canonical: int) -> Frame:
+    """A residual frame of one map for all levels, as ports give them, with orthonormal rows."""
+    read = torch.linalg.qr(torch.randn(max(width, canonical), canonical, generator=torch.Generator().manual_seed(0)))[0]
+    read = read[:width].T.contiguous()
+    return Basis((read,), (read.T.contiguous(),), read, read[:, 0], (1.0,)).frame(slots)
+
+
 def _methods(shape: str, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The host of that shape with each method on the same six weights a layer; "bare" is the frozen host."""
-    configs = baselines.peft_methods(SIX) | {"UHL": UHLConfig(seed=0, init_weights=False)}
-    made: dict[str, nn.Module] = {}
+    """The host of that shape with each method on the same six weights a layer; "bare" is the frozen host.
+
+    "UHL" works in a residual frame, as a trained or ported adapter does, "UHL dimension" in the hypothesis's.
+    """
+    config = UHLConfig(seed=0, init_weights=False)
+    configs = baselines.peft_methods(SIX) | {"UHL": config, "UHL dimension": config}
+    made: dict[str, Any] = {}
     for name in names:
         host = bert(shape).requires_grad_(False)
         made[name] = host if name == "bare" else get_peft_model(host, configs[name])  # type: ignore[arg-type]
+        if name == "UHL":
+            tuner = made[name].base_model
+            tuner.set_frame("default", stream_frame(tuner.attached().slots, SHAPES[shape][1], config.width))
+            tuner.uhl_adapters["default"].projector.requires_grad_(False)  # a residual frame has no use for it
     return made
 
 

@@ -98,27 +98,30 @@ def anchor_bytes(anchors: Anchors, bits: int = 8) -> int:
     return codes + reads + len(store.packed_text(anchors.texts))
 
 
-def routing_flops(config: Sizes, slots: Sequence[Slot], width: int) -> int:
+def routing_flops(config: Sizes, slots: Sequence[Slot], width: int, stream: bool = False) -> int:
     """FLOPs per token of the routes: 2 A D a layer, or 2 A d_in a weight, or 2 A D a stack, as ``config.routing`` says.
 
-    Weights that share no route (outside of layers, cross-attention) add 2 A d_in each. Static routes cost nothing.
+    Weights that share no route (outside of layers, cross-attention) add 2 A d_in each. ``stream``: in a frame of the
+    residual stream, where d_in is D everywhere. Static routes cost nothing.
     """
     if config.router == "static":
         return 0
-    own = sum(s.d_in for s in slots if config.routing == "weight" or not s.shared)
+    own = sum(s.sides(stream)[0] for s in slots if config.routing == "weight" or not s.shared)
     layers = {"layer": set(first_layers(slots)), "weight": set(), "model": set(first_layers(slots).values())}
     return 2 * config.atoms * (own + width * len(layers[config.routing]))
 
 
-def update_flops(config: Sizes, slots: Sequence[Slot]) -> int:
-    """FLOPs per token of the updates on the reference path: 2 K (d_in + d_out) a weight."""
+def update_flops(config: Sizes, slots: Sequence[Slot], stream: bool = False) -> int:
+    """FLOPs per token of the updates on the reference path: 2 K (d_in + d_out) a weight, in a ``stream`` 4 K D."""
     k = min(config.top_k, config.atoms)
-    return sum(2 * k * (s.d_in + s.d_out) for s in slots)
+    return sum(2 * k * sum(s.sides(stream)) for s in slots)
 
 
-def extra_flops_pct(config: Sizes, slots: Sequence[Slot], all_slots: Sequence[Slot], width: int) -> float:
+def extra_flops_pct(
+    config: Sizes, slots: Sequence[Slot], all_slots: Sequence[Slot], width: int, stream: bool = False
+) -> float:
     """The adapter's FLOPs in percent of the host's linear layers, of which ``all_slots`` is the list."""
-    extra = routing_flops(config, slots, width) + update_flops(config, slots)
+    extra = routing_flops(config, slots, width, stream) + update_flops(config, slots, stream)
     return 100.0 * extra / host.linear_flops(list(all_slots))
 
 
@@ -128,17 +131,20 @@ def lora_flops_pct(rank: int, slots: Sequence[Slot], all_slots: Sequence[Slot]) 
 
 
 def table(config: Sizes, hosts: dict[str, tuple[list[Slot], int]]) -> pd.DataFrame:
-    """FLOPs per token for several hosts, each given as (all its weights, width)."""
+    """MFLOP per token for several hosts, each given as (all its weights, width), in both kinds of :mod:`uhl.frame`."""
     rows = []
     for name, (slots, width) in hosts.items():
         used = [s for s in slots if s.type in config.types]
-        rows.append(
-            {
-                "host": name,
-                "host MFLOP/token": host.linear_flops(slots) / 1e6,
-                "routing": routing_flops(config, used, width) / 1e6,
-                "updates": update_flops(config, used) / 1e6,
-                "extra %": extra_flops_pct(config, used, slots, width),
-            }
-        )
+        for frame in ("dimension", "residual"):
+            stream = frame == "residual"
+            rows.append(
+                {
+                    "host": name,
+                    "frame": frame,
+                    "host MFLOP/token": host.linear_flops(slots) / 1e6,
+                    "routing": routing_flops(config, used, width, stream) / 1e6,
+                    "updates": update_flops(config, used, stream) / 1e6,
+                    "extra %": extra_flops_pct(config, used, slots, width, stream),
+                }
+            )
     return pd.DataFrame(rows)

@@ -1,8 +1,12 @@
-"""The one error class of the package: each message names what was wrong, what was expected, and the remedy."""
+"""The package's errors: each message names what was wrong, what was expected, and the remedy."""
 
 
 class UHLError(ValueError):
     """Bad input that the caller can mend: an unknown name, a corrupt file, a wrong shape, a mismatched task."""
+
+
+class DivergenceError(UHLError):
+    """Training gave a loss that is not finite."""
 
 
 def one_of(value: str, allowed: object, what: str) -> str:

@@ -1,19 +1,19 @@
 """A frame: how one host's vectors are read into canonical coordinates and written back.
 
-For every weight W (d_out, d_in) a frame holds P_in (C, d_in) and P_out (d_out, C); for a layer's input it holds the
-router's reader (C, D); for the last states, the head's reader (C, D) and shift (C). Two ways to make one:
+For every weight W (d_out, d_in) a frame holds P_in and P_out; for a layer's input it holds the router's reader (C, D);
+for the last states, the head's reader (C, D) and shift (C). Two ways to make one:
 
-*dimension* (the hypothesis): every P comes from the projector's network and depends on the dimension alone.
+*dimension* (the hypothesis): every P comes from the projector's network and depends on the dimension alone. P_in
+(C, d_in) reads the weight's input, P_out (d_out, C) writes to its output.
 
-*residual*: one reader M (C, D) and one writer N (D, C) of the residual stream, carried to every weight by the host's
-own weights. An atom is then an edit N u (v . M x) of the residual stream, placed before a weight that reads the
-stream (Q, K, V, FFN-in) and after a weight that writes to it (O, FFN-out):
+*residual*: one reader M (C, D) and one writer N (D, C) of the residual stream, for all weights of a level. An atom is
+an edit E = N u (v . M x) of the residual stream, placed before a weight that reads the stream (Q, K, V, FFN-in) and
+after the product of a weight that writes to it (O, FFN-out):
 
-    reader of the stream   P_in = M      P_out = W N
-    writer to the stream   P_in = M W    P_out = N
+    reader of the stream   y = W (x + E x) + b
+    writer to the stream   y = W x + E W x + b
 
-so nothing depends on how heads or feed-forward neurons are numbered. These products are not formed: for BERT-large they
-take 300 MB, and the host's weights are there already.
+so nothing depends on how heads or feed-forward neurons are numbered, and no weight of the host is looked at.
 """
 
 from __future__ import annotations
@@ -24,54 +24,33 @@ from dataclasses import dataclass, replace
 import torch
 from jaxtyping import Float
 from sklearn.covariance import ledoit_wolf_shrinkage
-from torch import Tensor, nn
+from torch import Tensor
 
-from uhl import host
 from uhl.host import Slot
 from uhl.projector import Projector
 
-
-@dataclass(frozen=True, eq=False)
-class Product:
-    """left @ right, not formed, (n, m). One factor is the host's own weight, of any dtype and on any device.
-
-    It is not a copy, so what is folded after the weight was changed in place is folded with the new values.
-    """
-
-    left: Float[Tensor, "n r"]
-    right: Float[Tensor, "r m"]
-
-    def formed(self) -> Float[Tensor, "n m"]:
-        """The product as a tensor."""
-        dtype = torch.promote_types(self.left.dtype, self.right.dtype)
-        return self.left.to(dtype) @ self.right.to(self.left.device, dtype)
-
-
 LAST = (-1,)
-Factor = Tensor | Product
-Pair = tuple[Factor, Factor]  # P_in (C, d_in), P_out (d_out, C)
+Pair = tuple[Float[Tensor, "C d_in"], Float[Tensor, "d_out C"]]  # P_in, P_out
 
 
 class Times:
-    """rows @ P for many P, rows (A, C) being an adapter's: a P, or a factor, that comes again is multiplied once."""
+    """rows @ P for many P, rows (A, C) being an adapter's: a P that comes again is multiplied once."""
 
     def __init__(self, rows: Float[Tensor, "A C"]) -> None:
         self.rows = rows
-        self.plain: dict[Factor, Tensor] = {}  # by identity, which keeps what it names alive
-        self.turned: dict[Factor, Tensor] = {}
+        self.plain: dict[Tensor, Tensor] = {}  # by identity, which keeps what it names alive
+        self.turned: dict[Tensor, Tensor] = {}
 
-    def __call__(self, p: Factor) -> Float[Tensor, "A d"]:
-        """Give rows @ p; a product's factors are multiplied in one after the other."""
+    def __call__(self, p: Float[Tensor, "C d"]) -> Float[Tensor, "A d"]:
+        """Give rows @ p."""
         if p not in self.plain:
-            left, right = (self(p.left), p.right) if isinstance(p, Product) else (self.rows, p)
-            self.plain[p] = left @ right.to(self.rows)
+            self.plain[p] = self.rows @ p.to(self.rows)
         return self.plain[p]
 
-    def transposed(self, p: Factor) -> Float[Tensor, "A d"]:
+    def transposed(self, p: Float[Tensor, "d C"]) -> Float[Tensor, "A d"]:
         """Give rows @ p.T."""
         if p not in self.turned:
-            left, right = (self.transposed(p.right), p.left) if isinstance(p, Product) else (self.rows, p)
-            self.turned[p] = left @ right.to(self.rows).T
+            self.turned[p] = self.rows @ p.to(self.rows).T
         return self.turned[p]
 
 
@@ -79,6 +58,7 @@ class Times:
 class Frame:
     """Readers and writers of one host. ``rescale`` divides the head's input by its own root mean square.
 
+    ``stream``: the weights' pairs read and write the residual stream, D wide, and not the weights' own sides.
     ``routes`` has a reader for the router, or one for each layer. ``head`` reads the states of ``levels`` one behind
     the other (0: the embeddings', -1: the last).
     """
@@ -89,6 +69,7 @@ class Frame:
     shift: Float[Tensor, " C"]
     rescale: bool = False
     levels: tuple[int, ...] = LAST
+    stream: bool = False
 
     def to(self, device: torch.device) -> Frame:
         """The same frame on a device; weights that share a P go on sharing it."""
@@ -99,22 +80,9 @@ class Frame:
                 moved[p] = p.to(device)
             return moved[p]
 
-        def factor(p: Factor) -> Factor:
-            return p if isinstance(p, Product) else move(p)  # a host's weight moves when it is multiplied, for as long
-
-        slots = {path: (factor(a), factor(b)) for path, (a, b) in self.slots.items()}
+        slots = {path: (move(a), move(b)) for path, (a, b) in self.slots.items()}
         routes = tuple(move(r) for r in self.routes)
         return replace(self, slots=slots, routes=routes, head=move(self.head), shift=move(self.shift))
-
-    def pair(self, path: str) -> tuple[Float[Tensor, "C d_in"], Float[Tensor, "d_out C"]]:
-        """P_in and P_out of a weight, as tensors."""
-        a, b = (p.formed() if isinstance(p, Product) else p for p in self.slots[path])
-        return a, b
-
-    def formed(self) -> Frame:
-        """The same frame with every product formed: more memory, and quicker where it is folded over and over."""
-        pairs: dict[str, Pair] = {path: self.pair(path) for path in self.slots}
-        return replace(self, slots=pairs)
 
     def codes(self, hidden: Float[Tensor, "*n D_levels"]) -> Float[Tensor, "*n C"]:
         """Canonical coordinates of the states at ``levels``, what the head reads."""
@@ -138,22 +106,6 @@ def dimension_frame(projector: Projector, slots: Sequence[Slot], width: int) -> 
     return Frame(pairs, (reader,), reader, reader.new_zeros(projector.width), rescale=True)
 
 
-def residual_frame(model: nn.Module, slots: Sequence[Slot], basis: Basis) -> Frame:
-    """A basis's readers and writers of the residual stream, carried to every weight.
-
-    Where the basis has a map for each level, attention takes that of its layer's input, the feed-forward block that of
-    its layer's output.
-    """
-    pairs: dict[str, Pair] = {}
-    for slot in slots:
-        matrix = host.weight(model, slot)
-        level = min(max(slot.layer, 0) + (slot.type == "FFN"), len(basis.read) - 1)
-        read, write = basis.read[level], basis.write[level]
-        pairs[slot.path] = (Product(read, matrix), write) if slot.writer else (read, Product(matrix, write))
-    routes = tuple(read * rms for read, rms in zip(basis.read, basis.rms, strict=True))
-    return Frame(pairs, routes, basis.head, basis.shift, levels=basis.levels)
-
-
 @dataclass(frozen=True)
 class Basis:
     """Canonical coordinates of a model's residual stream, and of what its head reads.
@@ -169,9 +121,18 @@ class Basis:
     rms: tuple[float, ...]
     levels: tuple[int, ...] = LAST
 
-    def frame(self, model: nn.Module, slots: Sequence[Slot]) -> Frame:
-        """The frame of a host that has this basis."""
-        return residual_frame(model, slots, self)
+    def frame(self, slots: Sequence[Slot]) -> Frame:
+        """The frame of a host that has this basis.
+
+        Where the basis has a map for each level, attention takes that of its layer's input, the feed-forward block that
+        of its layer's output.
+        """
+        pairs: dict[str, Pair] = {}
+        for slot in slots:
+            level = min(max(slot.layer, 0) + (slot.type == "FFN"), len(self.read) - 1)
+            pairs[slot.path] = self.read[level], self.write[level]
+        routes = tuple(read * rms for read, rms in zip(self.read, self.rms, strict=True))
+        return Frame(pairs, routes, self.head, self.shift, levels=self.levels, stream=True)
 
 
 def canonical_basis(

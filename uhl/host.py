@@ -66,6 +66,12 @@ class Slot:
     shared: bool = True
     twice: bool = False
 
+    def sides(self, stream: bool) -> tuple[int, int]:
+        """Widths of what the weight's update reads and writes: its own sides, or twice the residual stream's."""
+        if not stream:
+            return self.d_in, self.d_out
+        return (self.d_out, self.d_out) if self.writer else (self.d_in, self.d_in)
+
 
 def find_slots(
     model: nn.Module, types: tuple[str, ...] = WEIGHT_TYPES, paths: Collection[str] | None = None
@@ -165,7 +171,7 @@ def weight(model: nn.Module, slot: Slot) -> torch.Tensor:
     found: torch.Tensor = module.weight.detach()
     if not found.dtype.is_floating_point or found.ndim != 2:
         raise UHLError(
-            f"{slot.path} is stored as {found.dtype} {tuple(found.shape)}; merging and ported frames need weights in "
-            f"floating point: load the host without quantisation (a `dimension` adapter works on it unmerged)"
+            f"{slot.path} is stored as {found.dtype} {tuple(found.shape)}; merging needs weights in floating "
+            f"point: load the host without quantisation, or keep the adapter unmerged"
         )
     return found.T if isinstance(module, Conv1D) else found

@@ -1,4 +1,4 @@
-"""An adapter at work in a host: folding, one route per token and layer, and the layer that adds the update.
+"""An adapter at work in a host: one route per token and layer, and the layer that adds the update.
 
 :class:`Attached` is the state of one adapter in one host; :class:`UHLLinear` wraps a host's weight and asks it for the
 update. `uhl.peft_method` puts them into a host and takes them out again.
@@ -6,12 +6,10 @@ update. `uhl.peft_method` puts them into a host and takes them out again.
 
 from __future__ import annotations
 
-import itertools
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -21,85 +19,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from uhl import ops
-from uhl.adapter import Folded, UHLAdapter, Vectors
+from uhl.adapter import Folded, UHLAdapter
 from uhl.errors import UHLError
-from uhl.frame import LAST, Frame, Times, dimension_frame
+from uhl.folding import Fold, Folds, in_backward
+from uhl.frame import LAST, Frame, Times
 from uhl.host import Slot, first_layers, shape, stream_width, weight
 from uhl.router import Route, choose, route
 
 
-class _Spent:
-    """Whether a backward pass has run through a fold, which frees what the fold's graph has kept."""
-
-    def __init__(self, cache: _Cache) -> None:
-        self.cache, self.yes = weakref.ref(cache), False  # weak: the graph holds this, and the cache the graph
-
-    def __call__(self, _gradient: Tensor | None) -> None:
-        cache = self.cache()
-        if not self.yes and cache is not None:
-            cache.backwards += 1
-        self.yes = True
-
-
-@dataclass
-class _Fold:
-    """An adapter folded into a host, and what it was made from."""
-
-    frame: Frame
-    folded: Folded
-    learning: bool  # made with gradients
-    state: _State | None  # None inside a compiled host, where tracing cannot ask
-    backwards: int  # that had run before it was made
-    spent: _Spent | None = None
-    tensors: list[Tensor] = field(default_factory=list)  # each once, where compiled hosts hold them
-    copies: dict[torch.dtype, Folded] = field(default_factory=dict)  # of :attr:`folded`
-
-    def like(self, dtype: torch.dtype) -> Folded:
-        """What was folded, in a half-precision host's dtype, so that its activations need not be cast; made once."""
-        if dtype not in (torch.float16, torch.bfloat16):
-            return self.folded
-        if dtype not in self.copies:
-            with torch.inference_mode(False), torch.no_grad():
-                self.copies[dtype] = self.folded.like(dtype)
-        return self.copies[dtype]
-
-
-def _distinct(fold: _Fold) -> list[Tensor]:
-    """Every tensor of a fold, once."""
-    return list({id(t): t for t in (*fold.folded.tensors(), fold.frame.head)}.values())
-
-
-class _Held(NamedTuple):
+class Held(NamedTuple):
     """What a layer needs to run again in a backward pass: its fold, and the route that was made before it."""
 
-    fold: _Fold
+    fold: Fold
     route: Route | None
-
-
-def _in_backward() -> bool:
-    """Whether this thread is in a backward pass, where gradient checkpointing runs layers again."""
-    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
-
-
-class _State:
-    """What a fold depends on. Writes through ``.data`` are not seen before the next backward pass or ``refold()``."""
-
-    def __init__(self, parameters: Sequence[nn.Parameter], *others: object) -> None:
-        self.parameters = list(parameters)  # kept, so that no new parameter can have the identity of an old one
-        self.marks = [(_version(p), p.data_ptr(), p.device, p.dtype, p.requires_grad) for p in parameters]
-        self.others = others
-
-    def same(self, other: _State) -> bool:
-        mine, theirs = self.parameters, other.parameters
-        return (
-            self.marks == other.marks
-            and self.others == other.others
-            and all(a is b for a, b in zip(mine, theirs, strict=True))
-        )
-
-
-def _version(parameter: Tensor) -> int:
-    return -1 if parameter.is_inference() else parameter._version
 
 
 class _Reading:
@@ -130,46 +62,25 @@ class _Pass(threading.local):
     """What belongs to one forward pass. Each thread has its own, so that concurrent passes do not meet."""
 
     def __init__(self) -> None:
-        self.inside = False  # the host's own forward pass is running
-        self.folds: dict[bool, _Fold] = {}  # of this pass, with gradients and without
-        self.graph: _Fold | None = None  # the last one with gradients
         self.last = -1  # number of the layer that ran last
-        self.layer: tuple[int, Tensor, _Fold] | None = None  # the layer that is running, its input, its fold
+        self.layer: tuple[int, Tensor, Fold] | None = None  # the layer that is running, its input, its fold
         self.routes: dict[int | str, Route] = {}
         self.task = -1  # the backward pass that the last route was made in
         self.reading: _Reading | None = None  # the last one of the layer that is running
         self.paths: dict[str, str] = {}
         self.mask: Tensor | None = None
 
-
-@dataclass
-class _Cache:
-    """What is computed from parameters: never copied with its owner, made again when it is needed."""
-
-    plain: _Fold | None = None
-    graph: _Fold | None = None  # the last one with gradients of any thread, for backward passes in threads of their own
-    compiled: _Fold | None = None  # whose tensors compiled hosts hold; `uhl::refresh` writes into them
-    vectors: tuple[_State, Frame, dict[str, Vectors]] | None = None  # of a frozen dictionary and projector
-    formed: Frame | None = None  # a given frame with its products formed, where the dictionary trains
-    backwards: int = 0
-    key: int = field(default_factory=itertools.count().__next__)  # names the owner to `uhl::refresh`
-    now: _Pass = field(default_factory=_Pass)
-
-    def __deepcopy__(self, _memo: dict[int, Any]) -> _Cache:
-        return _Cache()
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Pass:
+        return _Pass()
 
     def __reduce__(self) -> Any:
-        return _Cache, ()
+        return _Pass, ()
 
 
 class Attached:
     """One adapter at work in one host. After a forward pass ``routes`` holds each :class:`Route` that it made.
 
     ``frame`` is what a port returned; without one the adapter's own projector gives it. ``scale`` weighs the mixer.
-
-    Folds are made when an update is asked for. One without gradients is kept until a parameter changes; each forward
-    pass with gradients makes its own. So passes may come between a forward pass and its backward pass, and gradient
-    checkpointing that runs a layer again finds a fold with gradients.
     """
 
     def __init__(
@@ -182,12 +93,12 @@ class Attached:
         scale: float = 1.0,
         path: str | None = None,
     ) -> None:
-        self.model, self.adapter, self.task_name, self.scale = model, adapter, task, scale
+        self.model, self.adapter, self.task_name, self.path = model, adapter, task, path
         self.slots = list(slots)
-        self._fixed, self.path = frame, path
-        self._width = stream_width(model) or (self.slots[0].d_in if self.slots else 0)
+        width = stream_width(model) or (self.slots[0].d_in if self.slots else 0)
+        self.folds = Folds(adapter, task, self.slots, width, frame, scale)
         self._first = first_layers(self.slots)
-        self._cache = _Cache()
+        self._now = _Pass()
         self._detach: Callable[[], None] | None = None
         if path is not None:
             ops.get(path)
@@ -196,16 +107,17 @@ class Attached:
     @property
     def ported(self) -> bool:
         """Whether the frame was given, by a port or by the source's own basis."""
-        return self._fixed is not None
+        return self.folds.given is not None
 
     def set_frame(self, frame: Frame | None, scale: float = 1.0) -> None:
         """Use another frame and scale from the next forward pass on."""
-        self._fixed, self.scale = frame, scale
+        self.folds.given, self.folds.scale = frame, scale
         self.refold()
 
     def refold(self) -> None:
         """Forget what was folded. Needed only after parameters were written through ``.data``, which nothing shows."""
-        self._cache = _Cache()
+        self.folds.forget()
+        self._now = _Pass()
 
     @property
     def routes(self) -> dict[int | str, Route]:
@@ -213,181 +125,67 @@ class Attached:
         its own; by the number of a stack's first layer where all its layers share one. Those of weights outside of
         layers, or that read other tokens than their layer's, are kept only where each weight has its own.
         """
-        return self._cache.now.routes
+        return self._now.routes
 
     @property
     def mask(self) -> Tensor | None:
         """The last forward pass's attention mask (B, T), where it had one."""
-        return self._cache.now.mask
+        return self._now.mask
 
     @property
     def levels(self) -> tuple[int, ...]:
         """The host's levels that the head reads: the frame's."""
-        return self._fixed.levels if self._fixed else LAST
+        return self.folds.given.levels if self.folds.given else LAST
 
     @property
     def folded(self) -> Folded:
         """The adapter in the host's coordinates."""
-        return self._fold().folded
+        return self.folds().folded
 
     @property
     def current(self) -> Frame:
         """The frame that :attr:`folded` was made with, in the same graph."""
-        return self._fold().frame
+        return self.folds().frame
 
     @property
     def paths(self) -> dict[str, str]:
         """How the last forward pass computed each weight's update, in this thread; ``path`` decides for all."""
-        return self._cache.now.paths
+        return self._now.paths
 
     @property
     def frame(self) -> Frame:
         """The host's frame: the given one, or the dimension frame of the adapter's projector as it stands."""
-        if self._fixed is None and self.adapter.config.projector == "canonical":
-            raise UHLError(
-                "a canonical adapter has no projectors of its own for this host; make them with uhl.port(adapter, "
-                "host, task) and pass its frame (attach(..., frame), or set_frame on the PEFT model's base_model)"
-            )
-        frame = self._fixed or dimension_frame(self.adapter.projector, self.slots, self._width)
-        return frame.to(self.adapter.device)
-
-    # --- folding -----------------------------------------------------------------------------------------------------
-
-    def _moving(self) -> list[nn.Parameter]:
-        """Parameters that V~ and U~ depend on."""
-        return [*self.adapter.dictionary.parameters(), *self.adapter.projector.parameters()]
-
-    def _fold(self) -> _Fold:
-        """The fold to use now: a kept one, or a new one where it was spent or something has changed."""
-        cache, now = self._cache, self._cache.now
-        with_gradients = torch.is_grad_enabled()
-        if now.inside and with_gradients in now.folds:
-            return now.folds[with_gradients]
-        learning = with_gradients and any(p.requires_grad for p in self.adapter.parameters())
-        if torch.compiler.is_compiling():
-            now.folds[with_gradients] = self._traced_fold(learning)
-            return now.folds[with_gradients]
-        state = self._state()
-        fold = cache.plain
-        if learning:
-            fold = now.graph or (cache.graph if _in_backward() else None)
-        if learning:
-            kept = fold is not None and not (fold.spent and fold.spent.yes)
-        else:
-            kept = fold is not None and fold.backwards == cache.backwards
-        if fold is None or not kept or fold.state is None or not fold.state.same(state):
-            fold = self._new_fold(learning, state)
-            if learning:
-                now.graph = cache.graph = fold
-            else:
-                cache.plain = fold
-        if now.inside:
-            now.folds[with_gradients] = fold
-        return fold
-
-    def _state(self) -> _State:
-        return _State(list(self.adapter.parameters()), self.task_name, self.scale, id(self._fixed))
-
-    def _traced_fold(self, learning: bool) -> _Fold:
-        """The fold of a host that is being compiled. What trains is folded inside the graph, for its gradients.
-
-        What does not is kept outside of it, and the graph begins by asking whether it still holds: tracing cannot.
-        """
-        atoms_train = learning and any(p.requires_grad for p in self._moving())
-        if atoms_train:
-            frame, vectors = self.frame, None
-        else:
-            _prepare(self)
-            kept = self._cache.compiled
-            assert kept is not None
-            refresh(kept.tensors, self._cache.key)
-            frame = kept.frame
-            if not learning:
-                return kept
-            vectors = {path: (v, u) for path, (v, u, _) in kept.folded.atoms.items()}
-        with torch.autocast(self.adapter.device.type, enabled=False):
-            folded = self.adapter.fold(frame, self.slots, self.task_name, self.scale, vectors)
-        return _Fold(frame, folded, learning, None, 0)
-
-    def prepare_compiled(self) -> None:
-        """Make the fold that compiled hosts hold, if there is none."""
-        if self._cache.compiled is None:
-            self._cache.compiled = fold = self._new_fold(False, self._state())
-            fold.tensors = _distinct(fold)
-            _OWNERS[self._cache.key] = self
-
-    def refresh_compiled(self, tensors: Sequence[Tensor]) -> None:
-        """Write anew what compiled hosts hold, where a parameter has changed since."""
-        cache, state = self._cache, self._state()
-        held = cache.compiled
-        if held is None or (held.state and held.state.same(state) and held.backwards == cache.backwards):
-            return
-        with torch.no_grad():
-            for old, new in zip(tensors, _distinct(self._new_fold(False, state)), strict=True):
-                old.copy_(new)
-        held.state, held.backwards = state, cache.backwards
-
-    def _new_fold(self, learning: bool, state: _State) -> _Fold:
-        """In float32, also under autocast. What has no gradients is usable in any later pass with them."""
-        cache, device = self._cache, self.adapter.device.type
-        with torch.inference_mode(False), torch.set_grad_enabled(learning), torch.autocast(device, enabled=False):
-            frame, vectors = self._vectors(learning)
-            folded = self.adapter.fold(frame, self.slots, self.task_name, self.scale, vectors)
-        fold = _Fold(frame, folded, learning, state, cache.backwards)
-        if learning:
-            fold.spent = _Spent(cache)
-            for tensor in _distinct(fold):
-                if tensor.requires_grad:
-                    tensor.register_hook(fold.spent)
-        return fold
-
-    def _vectors(self, learning: bool) -> tuple[Frame, dict[str, Vectors] | None]:
-        """The frame, and the products V~ and U~ where they do not train: these are kept while they do not change."""
-        moving = self._moving()
-        trained = any(p.requires_grad for p in moving)
-        if learning and trained:  # folded in every step, which formed products make cheaper
-            if self._fixed is not None and self._cache.formed is None:
-                self._cache.formed = self._fixed.formed()
-            return (self._cache.formed or self.frame).to(self.adapter.device), None
-        state = _State(moving, id(self._fixed), self._cache.backwards if trained else 0)
-        kept = self._cache.vectors
-        if kept is None or not kept[0].same(state):
-            with torch.no_grad():
-                frame = self.frame
-                kept = self._cache.vectors = (state, frame, self.adapter.vectors(frame, self.slots))
-        return kept[1], kept[2]
+        return self.folds.frame
 
     # --- one forward pass --------------------------------------------------------------------------------------------
 
     def before_host(self, kwargs: dict[str, Any]) -> None:
         """A forward pass of the whole host begins, with one fold for all of it."""
-        now, mask = self._cache.now, kwargs.get("attention_mask")
-        now.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        now.inside = True
-        self._begin_pass()
-        self._fold()
+        mask = kwargs.get("attention_mask")
+        self._now.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._begin_pass(inside=True)
 
     def after_host(self) -> None:
         """The forward pass has ended."""
-        now = self._cache.now
-        now.inside, now.folds, now.layer, now.reading = False, {}, None, None
+        self.folds.end()
+        self._now.layer = self._now.reading = None
 
-    def before_layer(self, number: int, hidden: Tensor, held: _Held | None = None) -> None:
+    def before_layer(self, number: int, hidden: Tensor, held: Held | None = None) -> None:
         """A layer begins; its route is made from its input ``hidden`` (B, T, D) when a weight first asks for it.
 
         ``held`` is what the layer had in the forward pass where it runs again. Raises :class:`UHLError` where it would
         need the route of all layers, and nothing has held it.
         """
-        now = self._cache.now
-        if not now.inside and number <= now.last and not _in_backward():  # an encoder that is called alone, again
+        now = self._now
+        if not self.folds.inside and number <= now.last and not in_backward():  # an encoder that is called alone, again
             self._begin_pass()
-        now.layer, now.last, now.reading = (number, hidden, held.fold if held else self._fold()), number, None
+        now.layer, now.last, now.reading = (number, hidden, held.fold if held else self.folds()), number, None
         first = self._made_at(number)
         if first == number:
             now.routes.pop(number, None)
         elif held:
             now.routes |= {first: held.route} if held.route else {}
-        elif _in_backward() and now.task != torch._C._current_graph_task_id():
+        elif in_backward() and now.task != torch._C._current_graph_task_id():
             raise UHLError(
                 "one route for all layers (routing='model') is lost where a layer runs again by itself; checkpoint "
                 "with the host's own gradient_checkpointing_enable, or choose routing='layer'"
@@ -398,51 +196,74 @@ class Attached:
         return self._first.get(number, number) if self.adapter.config.routing == "model" else number
 
     @property
-    def held(self) -> _Held | None:
+    def held(self) -> Held | None:
         """What the layer that is running needs to run again."""
-        layer = self._cache.now.layer
-        return _Held(layer[2], self.routes.get(self._made_at(layer[0]))) if layer else None
+        layer = self._now.layer
+        return Held(layer[2], self.routes.get(self._made_at(layer[0]))) if layer else None
 
-    def _begin_pass(self) -> None:
-        now = self._cache.now
-        now.folds, now.graph, now.routes, now.layer, now.last, now.reading = {}, None, {}, None, -1, None
+    def _begin_pass(self, inside: bool = False) -> None:
+        now = self._now
+        now.routes, now.layer, now.last, now.reading = {}, None, -1, None
+        self.folds.begin(inside)
 
-    def update(
-        self, slot: Slot, y: Float[Tensor, "*b d_out"], x: Float[Tensor, "*b d_in"]
+    @property
+    def stream(self) -> bool:
+        """Whether updates are edits of the residual stream: see :mod:`uhl.frame`."""
+        return self.folds.given is not None and self.folds.given.stream
+
+    def before_weight(self, slot: Slot, given: Float[Tensor, "*b d"], x: Float[Tensor, "*b d"]) -> Tensor:
+        """What a weight is given: ``given``, with the edit of its input ``x`` added where it reads the stream."""
+        return self._update(slot, given, x) if self.stream and not slot.writer else given
+
+    def after_weight(
+        self,
+        slot: Slot,
+        result: Float[Tensor, "*b d_out"],
+        y: Float[Tensor, "*b d_out"],
+        x: Float[Tensor, "*b d_in"],
+        bias: Float[Tensor, " d_out"] | None,
     ) -> Float[Tensor, "*b d_out"]:
-        """A weight's output ``y`` for the input ``x``, with the update added."""
-        layer = self._cache.now.layer
+        """``result`` with the update added where it belongs behind a weight, whose own output for ``x`` is ``y``."""
+        if not self.stream:
+            return self._update(slot, result, x)
+        return self._update(slot, result, y, bias) if slot.writer else result
+
+    def _update(self, slot: Slot, y: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``y`` plus what the atoms write there for what they read in ``x``, or in x - bias."""
+        layer = self._now.layer
         inside = layer is not None and layer[0] == slot.layer
-        fold = layer[2] if layer is not None and inside else self._fold()
+        fold = layer[2] if layer is not None and inside else self.folds()
         path = self.path or ops.choose(
-            x.device.type, x.shape[:-1].numel(), self.adapter.config.atoms, slot.d_in, slot.d_out
+            x.device.type, x.shape[:-1].numel(), self.adapter.config.atoms, x.shape[-1], y.shape[-1]
         )
-        self._cache.now.paths[slot.path] = path
+        self._now.paths[slot.path] = path
         # Triton's kernels add in float32 whatever they read; a learning fold has gradients to give
         half = path == "fused" and not fold.learning and not torch.compiler.is_compiling()
         folded = fold.like(x.dtype) if half else fold.folded
         v, u, strength = folded.atoms[slot.path]
         chosen = self._shared_route(slot, x, layer[1], folded) if layer is not None and inside else None
         if chosen is None:
-            chosen = self._route(x, self._own_reader(slot, fold.frame, folded), folded.embedding)
+            read = x if bias is None else x - bias
+            chosen = self._route(read, self._own_reader(slot, fold.frame, folded), folded.embedding)
             if self.adapter.config.routing == "weight" and not (slot.twice and layer and not _same(x, layer[1])):
                 self.routes[slot.path] = chosen
-        halves = ops.halves(path) if inside else None
+        offset = None if bias is None else v @ bias.to(v)
+        halves = ops.halves(path) if inside and bias is None else None
         if halves is None or x.is_inference():  # whether those were written to since cannot be seen
-            return ops.get(path)(y, x, v, u, strength, chosen)
-        read, write = halves
-        return write(y, self._read(x, v, chosen, read), u, strength, chosen)
+            return ops.get(path)(y, x, v, u, strength, chosen, offset)
+        reads, writes = halves
+        return writes(y, self._read(x, v, chosen, reads), u, strength, chosen)
 
     def _read(self, x: Tensor, v: Tensor, chosen: Route, read: Callable[..., Tensor]) -> Tensor:
         """``read(x, v, chosen)``, once for weights one after the other (Q, K and V) that read the same."""
-        now = self._cache.now
+        now = self._now
         if now.reading is None or not now.reading.fits(x, v, chosen, read):
             now.reading = _Reading(x, v, chosen, read)
         return now.reading.dots
 
     def _shared_route(self, slot: Slot, x: Tensor, hidden: Tensor, folded: Folded) -> Route | None:
         """The route of a weight's layer, or of all layers; None where the weight's input is not those tokens."""
-        first, now = self._made_at(slot.layer), self._cache.now
+        first, now = self._made_at(slot.layer), self._now
         reader = folded.reader(first)
         if self.adapter.config.routing == "weight" or not slot.shared:
             return None
@@ -461,8 +282,8 @@ class Attached:
             return None
         return made.flat() if flat else made
 
-    def _own_reader(self, slot: Slot, frame: Frame, folded: Folded) -> Float[Tensor, "A d_in"] | None:
-        """The router at a weight's own input: outside of layers, or where a layer's tokens are not what it reads."""
+    def _own_reader(self, slot: Slot, frame: Frame, folded: Folded) -> Float[Tensor, "A d"] | None:
+        """The router at what a weight's atoms read: outside of layers, or where those are other tokens."""
         router, known = self.adapter.router, folded.own_routes
         if router is None or slot.path in known:
             return known.get(slot.path)
@@ -481,7 +302,7 @@ class Attached:
         if not self.routes:
             raise UHLError("no route was made yet; run the host's forward pass with the adapter active first")
         sums = [r.gate.sum(-1) for r in self.routes.values()]  # (B, T) each
-        if torch.is_grad_enabled() and self._fold().learning and not any(s.requires_grad for s in sums):
+        if torch.is_grad_enabled() and self.folds().learning and not any(s.requires_grad for s in sums):
             warnings.warn(
                 "reentrant gradient checkpointing leaves E[k] without a gradient; pass use_reentrant=False",
                 stacklevel=2,
@@ -509,11 +330,15 @@ class Attached:
 
     def delta(self, slot: Slot) -> Float[Tensor, "d_out d_in"]:
         """The change of a weight under a static router, as a matrix."""
-        folded = self._fold().folded
+        folded = self.folds().folded
         v, u, strength = folded.atoms[slot.path]
         chosen = choose(folded.embedding, self.adapter.config.top_k)
         gates = strength[chosen.index] * chosen.gate
-        return u[chosen.index].T @ (gates[:, None] * v[chosen.index])
+        change = u[chosen.index].T @ (gates[:, None] * v[chosen.index])
+        if not self.stream:
+            return change
+        own = weight(self.model, slot).to(change)
+        return change @ own if slot.writer else own @ change
 
     def detach(self) -> None:
         """Put the host's own modules back, where :func:`uhl.peft_method.attach` made this. Twice does no harm."""
@@ -527,71 +352,8 @@ class Attached:
         self.detach()
 
 
-_OWNERS: weakref.WeakValueDictionary[int, Attached] = weakref.WeakValueDictionary()  # of what compiled hosts hold
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(attached: Attached) -> None:
-    """Runs once, while the host is compiled."""
-    attached.prepare_compiled()
-
-
-@torch.library.custom_op("uhl::refresh", mutates_args=("tensors",), schema="(Tensor(a!)[] tensors, int key) -> ()")
-def refresh(tensors: list[Tensor], key: int) -> None:
-    """The first thing that a compiled host does: have its folds written anew if a parameter has changed."""
-    owner = _OWNERS.get(key)
-    if owner is not None:
-        owner.refresh_compiled(tensors)
-
-
-@refresh.register_fake
-def _(tensors: list[Tensor], key: int) -> None:
-    return None
-
-
-class Rerouted:
-    """A layer's gradient checkpointing function, made to say again how the layer begins when it runs the layer again.
-
-    transformers checkpoints a layer's ``forward``, so that hooks on the layer do not run a second time.
-    """
-
-    def __init__(self, inner: Callable[..., Any], begin: Callable[..., list[Attached]]) -> None:
-        self.inner, self.begin = inner, begin
-
-    def __call__(self, run: Any, *args: Any, **kwargs: Any) -> Any:
-        """Checkpoint ``run``."""
-        return self.inner(_Again(run, self.begin), *args, **kwargs)
-
-
-class _Again:
-    """A checkpointed function. When it runs again, its layer begins with the folds of the forward pass.
-
-    Under reentrant checkpointing, whose first run has no gradients, each layer has a backward pass of its own, and so
-    a fold of its own.
-    """
-
-    def __init__(self, run: Any, begin: Callable[..., list[Attached]]) -> None:
-        self.run, self.begin = run, begin
-        self.gradients = torch.is_grad_enabled()
-        self.folds: dict[Attached, _Held | None] | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = getattr(self.run, "keywords", {}) | kwargs
-        if self.folds is None:
-            reentrant = self.gradients and not torch.is_grad_enabled()
-            self.folds = {a: None if reentrant else a.held for a in self.begin(args, given)}
-            if reentrant and any(a.adapter.config.routing == "model" for a in self.folds):
-                raise UHLError(
-                    "one route for all layers (routing='model') has no gradient under reentrant checkpointing; pass "
-                    "gradient_checkpointing_kwargs={'use_reentrant': False}, or choose routing='layer'"
-                )
-        else:
-            self.begin(args, given, self.folds)
-        return self.run(*args, **kwargs)
-
-
 class UHLLinear(nn.Module, BaseTunerLayer):
-    """A host's `nn.Linear` or `Conv1D` with the updates of the active adapters added to its output.
+    """A host's `nn.Linear` or `Conv1D` with the updates of the active adapters, each added where its frame says.
 
     It has no parameters of its own: ``uhl_adapters`` shows those of the tuner, which all layers share.
     """
@@ -625,15 +387,18 @@ class UHLLinear(nn.Module, BaseTunerLayer):
         return set(self.slots)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus the update of each active adapter."""
+        """Base output with the update of each active adapter."""
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
-            return result
-        for name in self.active_adapters:
-            if name in self.slots:
-                result = self._shared[1][name].update(self.slots[name], result, x)
+            return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        active = [(self._shared[1][name], self.slots[name]) for name in self.active_adapters if name in self.slots]
+        given = x
+        for attached, slot in active:
+            given = attached.before_weight(slot, given, x)
+        result = y = self.base_layer(given, *args, **kwargs)
+        for attached, slot in active:
+            result = attached.after_weight(slot, result, y, x, self.base.bias)
         return result
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -19,6 +19,7 @@ from uhl.adapter import UHLAdapter
 from uhl.files import write_atomic
 from uhl.frame import Frame
 from uhl.host import find_slots
+from uhl.layer import Attached
 from uhl.models import Encoder
 from uhl.porting import at_work
 from uhl.runs import Settings
@@ -26,10 +27,10 @@ from uhl.tasks import Task
 from uhl.train import Classifier, Prediction, predict
 
 
-def flops_pct(adapter: UHLAdapter, encoder: Encoder) -> float:
-    """The adapter's FLOPs on a host in percent of the host's linear layers."""
-    used, every = find_slots(encoder.model, adapter.config.types), find_slots(encoder.model)
-    return budget.extra_flops_pct(adapter.config, used, every, encoder.width)
+def flops_pct(attached: Attached, encoder: Encoder) -> float:
+    """An adapter's FLOPs on its host in percent of the host's linear layers."""
+    slots = find_slots(encoder.model)
+    return budget.extra_flops_pct(attached.adapter.config, attached.slots, slots, encoder.width, attached.stream)
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Outcome:
         name = self.settings.task_name
         with at_work(adapter, encoder, name, str(known["arm"]), frame, scale) as attached:
             classifier = Classifier(encoder.model, adapter.task(name), frame, attached)
-            cost = flops_pct(adapter, encoder) if attached else 0.0
+            cost = flops_pct(attached, encoder) if attached else 0.0
             self.score(classifier, encoder, adapter_bytes=path.stat().st_size, extra_flops_pct=cost, **known)
 
     def score_majority(self, encoder: Encoder) -> None:

@@ -29,12 +29,13 @@ from transformers.pytorch_utils import Conv1D
 
 from uhl import card, fileformat, store
 from uhl.adapter import UHLAdapter
+from uhl.checkpointing import Rerouted
 from uhl.config import NAME, Sizes, UHLConfig
 from uhl.errors import UHLError
 from uhl.fileformat import Content, Header
 from uhl.frame import Frame
 from uhl.host import find_slots, stream_width
-from uhl.layer import Attached, Rerouted, UHLLinear
+from uhl.layer import Attached, UHLLinear
 
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their checkpointing function
 

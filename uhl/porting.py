@@ -208,18 +208,18 @@ def port(
             done = Port(arm, dimension_frame(adapter.projector, slots, target.width), 1.0)
     elif arm == "lineage":
         assert source is not None
-        done = Port(arm, source_basis(adapter, source).frame(target.model, slots), 1.0)
+        done = Port(arm, source_basis(adapter, source).frame(slots), 1.0)
     elif arm == "embedding":
         assert source is not None
         basis, explained = _embedding_basis(source_basis(adapter, source), source, target)
-        done = Port(arm, basis.frame(target.model, slots), 1.0, {"stream_fit": [round(explained, 4)]})
+        done = Port(arm, basis.frame(slots), 1.0, {"stream_fit": [round(explained, 4)]})
     else:
         assert adapter.anchors is not None
         again = seen
         seen = seen or observe(target, adapter.anchors.probe)
         own = target.revision != "unknown" and target.revision == adapter.info.get("revision")
         if own and arm in {"anchor", "zero-atoms", "refresh"}:  # the source itself: its own basis, no regression
-            frame = basis_of(seen, adapter.config.width).frame(target.model, slots)
+            frame = basis_of(seen, adapter.config.width).frame(slots)
             done = Port(arm, frame, float(arm != "zero-atoms"))
         else:
             done = _anchored(adapter, target, task, arm, slots, seed, seen, way)
@@ -357,7 +357,7 @@ def _anchored(
         if scale == 0:
             units = sum(probe.units())
             return torch.cat([seen.units[i, :units] for i in basis.levels], -1)
-        with attach(target.model, adapter, task, basis.frame(target.model, slots), scale):
+        with attach(target.model, adapter, task, basis.frame(slots), scale):
             return unit_states(target, probe, basis.levels)
 
     with untuned(adapter, task):
@@ -366,7 +366,7 @@ def _anchored(
         best = tried[scale]
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
             best = _head_fit(states(scale, anchors.probe), wanted, target.width)
-    frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(target.model, slots)
+    frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(slots)
     report: dict[str, object] = {
         "anchors": len(anchors.texts),
         "coded": anchors.coded,

@@ -1,76 +1,247 @@
-"""Settings by dev score: what ``params/<profile>/search.yaml`` lists for each method, on the source, and no test label.
+"""Settings by dev score, with Optuna: each method's search space on the source, and no test label.
 
-The file maps a method to settings and the values to try; a trial changes one of them and keeps the profile's others.
-A trial is an ordinary run of :mod:`uhl.stages` that scores dev alone, under
-runs/<profile>-search/<method>-<setting>-<value>/. A finished trial is not run again unless its settings changed. The
-default rates of ``uhl.runs.Settings`` are the best of figures/search.csv (both projectors share the one that is best
-for `canonical`). It was made by ``uhl search --profile offline-full --epochs 1 --train-size 3000``.
+``params/<profile>/search.yaml`` maps a method to settings, and a setting to what may be tried: a list of values, or a
+range `{low: .., high: .., log: true}`. A method whose settings are all lists has every combination tried; others are
+sampled (TPE). A study of a method lives in a database (SQLite under runs/<profile>-search/, or any that SQLAlchemy
+knows, for many workers); it goes on where it was stopped. A trial is an ordinary run of :mod:`uhl.stages` that scores
+dev alone, in a folder named by its values, so that equal values are run once. Trials that at a quarter, half or three
+quarters of their steps lie below the median of the earlier ones are pruned.
+
+The default rates of ``uhl.runs.Settings`` are the best of figures/search.csv (both projectors share the one that is
+best for `canonical`). It was made by ``uhl search --profile offline-full --epochs 1 --train-size 3000``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import optuna
+import pandas as pd
 import yaml
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.trial import FrozenTrial, Trial, TrialState
+from pydantic import Field, model_validator
 
 from uhl import runs, stages
 from uhl.baselines import RATES
-from uhl.errors import UHLError, one_of
+from uhl.config import _Strict
+from uhl.errors import DivergenceError, UHLError, one_of
+from uhl.files import write_text
 from uhl.runs import Settings
 
 METHODS = ("uhl-canonical", "uhl-dimension", *RATES)
 UNUSED = {*RATES.values(), "baselines", "arms"}  # settings that belong to one baseline alone, or to none
-Ranges = Mapping[str, Mapping[str, list[Any]]]
+BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
 
-def read_ranges(path: Path) -> Ranges:
-    """A search file, checked: known methods, known settings, lists of values that the settings take."""
+class Range(_Strict):
+    """Numbers from ``low`` to ``high``, both allowed; whole ones where both are whole. ``log``: evenly in the log."""
+
+    low: int | float
+    high: int | float
+    log: bool = Field(False)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low > self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be at most high, and above 0 with log")
+        return self
+
+    def ask(self, trial: Trial, name: str) -> int | float:
+        """A value for a trial."""
+        whole = isinstance(self.low, int) and isinstance(self.high, int)
+        ask: Callable[..., int | float] = trial.suggest_int if whole else trial.suggest_float
+        return ask(name, self.low, self.high, log=self.log)
+
+
+Space = Mapping[str, Range | Sequence[Any]]
+
+
+def read_spaces(path: Path) -> dict[str, Space]:
+    """A search file, checked: known methods, known settings, values that the settings take."""
     if not path.is_file():
-        raise UHLError(f"{path} does not exist; it maps methods to settings and lists of values to try")
+        raise UHLError(f"{path} does not exist; it maps methods to settings and to what may be tried")
     found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
-        raise UHLError(f"{path} must map methods to settings and lists of values")
-    for method, ranges in found.items():
+    if not isinstance(found, dict) or not all(isinstance(v, dict) and v for v in found.values()):
+        raise UHLError(f"{path} must map methods to settings and to what may be tried")
+    spaces: dict[str, Space] = {}
+    for method, settings in found.items():
         one_of(method, METHODS, "method to search")
-        for setting, values in ranges.items():
-            if not isinstance(values, list) or not values:
-                raise UHLError(f"{path}, {method}, {setting}: expected a list of values to try, got {values!r}")
-            for value in values:
+        space: dict[str, Range | Sequence[Any]] = {}
+        for setting, tried in settings.items():
+            if not isinstance(tried, (list, dict)) or not tried:
+                raise UHLError(f"{path}, {method}, {setting}: expected a list of values or a range, got {tried!r}")
+            space[setting] = Range(**tried) if isinstance(tried, dict) else tried
+            for value in (tried["low"], tried["high"]) if isinstance(tried, dict) else tried:
                 Settings(**{setting: value})
-    return found
+        spaces[method] = space
+    return spaces
 
 
-def trial(settings: Settings, method: str, setting: str, value: Any) -> dict[str, object]:
-    """Train a method on the source with one setting changed; its dev row, with the setting."""
-    one_of(method, METHODS, "method to search")
-    profile = f"{settings.profile}-search/{method}-{setting}-{value:g}"
-    chosen = settings.model_copy(update={"profile": profile, setting: value, "splits": ("dev",)})
+# --- trials ----------------------------------------------------------------------------------------------------------
+
+
+def ask(trial: Trial, space: Space) -> dict[str, Any]:
+    """Values for a trial."""
+    return {
+        name: tried.ask(trial, name) if isinstance(tried, Range) else trial.suggest_categorical(name, list(tried))
+        for name, tried in space.items()
+    }
+
+
+def run(
+    settings: Settings, method: str, values: Mapping[str, Any], watch: Callable[[int, float], None] | None = None
+) -> dict[str, object]:
+    """Train a method on the source with ``values`` for some settings; its dev row. A finished run is read.
+
+    ``watch`` is told dev scores on the way and may raise, which ends the run; its folder is then removed.
+    """
+    profile = f"{settings.profile}-search/" + "-".join([method, *(f"{k}-{_text(v)}" for k, v in values.items())])
+    chosen = settings.model_copy(update={"profile": profile, "splits": ("dev",), **values})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
-    others = UNUSED - {setting}  # another default there makes no other trial
+    others = UNUSED - set(values)  # another default there makes no other trial
     if not path.is_file() or _without(json.loads(path.read_text())["parameters"], others) != _without(
         chosen.model_dump(mode="json"), others
     ):
-        if method.startswith("uhl-"):
-            _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"))
-        else:
-            outcome = stages.baseline(chosen, "source", method, stages.baseline_start(chosen, "source"))
+        try:
+            if method.startswith("uhl-"):
+                _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"), watch)
+            else:
+                outcome = stages.baseline(chosen, "source", method, stages.baseline_start(chosen, "source"), watch)
+        except optuna.TrialPruned:
+            shutil.rmtree(runs.root() / profile)
+            raise
         runs.write_manifest(chosen, "trial", outcome.rows)
     (row,) = json.loads(path.read_text())["rows"]
-    known = {"method": method, "setting": setting, "value": value, "task": settings.task_name}
-    known |= {"train_size": settings.train_size, "epochs": settings.epochs, "seed": settings.seed}
-    return known | {key: row[key] for key in ("split", "metric", "score", "n", "active_atoms", "seconds")}
+    return dict(row)
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _without(parameters: dict[str, object], names: set[str]) -> dict[str, object]:
     return {k: v for k, v in parameters.items() if k not in names}
 
 
-def search(settings: Settings, ranges: Ranges, methods: tuple[str, ...] = ()) -> Iterator[dict[str, object]]:
-    """All trials of some methods (none named: of every one in ``ranges``), one row each as they finish."""
-    for method in methods or tuple(ranges):
-        for setting, values in ranges[one_of(method, tuple(ranges), "method to search")].items():
-            for value in values:
-                yield trial(settings, method, setting, value)
+# --- studies ---------------------------------------------------------------------------------------------------------
+
+
+def storage(settings: Settings, url: str | None = None) -> BaseStorage:
+    """The database of a profile's studies: ``url`` as SQLAlchemy writes them, by default SQLite beside the trials."""
+    if url is None:
+        folder = runs.root() / f"{settings.profile}-search"
+        folder.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{folder / 'optuna.db'}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            again = RetryHeartbeatStaleTrialCallback(max_retry=3)
+            return RDBStorage(url, heartbeat_interval=BEAT, heartbeat_stale_trial_callback=again)
+    except Exception as error:  # of SQLAlchemy, of a driver, of Alembic
+        raise UHLError(
+            f"the database {url} cannot be used ({type(error).__name__}: {error}); give a URL such as "
+            f"sqlite:///file.db or postgresql://user@host/name, and install its driver"
+        ) from error
+
+
+def study(settings: Settings, method: str, space: Space, where: BaseStorage) -> optuna.Study:
+    """The study of a method: a new one, or the one that ``where`` has for this task, seed and size."""
+    size = "all" if settings.train_size is None else settings.train_size
+    name = f"{method}, {settings.task_name}, seed {settings.seed}, {size} labels, {settings.epochs:g} epochs"
+    grid = {name: list(tried) for name, tried in space.items() if not isinstance(tried, Range)}
+    sampler: optuna.samplers.BaseSampler = optuna.samplers.TPESampler(seed=settings.seed)
+    if len(grid) == len(space):
+        sampler = optuna.samplers.GridSampler(grid, seed=settings.seed)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+    made = optuna.create_study(
+        study_name=name, storage=where, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
+    )
+    made.set_user_attr("method", method)
+    made.set_user_attr("settings", settings.model_dump(mode="json"))
+    return made
+
+
+def search(
+    settings: Settings,
+    method: str,
+    space: Space,
+    trials: int = 12,
+    where: BaseStorage | None = None,
+    tell: Callable[[dict[str, object]], object] = lambda row: None,
+) -> optuna.Study:
+    """Try settings of a method until its study has ``trials`` finished ones (fewer where a grid has fewer).
+
+    ``tell`` is given each new row of :func:`table`. A loss that is not finite fails a trial and not the search.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    made = study(settings, one_of(method, METHODS, "method to search"), space, where or storage(settings))
+
+    def objective(trial: Trial) -> float:
+        def watch(step: int, score: float) -> None:
+            trial.report(score, step)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        row = run(settings, method, ask(trial, space), watch)
+        for key in ("metric", "n", "active_atoms", "seconds", "steps", "peak_mb"):
+            trial.set_user_attr(key, row[key])
+        return float(row["score"])  # type: ignore[arg-type]
+
+    def enough(study: optuna.Study, trial: FrozenTrial) -> None:
+        tell(_row(study, trial))
+        if _finished(study) >= trials:
+            study.stop()
+
+    if _finished(made) < trials:
+        made.optimize(objective, catch=(DivergenceError,), callbacks=[enough])
+    return made
+
+
+def _finished(study: optuna.Study) -> int:
+    return sum(t.state.is_finished() for t in study.get_trials(deepcopy=False))
+
+
+def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, object]:
+    settings = study.user_attrs["settings"]
+    score = trial.value
+    if trial.state == TrialState.PRUNED and trial.intermediate_values:
+        score = trial.intermediate_values[max(trial.intermediate_values)]
+    known = {"method": study.user_attrs["method"], "trial": trial.number, "state": trial.state.name.lower()}
+    values = ", ".join(f"{name} {_text(value)}" for name, value in trial.params.items())
+    known |= {"settings": values, "task": Settings(**settings).task_name}
+    known |= {key: settings[key] for key in ("train_size", "epochs", "seed")}
+    return known | {"score": score} | {key: trial.user_attrs.get(key) for key in ("n", "active_atoms", "seconds")}
+
+
+def table(studies: Sequence[optuna.Study]) -> pd.DataFrame:
+    """A row a finished trial: method, number, state, settings as text, dev score (of a pruned one its last)."""
+    rows = [_row(s, t) for s in studies for t in s.trials if t.state.is_finished()]
+    return pd.DataFrame(rows)
+
+
+def best(studies: Sequence[optuna.Study]) -> dict[str, Any]:
+    """Values of each study's best trial. `uhl-dimension` has the rates of `uhl-canonical` where both were searched."""
+    values: dict[str, Any] = {}
+    for one in sorted(studies, key=lambda s: s.user_attrs["method"] != "uhl-dimension"):
+        if any(t.state == TrialState.COMPLETE for t in one.trials):
+            values |= one.best_params
+    return values
+
+
+def write_settings(path: Path, values: Mapping[str, Any]) -> None:
+    """Set values in a parameter file of one setting a line; its other lines and comments stay as they are."""
+    text = path.read_text(encoding="utf-8")
+    for name, value in values.items():
+        line = f"{name}: {json.dumps(value)}"
+        text, count = re.subn(rf"(?m)^{name}:.*$", line, text)
+        text = text if count else f"{text.rstrip()}\n{line}\n"
+    Settings(**yaml.safe_load(text))
+    write_text(path, text)

@@ -28,7 +28,7 @@ from uhl.porting import REFRESHED, Port, Way, at_work, basis_of, port, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
-from uhl.train import Classifier, TrainLog, train
+from uhl.train import Classifier, TrainLog, Watch, train
 
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p")
 
@@ -136,14 +136,14 @@ def make_anchors(
     )
 
 
-def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
+def pretrain(settings: Settings, projector: str, watch: Watch | None = None) -> tuple[UHLAdapter, Outcome]:
     """Train an adapter on the source under one projector, write its file, and score the file read back."""
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
     asked = probe(settings, task)
     seen = observe(encoder, asked)
     basis = basis_of(seen, settings.adapter_config(projector).width)
     slots = find_slots(encoder.model)
-    frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
+    frame = basis.frame(slots) if projector == "canonical" else None
     adapter = UHLAdapter(settings.adapter_config(projector))
     part = adapter.add_task(settings.task_name, task.labels, task.kind)
     part.bias.requires_grad_(False)  # the task bias is the target's to tune
@@ -154,7 +154,7 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     with attach(encoder.model, adapter, settings.task_name, frame) as attached:
         classifier = Classifier(encoder.model, part, None, attached, config)
         fit_head(classifier, encoder, task, config.max_length)
-        log = train(classifier, encoder, task, config, folder / "trainer", settings.model_dump_json())
+        log = train(classifier, encoder, task, config, folder / "trainer", settings.model_dump_json(), watch)
     if projector == "canonical":
         origin = f"{settings.anchor_text}, {task.licence}"
         if settings.generic_anchors:
@@ -170,7 +170,7 @@ def pretrain(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     }
     path = store.save(adapter, folder / "adapter.safetensors")
     found = store.load(path)
-    frame = basis.frame(encoder.model, slots) if projector == "canonical" else None
+    frame = basis.frame(slots) if projector == "canonical" else None
     outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses}, details={"log": log})
     outcome.score_adapter(found, path, encoder, frame, 1.0, arm=f"uhl-{projector}", phase="source", **log.costs())
     return found, outcome
@@ -304,13 +304,13 @@ def baseline_start(settings: Settings, host: str) -> Start:
     return start(encoder, task, replace(probe(settings, task).first(), words=0), settings.max_length)
 
 
-def baseline(settings: Settings, host: str, method: str, begin: Start) -> Outcome:
+def baseline(settings: Settings, host: str, method: str, begin: Start, watch: Watch | None = None) -> Outcome:
     """Train one baseline on the `source` or the `target` with the same labels and the same head at the start."""
     name = settings.source if host == "source" else settings.target
     task, encoder = load_data(settings), load_encoder(name)
     folder = runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
     config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
-    made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}")
+    made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}", watch)
     outcome = Outcome(settings, task, curves={method: made.log.losses}, details={"log": made.log})
     outcome.score(
         made.classifier,

@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from uhl.adapter import TaskPart
 from uhl.anchors import read_levels, sentence_mean
 from uhl.config import TrainConfig
-from uhl.errors import UHLError
+from uhl.errors import DivergenceError, UHLError
 from uhl.files import write_text
 from uhl.frame import Frame
 from uhl.layer import Attached
@@ -165,10 +165,10 @@ class BudgetTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The classifier's own loss; :class:`UHLError` when it is NaN or infinite."""
+        """The classifier's own loss; :class:`DivergenceError` when it is NaN or infinite."""
         out = model(**inputs)
         if not torch.isfinite(out["loss"]):
-            raise UHLError(
+            raise DivergenceError(
                 f"the loss is {out['loss'].item()} at step {self.state.global_step}; lower the learning rates "
                 f"(the last checkpoint is kept in {self.args.output_dir})"
             )
@@ -221,6 +221,21 @@ class StepMemory(TrainerCallback):
         if self._live is not None:
             self._live.__exit__(None, None, None)
             self.peak, self._live = self._live.peak, None
+
+
+Watch = Callable[[int, float], None]  # step, dev score
+
+
+class _DevScores(TrainerCallback):
+    """Tells ``watch`` a score after a quarter, half and three quarters of the steps."""
+
+    def __init__(self, watch: Watch, score: Callable[[], float]) -> None:
+        self.watch, self.score = watch, score
+
+    def on_step_end(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
+        """Score where it is time to."""
+        if state.global_step in {state.max_steps * part // 4 for part in (1, 2, 3)}:
+            self.watch(state.global_step, self.score())
 
 
 @dataclass
@@ -285,12 +300,19 @@ def _own_checkpoint(folder: Path, mark: str) -> str | None:
 
 
 def train(
-    classifier: Classifier, encoder: Encoder, task: Task, config: TrainConfig, folder: str | Path, about: str = ""
+    classifier: Classifier,
+    encoder: Encoder,
+    task: Task,
+    config: TrainConfig,
+    folder: str | Path,
+    about: str = "",
+    watch: Watch | None = None,
 ) -> TrainLog:
     """Train what ``requires_grad`` on the task's training split; resumes from a checkpoint in ``folder``.
 
     A checkpoint of another run (other settings, data, host or ``about``) is discarded. Checkpoints are removed when the
-    run ends. Raises :class:`UHLError` when the loss is not finite.
+    run ends. ``watch(step, score)`` is told the dev score after each quarter of the steps but the last. Raises
+    :class:`DivergenceError` when the loss is not finite.
     """
     rows = encode(task.kind, task.data["train"], encoder.tokenizer, config.max_length)
     steps = config.steps or math.ceil(len(rows) / config.batch * config.epochs)
@@ -318,6 +340,8 @@ def train(
     )
     memory = StepMemory()
     trainer.add_callback(memory)
+    if watch is not None:
+        trainer.add_callback(_DevScores(watch, lambda: predict(classifier, encoder, task, "dev").score))
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log line
     checkpoint = _own_checkpoint(Path(folder), fingerprint(classifier, encoder, task, config, about))
     try:

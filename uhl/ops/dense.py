@@ -15,14 +15,21 @@ def update(
     u: Float[Tensor, "A d_out"],
     strength: Float[Tensor, " A"],
     chosen: Route,
+    offset: Float[Tensor, " A"] | None = None,
 ) -> Float[Tensor, "*b T d_out"]:
     """Same result as :func:`uhl.ops.reference.update`; costs 2 A (d_in + d_out) FLOPs a token."""
-    return write(y, read(x, v, chosen), u, strength, chosen)
+    return write(y, read(x, v, chosen, offset), u, strength, chosen)
 
 
-def read(x: Float[Tensor, "*b T d_in"], v: Float[Tensor, "A d_in"], chosen: Route) -> Float[Tensor, "*b T A"]:
-    """What all atoms read, x . v~."""
-    return x.to(v.dtype) @ v.T
+def read(
+    x: Float[Tensor, "*b T d_in"],
+    v: Float[Tensor, "A d_in"],
+    chosen: Route,
+    offset: Float[Tensor, " A"] | None = None,
+) -> Float[Tensor, "*b T A"]:
+    """What all atoms read, x . v~, less the offset."""
+    dots = x.to(v.dtype) @ v.T
+    return dots if offset is None else dots - offset
 
 
 def write(

@@ -28,6 +28,7 @@ def update(
     u: Float[Tensor, "A d_out"],
     strength: Float[Tensor, " A"],
     chosen: Route,
+    offset: Float[Tensor, " A"] | None = None,
 ) -> Float[Tensor, "*b T d_out"]:
     """Same result as :func:`uhl.ops.reference.update`, to float32's precision; the tensors may have several dtypes.
 
@@ -37,15 +38,16 @@ def update(
     index = places.index
     scale = chosen.gate.reshape(index.shape).float() * strength[index].float()
     flat = y.reshape(-1, y.shape[-1])
-    out: Tensor = _Update.apply(flat, x.reshape(-1, x.shape[-1]), v, u, scale, index, places)
+    out: Tensor = _Update.apply(flat, x.reshape(-1, x.shape[-1]), v, u, scale, offset, index, places)
     return out.reshape(y.shape)
 
 
 @triton.jit
 def _rows(  # type: ignore[no-untyped-def]
-    x_ptr, v_ptr, u_ptr, scale_ptr, index_ptr, y_ptr, out_ptr, dots_ptr,
+    x_ptr, v_ptr, u_ptr, scale_ptr, index_ptr, y_ptr, offset_ptr, out_ptr, dots_ptr,
     count, d_in, d_out,
-    ADD: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    ADD: tl.constexpr, LESS: tl.constexpr,
+    K: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     k = tl.arange(0, WIDE)  # K rounded up to a power of two
@@ -62,6 +64,8 @@ def _rows(  # type: ignore[no-untyped-def]
         where = chosen[:, :, None] & inside[None, None, :]
         v = tl.load(v_ptr + atom[:, :, None] * d_in + d[None, None, :], mask=where, other=0.0)
         dots += tl.sum(x.to(tl.float32)[:, None, :] * v.to(tl.float32), axis=2)
+    if LESS:
+        dots -= tl.load(offset_ptr + atom, mask=chosen, other=0.0).to(tl.float32)
     tl.store(dots_ptr + places, dots, mask=chosen)
     s = dots * scale
     for start in range(0, d_out, COLUMNS):
@@ -106,15 +110,18 @@ def rows(
     scale: Float[Tensor, "T K"],
     index: Int64[Tensor, "T K"],
     y: Float[Tensor, "T d_out"] | None = None,
+    offset: Float[Tensor, " A"] | None = None,
 ) -> tuple[Float[Tensor, "T d_out"], Float[Tensor, "T K"]]:
-    """(out, dots): ``y`` plus the update, in y's (else x's) dtype, and the float32 dots."""
+    """(out, dots): ``y`` plus the update, in y's (else x's) dtype, and the float32 dots less the offsets."""
     count, k = index.shape
     out = torch.empty(count, u.shape[-1], device=x.device, dtype=x.dtype if y is None else y.dtype)
     dots = torch.empty(count, k, device=x.device, dtype=torch.float32)
-    given = (t.contiguous() for t in (x, v, u, scale, index, out if y is None else y))
+    others = (out if y is None else y, scale if offset is None else offset)
+    given = (t.contiguous() for t in (x, v, u, scale, index, *others))
     grid = (triton.cdiv(count, TOKENS),)
     wide = triton.next_power_of_2(k)
-    _rows[grid](*given, out, dots, count, x.shape[-1], u.shape[-1], y is not None, k, wide, TOKENS, COLUMNS)
+    modes = (y is not None, offset is not None)
+    _rows[grid](*given, out, dots, count, x.shape[-1], u.shape[-1], *modes, k, wide, TOKENS, COLUMNS)
     return out, dots
 
 
@@ -131,13 +138,21 @@ def sums(s: Float[Tensor, "T K"], x: Float[Tensor, "T d"], by_atom: ByAtom, dtyp
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, v: Tensor, u: Tensor, scale: Tensor, index: Tensor, places: Places
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        v: Tensor,
+        u: Tensor,
+        scale: Tensor,
+        offset: Tensor | None,
+        index: Tensor,
+        places: Places,
     ) -> Tensor:
         ctx.places = places
         if not index.numel():
             ctx.save_for_backward(x, v, u, scale, index, scale)
             return y.clone()
-        out, dots = rows(x, v, u, scale, index, y)
+        out, dots = rows(x, v, u, scale, index, y, offset)
         ctx.save_for_backward(x, v, u, scale, index, dots)
         return out
 
@@ -146,16 +161,18 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, v, u, scale, index, dots = ctx.saved_tensors
         if not index.numel():
-            return (g, *(torch.zeros_like(t) for t in (x, v, u, scale)), None, None)
-        _, for_x, for_v, for_u, for_scale, *_ = ctx.needs_input_grad
+            return (g, *(torch.zeros_like(t) for t in (x, v, u, scale)), None, None, None)
+        _, for_x, for_v, for_u, for_scale, for_offset, *_ = ctx.needs_input_grad
         dx, back = rows(g, u, v, scale, index)
-        by_atom = ctx.places.by_atom(len(v)) if for_v or for_u else None
+        by_atom = ctx.places.by_atom(len(v)) if for_v or for_u or for_offset else None
+        read = back * scale
         return (
             g,
             dx.to(x.dtype) if for_x else None,
-            sums(back * scale, x, by_atom, v.dtype) if by_atom and for_v else None,
+            sums(read, x, by_atom, v.dtype) if by_atom and for_v else None,
             sums(dots * scale, g, by_atom, u.dtype) if by_atom and for_u else None,
             back * dots if for_scale else None,
+            -sums(read, torch.ones_like(read[:, :1]), by_atom, read.dtype)[:, 0] if by_atom and for_offset else None,
             None,
             None,
         )

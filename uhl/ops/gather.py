@@ -31,15 +31,22 @@ def update(
     u: Float[Tensor, "A d_out"],
     strength: Float[Tensor, " A"],
     chosen: Route,
+    offset: Float[Tensor, " A"] | None = None,
 ) -> Float[Tensor, "*b T d_out"]:
     """Same result as :func:`uhl.ops.reference.update`. First gradients only; memory is linear in T."""
-    return write(y, read(x, v, chosen), u, strength, chosen)
+    return write(y, read(x, v, chosen, offset), u, strength, chosen)
 
 
-def read(x: Float[Tensor, "*b T d_in"], v: Float[Tensor, "A d_in"], chosen: Route) -> Float[Tensor, "N K"]:
-    """What the chosen atoms read, x . v~, for all N tokens in a row."""
-    dots: Tensor = _Dots.apply(x.to(v.dtype).reshape(-1, x.shape[-1]), v, *_places(chosen))
-    return dots
+def read(
+    x: Float[Tensor, "*b T d_in"],
+    v: Float[Tensor, "A d_in"],
+    chosen: Route,
+    offset: Float[Tensor, " A"] | None = None,
+) -> Float[Tensor, "N K"]:
+    """What the chosen atoms read, x . v~, less the offset, for all N tokens in a row."""
+    index, places = _places(chosen)
+    dots: Tensor = _Dots.apply(x.to(v.dtype).reshape(-1, x.shape[-1]), v, index, places)
+    return dots if offset is None else dots - offset[index]
 
 
 def write(

@@ -21,8 +21,14 @@ def update(
     u: Float[Tensor, "A d_out"],
     strength: Float[Tensor, " A"],
     chosen: Route,
+    offset: Float[Tensor, " A"] | None = None,
 ) -> Float[Tensor, "*b T d_out"]:
-    """The weight's output ``y`` plus the update, in y's dtype; computed in the atoms', which are gathered per token."""
+    """``y`` plus the update, in y's dtype; computed in the atoms', which are gathered per token.
+
+    ``offset`` is subtracted from what the atoms read: an update that reads x - b has the offsets V~ b.
+    """
     read = torch.einsum("...td,...tkd->...tk", x.to(v.dtype), v[chosen.index])  # (..., T, K)
+    if offset is not None:
+        read = read - offset[chosen.index]
     scaled = read * chosen.gate * strength[chosen.index]
     return y + torch.einsum("...tk,...tkd->...td", scaled, u[chosen.index]).to(y.dtype)

@@ -1,0 +1,294 @@
+"""Folding: when an adapter's copies in a host's coordinates are made, and how long they are kept.
+
+A fold without gradients is kept until a parameter changes; each forward pass with gradients makes its own. So passes
+may come between a forward pass and its backward pass, and gradient checkpointing that runs a layer again finds a fold
+with gradients. A compiled host holds one fold's tensors, which are written anew when a parameter has changed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uhl.adapter import Folded, UHLAdapter, Vectors
+from uhl.errors import UHLError
+from uhl.frame import Frame, dimension_frame
+from uhl.host import Slot
+
+
+class _Spent:
+    """Whether a backward pass has run through a fold, which frees what the fold's graph has kept."""
+
+    def __init__(self, cache: _Cache) -> None:
+        self.cache, self.yes = weakref.ref(cache), False  # weak: the graph holds this, and the cache the graph
+
+    def __call__(self, _gradient: Tensor | None) -> None:
+        cache = self.cache()
+        if not self.yes and cache is not None:
+            cache.backwards += 1
+        self.yes = True
+
+
+@dataclass
+class Fold:
+    """An adapter folded into a host, and what it was made from."""
+
+    frame: Frame
+    folded: Folded
+    learning: bool  # made with gradients
+    state: _State | None  # None inside a compiled host, where tracing cannot ask
+    backwards: int  # that had run before it was made
+    spent: _Spent | None = None
+    tensors: list[Tensor] = field(default_factory=list)  # each once, where compiled hosts hold them
+    copies: dict[torch.dtype, Folded] = field(default_factory=dict)  # of :attr:`folded`
+
+    def like(self, dtype: torch.dtype) -> Folded:
+        """What was folded, in a half-precision host's dtype, so that its activations need not be cast; made once."""
+        if dtype not in (torch.float16, torch.bfloat16):
+            return self.folded
+        if dtype not in self.copies:
+            with torch.inference_mode(False), torch.no_grad():
+                self.copies[dtype] = self.folded.like(dtype)
+        return self.copies[dtype]
+
+
+def _distinct(fold: Fold) -> list[Tensor]:
+    """Every tensor of a fold, once."""
+    return list({id(t): t for t in (*fold.folded.tensors(), fold.frame.head)}.values())
+
+
+def in_backward() -> bool:
+    """Whether this thread is in a backward pass, where gradient checkpointing runs layers again."""
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
+
+
+class _State:
+    """What a fold depends on. Writes through ``.data`` are not seen before the next backward pass or ``refold()``."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], *others: object) -> None:
+        self.parameters = list(parameters)  # kept, so that no new parameter can have the identity of an old one
+        self.marks = [(_version(p), p.data_ptr(), p.device, p.dtype, p.requires_grad) for p in parameters]
+        self.others = others
+
+    def same(self, other: _State) -> bool:
+        mine, theirs = self.parameters, other.parameters
+        return (
+            self.marks == other.marks
+            and self.others == other.others
+            and all(a is b for a, b in zip(mine, theirs, strict=True))
+        )
+
+
+def _version(parameter: Tensor) -> int:
+    return -1 if parameter.is_inference() else parameter._version
+
+
+class _Now(threading.local):
+    """The folds of one forward pass. Each thread has its own, so that concurrent passes do not meet."""
+
+    def __init__(self) -> None:
+        self.inside = False  # the host's own forward pass is running
+        self.folds: dict[bool, Fold] = {}  # of this pass, with gradients and without
+        self.graph: Fold | None = None  # the last one with gradients
+
+
+@dataclass
+class _Cache:
+    """What is computed from parameters: never copied with its owner, made again when it is needed."""
+
+    plain: Fold | None = None
+    graph: Fold | None = None  # the last one with gradients of any thread, for backward passes in threads of their own
+    compiled: Fold | None = None  # whose tensors compiled hosts hold; `uhl::refresh` writes into them
+    vectors: tuple[_State, Frame, dict[str, Vectors]] | None = None  # of a frozen dictionary and projector
+    backwards: int = 0
+    key: int = field(default_factory=itertools.count().__next__)  # names the owner to `uhl::refresh`
+    now: _Now = field(default_factory=_Now)
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> _Cache:
+        return _Cache()
+
+    def __reduce__(self) -> Any:
+        return _Cache, ()
+
+
+class Folds:
+    """The folds of one adapter in one host, which has the weights ``slots`` and a residual stream of ``width``.
+
+    ``given`` is the host's frame where there is one, ``scale`` weighs the mixer.
+    """
+
+    def __init__(
+        self,
+        adapter: UHLAdapter,
+        task: str,
+        slots: Sequence[Slot],
+        width: int,
+        given: Frame | None = None,
+        scale: float = 1.0,
+    ) -> None:
+        self.adapter, self.task, self.slots, self.width = adapter, task, slots, width
+        self.given, self.scale = given, scale
+        self._cache = _Cache()
+
+    def forget(self) -> None:
+        """Make everything anew when it is next asked for."""
+        self._cache = _Cache()
+
+    def begin(self, inside: bool) -> None:
+        """A forward pass begins; ``inside``: the host's own, which has one fold for all of it."""
+        now = self._cache.now
+        now.inside, now.folds, now.graph = inside or now.inside, {}, None
+        if inside:
+            self()
+
+    @property
+    def inside(self) -> bool:
+        """Whether the host's own forward pass is running in this thread."""
+        return self._cache.now.inside
+
+    def end(self) -> None:
+        """The host's forward pass has ended."""
+        now = self._cache.now
+        now.inside, now.folds = False, {}
+
+    @property
+    def frame(self) -> Frame:
+        """The host's frame: the given one, or the dimension frame of the adapter's projector as it stands."""
+        if self.given is None and self.adapter.config.projector == "canonical":
+            raise UHLError(
+                "a canonical adapter has no projectors of its own for this host; make them with uhl.port(adapter, "
+                "host, task) and pass its frame (attach(..., frame), or set_frame on the PEFT model's base_model)"
+            )
+        frame = self.given or dimension_frame(self.adapter.projector, self.slots, self.width)
+        return frame.to(self.adapter.device)
+
+    def _moving(self) -> list[nn.Parameter]:
+        """Parameters that V~ and U~ depend on."""
+        return [*self.adapter.dictionary.parameters(), *self.adapter.projector.parameters()]
+
+    def __call__(self) -> Fold:
+        """The fold to use now: a kept one, or a new one where it was spent or something has changed."""
+        cache, now = self._cache, self._cache.now
+        with_gradients = torch.is_grad_enabled()
+        if now.inside and with_gradients in now.folds:
+            return now.folds[with_gradients]
+        learning = with_gradients and any(p.requires_grad for p in self.adapter.parameters())
+        if torch.compiler.is_compiling():
+            now.folds[with_gradients] = self._traced_fold(learning)
+            return now.folds[with_gradients]
+        state = self._state()
+        fold = cache.plain
+        if learning:
+            fold = now.graph or (cache.graph if in_backward() else None)
+        if learning:
+            kept = fold is not None and not (fold.spent and fold.spent.yes)
+        else:
+            kept = fold is not None and fold.backwards == cache.backwards
+        if fold is None or not kept or fold.state is None or not fold.state.same(state):
+            fold = self._new_fold(learning, state)
+            if learning:
+                now.graph = cache.graph = fold
+            else:
+                cache.plain = fold
+        if now.inside:
+            now.folds[with_gradients] = fold
+        return fold
+
+    def _state(self) -> _State:
+        return _State(list(self.adapter.parameters()), self.task, self.scale, id(self.given))
+
+    def _traced_fold(self, learning: bool) -> Fold:
+        """The fold of a host that is being compiled. What trains is folded inside the graph, for its gradients.
+
+        What does not is kept outside of it, and the graph begins by asking whether it still holds: tracing cannot.
+        """
+        atoms_train = learning and any(p.requires_grad for p in self._moving())
+        if atoms_train:
+            frame, vectors = self.frame, None
+        else:
+            _prepare(self)
+            kept = self._cache.compiled
+            assert kept is not None
+            refresh(kept.tensors, self._cache.key)
+            frame = kept.frame
+            if not learning:
+                return kept
+            vectors = {path: (v, u) for path, (v, u, _) in kept.folded.atoms.items()}
+        with torch.autocast(self.adapter.device.type, enabled=False):
+            folded = self.adapter.fold(frame, self.slots, self.task, self.scale, vectors)
+        return Fold(frame, folded, learning, None, 0)
+
+    def prepare_compiled(self) -> None:
+        """Make the fold that compiled hosts hold, if there is none."""
+        if self._cache.compiled is None:
+            self._cache.compiled = fold = self._new_fold(False, self._state())
+            fold.tensors = _distinct(fold)
+            _OWNERS[self._cache.key] = self
+
+    def refresh_compiled(self, tensors: Sequence[Tensor]) -> None:
+        """Write anew what compiled hosts hold, where a parameter has changed since."""
+        cache, state = self._cache, self._state()
+        held = cache.compiled
+        if held is None or (held.state and held.state.same(state) and held.backwards == cache.backwards):
+            return
+        with torch.no_grad():
+            for old, new in zip(tensors, _distinct(self._new_fold(False, state)), strict=True):
+                old.copy_(new)
+        held.state, held.backwards = state, cache.backwards
+
+    def _new_fold(self, learning: bool, state: _State) -> Fold:
+        """In float32, also under autocast. What has no gradients is usable in any later pass with them."""
+        cache, device = self._cache, self.adapter.device.type
+        with torch.inference_mode(False), torch.set_grad_enabled(learning), torch.autocast(device, enabled=False):
+            frame, vectors = self._vectors(learning)
+            folded = self.adapter.fold(frame, self.slots, self.task, self.scale, vectors)
+        fold = Fold(frame, folded, learning, state, cache.backwards)
+        if learning:
+            fold.spent = _Spent(cache)
+            for tensor in _distinct(fold):
+                if tensor.requires_grad:
+                    tensor.register_hook(fold.spent)
+        return fold
+
+    def _vectors(self, learning: bool) -> tuple[Frame, dict[str, Vectors] | None]:
+        """The frame, and the products V~ and U~ where they do not train: these are kept while they do not change."""
+        moving = self._moving()
+        trained = any(p.requires_grad for p in moving)
+        if learning and trained:
+            return self.frame, None
+        state = _State(moving, id(self.given), self._cache.backwards if trained else 0)
+        kept = self._cache.vectors
+        if kept is None or not kept[0].same(state):
+            with torch.no_grad():
+                frame = self.frame
+                kept = self._cache.vectors = (state, frame, self.adapter.vectors(frame, self.slots))
+        return kept[1], kept[2]
+
+
+_OWNERS: weakref.WeakValueDictionary[int, Folds] = weakref.WeakValueDictionary()  # of what compiled hosts hold
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _prepare(folds: Folds) -> None:
+    """Runs once, while the host is compiled."""
+    folds.prepare_compiled()
+
+
+@torch.library.custom_op("uhl::refresh", mutates_args=("tensors",), schema="(Tensor(a!)[] tensors, int key) -> ()")
+def refresh(tensors: list[Tensor], key: int) -> None:
+    """The first thing that a compiled host does: have its folds written anew if a parameter has changed."""
+    owner = _OWNERS.get(key)
+    if owner is not None:
+        owner.refresh_compiled(tensors)
+
+
+@refresh.register_fake
+def _(tensors: list[Tensor], key: int) -> None:
+    return None
