@@ -24,7 +24,7 @@ BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wa
 # The jobs of one target follow one another, so each has all threads.
 port: CORES = 1
 
-.PHONY: run test lint unit notebooks conformance port bench lab table clean
+.PHONY: run test fetch lint unit notebooks conformance port bench lab table clean
 
 $(STAMP): pyproject.toml requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -50,11 +50,13 @@ port: $(STAMP)
 
 # Two at a time, because each has long stretches with one process; every line says whose it is.
 test: $(STAMP)
-	@$(BIN)/python -m uhl fetch --profile offline
-	@$(MAKE) --no-print-directory -j2 notebooks lint unit conformance
+	@$(MAKE) --no-print-directory -j2 lint notebooks unit conformance
 
 FAILS = set -o pipefail;
 NAMED = 2>&1 | awk '{ print "$@  " $$0; fflush() }'
+
+fetch: $(STAMP)
+	@$(BIN)/python -m uhl fetch --profile offline
 
 lint: $(STAMP)
 	@$(FAILS) $(BIN)/ruff check . $(NAMED)
@@ -62,12 +64,11 @@ lint: $(STAMP)
 	@$(FAILS) $(BIN)/mypy $(NAMED)
 
 unit: export OMP_NUM_THREADS = 1
-unit: $(STAMP)
-	@$(BIN)/python -m uhl fetch --profile offline
+unit: fetch
 	@$(FAILS) $(BIN)/pytest -n $(CORES) $(NAMED)
 
 notebooks: export OMP_NUM_THREADS = 1
-notebooks: $(STAMP)
+notebooks: fetch
 	@$(FAILS) UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg \
 		--nbval-cell-timeout 300 -n $(CORES) notebooks $(NAMED)
 

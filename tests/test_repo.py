@@ -93,7 +93,7 @@ def test_profiles_override_every_stored_parameter(profile):
     given = set(values) | ({"refresh_steps"} if "refresh" not in values.get("arms", ["refresh"]) else set())
     per_cell = {"target", "task", "seed", "hosts", "projectors"}
     for path in NOTEBOOKS:
-        if path.stem[:2] in {"00", "01", "08"}:  # these run with their stored parameters
+        if path.stem[:2] in {"00", "01", "08", "09"}:  # these run with their stored parameters
             continue
         cells, _ = code_cells(path)
         cell = next(c for c in cells if "parameters" in c["metadata"].get("tags", []))
@@ -116,12 +116,13 @@ def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]
 
 
-def test_snakemake_plans_the_whole_grid(tmp_path):
+@pytest.mark.parametrize("where", [["--cores", "2"], ["--workflow-profile", "profiles/slurm"]], ids=["here", "slurm"])
+def test_snakemake_plans_the_whole_grid(tmp_path, where):
     import subprocess
     import sys
 
     snakemake = Path(sys.executable).parent / "snakemake"
-    command = [snakemake, "-n", "--cores", "2", "--config", "profile=offline-full"]
+    command = [snakemake, "-n", *where, "--config", "profile=offline-full"]
     environment = {**os.environ, "UHL_RUNS": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
@@ -129,6 +130,7 @@ def test_snakemake_plans_the_whole_grid(tmp_path):
     assert counts["pretrain"] == "12"
     assert counts["port"] == counts["tune"] == "12"
     assert counts["baselines"] == "18"
+    assert ("cpus_per_task=2" in done.stdout + done.stderr) == ("profiles/slurm" in where)
 
 
 # --- real data, where UHL_DATA names a folder of it ---

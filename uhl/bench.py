@@ -269,7 +269,8 @@ def _methods(shape: str, names: Sequence[str]) -> dict[str, nn.Module]:
         made[name] = host if name == "bare" else get_peft_model(host, configs[name])  # type: ignore[arg-type]
         if name == "UHL":
             tuner = made[name].base_model
-            tuner.set_frame("default", stream_frame(tuner.attached().slots, SHAPES[shape][1], config.width))
+            attached = tuner.attached()
+            attached.set_frame(stream_frame(attached.slots, SHAPES[shape][1], config.width))
             tuner.uhl_adapters["default"].projector.requires_grad_(False)  # a residual frame has no use for it
     return made
 

@@ -41,6 +41,20 @@ UNUSED = {*RATES.values(), "baselines", "arms"}  # settings that belong to one b
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
 
+class SearchSettings(Settings):
+    """Parameters of notebook 09."""
+
+    methods: tuple[str, ...] = Field((), description="methods of the search file; none: all")
+    trials: int = Field(12, ge=1, description="of each method, at most")
+    storage: str | None = Field(None, description="URL of the database, for several workers; None: SQLite in runs/")
+    save: bool = Field(False, description="write the best values into the profile's settings.yaml")
+
+    @property
+    def of_a_trial(self) -> Settings:
+        """The settings that every trial has."""
+        return Settings(**{name: getattr(self, name) for name in Settings.model_fields})
+
+
 class Range(_Strict):
     """Numbers from ``low`` to ``high``, both allowed; whole ones where both are whole. ``log``: evenly in the log."""
 
@@ -218,7 +232,8 @@ def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, object]:
     values = ", ".join(f"{name} {_text(value)}" for name, value in trial.params.items())
     known |= {"settings": values, "task": Settings(**settings).task_name}
     known |= {key: settings[key] for key in ("train_size", "epochs", "seed")}
-    return known | {"score": score} | {key: trial.user_attrs.get(key) for key in ("n", "active_atoms", "seconds")}
+    known |= {"split": "dev", "score": score}
+    return known | {key: trial.user_attrs.get(key) for key in ("metric", "n", "active_atoms", "seconds")}
 
 
 def table(studies: Sequence[optuna.Study]) -> pd.DataFrame:
