@@ -50,9 +50,9 @@ port: $(STAMP)
 
 # Two at a time, because each has long stretches with one process; every line says whose it is.
 test: $(STAMP)
-	@$(MAKE) --no-print-directory -j2 lint notebooks unit conformance
+	@$(MAKE) --no-print-directory -j2 notebooks unit lint conformance
 
-FAILS = set -o pipefail;
+FAILS = set -o pipefail; export PYTHONUNBUFFERED=1;
 NAMED = 2>&1 | awk '{ print "$@  " $$0; fflush() }'
 
 fetch: $(STAMP)

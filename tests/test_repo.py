@@ -73,7 +73,7 @@ def test_nbval_fails_on_a_changed_output(tmp_path):
     import subprocess
     import sys
 
-    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3"}})
+    book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     book.cells = [nbformat.v4.new_code_cell("print('atoms:', 64 + 64)", execution_count=1)]
     said = {}
     for told in ("128", "129"):
