@@ -53,7 +53,7 @@ test: $(STAMP)
 	@$(MAKE) --no-print-directory -j2 notebooks unit lint conformance
 
 FAILS = set -o pipefail; export PYTHONUNBUFFERED=1;
-NAMED = 2>&1 | awk '{ print "$@  " $$0; fflush() }'
+NAMED = 2>&1 | while IFS= read -r line || [ -n "$$line" ]; do printf '%s\n' "$@  $$line"; done
 
 fetch: $(STAMP)
 	@$(BIN)/python -m uhl fetch --profile offline

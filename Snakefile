@@ -23,7 +23,8 @@ TARGET = f"params/{GRID.profile}/{{target}}.yaml"
 os.environ["UHL_BATCH"] = "1"
 os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]  # papermill of this environment
 os.environ["PYTHONWARNINGS"] = "ignore"
-if workflow.cores and workflow.cores > 1:
+cores = workflow.resource_settings.cores  # none where a cluster runs the jobs
+if cores and cores > 1 and "SLURM_JOB_ID" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
 wildcard_constraints:

@@ -234,8 +234,10 @@ def test_a_static_adapter_in_the_stream_merges(encoder, config):
         for one in tuner_layers:
             one.merge()
         torch.testing.assert_close(run(encoder), wanted, atol=1e-4, rtol=1e-3)
+        again = tuner_layers[0].get_delta_weight("default")  # of the weight as it was
         for one in tuner_layers:
             one.unmerge()
+        torch.testing.assert_close(tuner_layers[0].get_delta_weight("default"), again)
         torch.testing.assert_close(run(encoder), wanted, atol=0, rtol=0)
 
 

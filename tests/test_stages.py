@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import optuna
 import pytest
 import torch
 from conftest import sentences
@@ -177,11 +176,11 @@ def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
 
 
 def test_a_search_goes_on_where_it_was_stopped_and_never_scores_test(tiny_world, monkeypatch):
-    where, told = search.storage(tiny_world), []
+    told = []
     grid = {"rate": [1e-3, 3e-3], "top_k": [1]}
-    study = search.search(tiny_world, "uhl-canonical", grid, trials=1, where=where, tell=told.append)
-    assert len(study.trials) == 1
-    study = search.search(tiny_world, "uhl-canonical", grid, where=search.storage(tiny_world), tell=told.append)
+    study = search.search(tiny_world, "uhl-canonical", grid, trials=1, tell=told.append)
+    assert len(search.table([study])) == 1
+    study = search.search(tiny_world, "uhl-canonical", grid, tell=told.append)
     rows = search.table([study])
     assert [dict(r) for r in told] == rows.to_dict("records")
     assert sorted(rows["settings"]) == ["rate 0.001, top_k 1", "rate 0.003, top_k 1"]  # a grid ends by itself
@@ -189,12 +188,32 @@ def test_a_search_goes_on_where_it_was_stopped_and_never_scores_test(tiny_world,
     stored = [json.loads(p.read_text()) for p in (runs.root() / "t-search").glob("*/*/trial/manifest.json")]
     assert sorted(m["rows"][0]["score"] for m in stored) == sorted(rows["score"])
     assert {row["split"] for m in stored for row in m["rows"]} == {"dev"}
-    monkeypatch.setattr(stages, "pretrain", None)  # finished trials are read, not run, in another database too
-    url = f"sqlite:///{runs.root() / 'other.db'}"
-    other = search.search(tiny_world, "uhl-canonical", grid, where=search.storage(tiny_world, url))
-    assert sorted(search.table([other])["score"]) == sorted(rows["score"])
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "pretrain", None)  # finished trials are read, not run, in another database too
+        url = f"sqlite:///{runs.root() / 'other.db'}"
+        other = search.search(tiny_world, "uhl-canonical", grid, url=url)
+        assert sorted(search.table([other])["score"]) == sorted(rows["score"])
+        assert len(search.search(tiny_world, "uhl-canonical", grid).trials) == 2  # nothing is left to try
+    wider = tiny_world.model_copy(update={"lambda_f": 0.02})  # another study
+    assert len(search.table([search.search(wider, "uhl-canonical", grid, trials=1)])) == 1
+
+
+def test_an_interrupted_trial_is_run_again(tiny_world, monkeypatch):
+    calls = []
+
+    def stopped(*args):
+        calls.append(args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "pretrain", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            search.search(tiny_world, "uhl-canonical", {"rate": [1e-3, 3e-3]})
+    study = search.search(tiny_world, "uhl-canonical", {"rate": [1e-3, 3e-3]})
+    assert len(calls) == 1
+    assert sorted(search.table([study])["settings"]) == ["rate 0.001", "rate 0.003"]
     with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical"):
-        search.search(tiny_world, "lora", grid)
+        search.search(tiny_world, "lora", {"rate": [1e-3]})
 
 
 def test_a_range_is_sampled_within_its_bounds_and_the_best_is_written(tiny_world, tmp_path):
@@ -231,12 +250,9 @@ def test_poor_trials_are_pruned_and_diverged_ones_fail(tiny_world, monkeypatch):
 
     monkeypatch.setattr(stages, "baseline", baseline)
     monkeypatch.setattr(stages, "baseline_start", lambda *_: None)
-    monkeypatch.setattr(
-        optuna.samplers.GridSampler, "sample_independent", lambda self, study, trial, *_: list(quality)[trial.number]
-    )
     study = search.search(tiny_world, "full", space, trials=6)
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4 + ["PRUNED", "FAIL"]
-    assert not (runs.root() / "t-search" / "full-full_rate-0.1").exists()
+    assert not (runs.root() / "t-search" / "full-full_rate-0.1" / "mood-s0").exists()
     assert search.table([study])["score"].tolist()[:5] == [1, 2, 3, 4, 0.5]
     assert search.best([study]) == {"full_rate": 0.8}
 
@@ -248,7 +264,8 @@ def test_watching_a_run_does_not_change_it(tiny_world):
         tiny_world.model_copy(update={"profile": "w"}), "canonical", lambda step, score: seen.append((step, score))
     )
     steps = plain.details["log"].steps
-    assert [step for step, _ in seen] == sorted({steps * part // 4 for part in (1, 2, 3)} - {0})
+    assert steps == 3
+    assert [quarters for quarters, _ in seen] == [2, 3]  # the first is before the first step
     assert all(0 <= score <= 100 for _, score in seen)
     assert watched.curves == plain.curves
     assert [r["score"] for r in watched.rows] == [r["score"] for r in plain.rows]

@@ -139,9 +139,9 @@ def search(options: argparse.Namespace) -> None:
     def told(row: dict[str, object]) -> None:
         print(*(row[key] for key in ("method", "trial", "state", "score", "settings")), file=sys.stderr, flush=True)
 
-    where, studies = searching.storage(settings, options.storage), []
+    studies = []
     for method in methods:
-        studies.append(searching.search(settings, method, spaces[method], options.trials, where, told))
+        studies.append(searching.search(settings, method, spaces[method], options.trials, options.storage, told))
     print(searching.table(studies).to_csv(index=False, float_format="%g"), end="")
     if options.save:
         searching.write_settings(file, searching.best(studies))
@@ -204,7 +204,7 @@ def main() -> None:
     three.add_argument("--epochs", type=float, help="instead of the profile's")
     three.add_argument("--train-size", type=int, help="instead of the profile's")
     three.add_argument("--method", action="append", help="one of the file's, which are searched all by default")
-    three.add_argument("--trials", type=int, default=12, help="of each method, at most (12)")
+    three.add_argument("--trials", type=int, help="of each method, at most; by default a whole grid, else 12")
     three.add_argument("--storage", help="URL of the database, for several workers; by default SQLite in runs/")
     three.add_argument("--save", action="store_true", help="write the best values into the profile's settings.yaml")
     three.set_defaults(run=search)

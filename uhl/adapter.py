@@ -71,7 +71,7 @@ class Folded:
     """An adapter in one host's coordinates. ``atoms`` maps a weight's path to (V~, U~, strength).
 
     ``routes`` read the layers' inputs: one reader for all layers, or one each (none: the router is static);
-    ``own_routes`` read the inputs of weights that do not share a route: all of them where each is to have its own.
+    ``own_routes`` read what the atoms of weights read that share no route: all weights, where each has its own.
     """
 
     atoms: dict[str, tuple[Float[Tensor, "A d_in"], Float[Tensor, "A d_out"], Float[Tensor, " A"]]]

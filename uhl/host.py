@@ -52,7 +52,7 @@ class Slot:
 
     ``layer`` counts all layers of all stacks; -1 is a weight outside of any layer. ``shared``: whether the weight uses
     its layer's route. Others (outside of layers, cross-attention, experts that see some of the tokens) are routed by
-    their own input; so are a ``twice`` weight's calls with another input than its layer's (DeBERTa's positions).
+    what their atoms read; so are a ``twice`` weight's calls with another input than its layer's (DeBERTa's positions).
     """
 
     path: str

@@ -247,7 +247,11 @@ class Attached:
             chosen = self._route(read, self._own_reader(slot, fold.frame, folded), folded.embedding)
             if self.adapter.config.routing == "weight" and not (slot.twice and layer and not _same(x, layer[1])):
                 self.routes[slot.path] = chosen
-        offset = None if bias is None else v @ bias.to(v)
+        offset = None
+        if bias is not None:
+            reader = fold.folded.atoms[slot.path][0]  # in float32, as the dots that it is subtracted from
+            with torch.autocast(x.device.type, enabled=False):
+                offset = reader @ bias.to(reader)
         halves = ops.halves(path) if inside and bias is None else None
         if halves is None or x.is_inference():  # whether those were written to since cannot be seen
             return ops.get(path)(y, x, v, u, strength, chosen, offset)
@@ -328,8 +332,8 @@ class Attached:
         for slot in self.slots if slots is None else slots:
             weight(self.model, slot)
 
-    def delta(self, slot: Slot) -> Float[Tensor, "d_out d_in"]:
-        """The change of a weight under a static router, as a matrix."""
+    def delta(self, slot: Slot, own: Tensor | None = None) -> Float[Tensor, "d_out d_in"]:
+        """The change of a weight under a static router, as a matrix; ``own``: the weight before it was merged."""
         folded = self.folds().folded
         v, u, strength = folded.atoms[slot.path]
         chosen = choose(folded.embedding, self.adapter.config.top_k)
@@ -337,7 +341,7 @@ class Attached:
         change = u[chosen.index].T @ (gates[:, None] * v[chosen.index])
         if not self.stream:
             return change
-        own = weight(self.model, slot).to(change)
+        own = (weight(self.model, slot) if own is None else own).to(change)
         return change @ own if slot.writer else own @ change
 
     def detach(self) -> None:
@@ -432,8 +436,10 @@ class UHLLinear(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The change of the weight, in the base layer's shape. Raises :class:`UHLError` for a token router."""
         self._shared[1][adapter].check_mergeable(adapter, [self.slots[adapter]])
-        delta = self._shared[1][adapter].delta(self.slots[adapter])
-        return delta.T if isinstance(self.base, Conv1D) else delta
+        transposed = isinstance(self.base, Conv1D)
+        own = self._kept.T if self._kept is not None and transposed else self._kept
+        delta = self._shared[1][adapter].delta(self.slots[adapter], own)
+        return delta.T if transposed else delta
 
     def __repr__(self) -> str:
         return "uhl." + super().__repr__()

@@ -4,9 +4,9 @@
     s_j    = [sigmoid(score_j) > 1/2] for j in top-K    straight-through: the gradient is the sigmoid's
 
 Decided once per token and layer, at the layer's input, and shared by that layer's weights; or, to compare, by each
-weight at its own input, or once at the first layer's input for all layers (`Sizes.routing`). A token may use fewer than
-K atoms; E[k] is the mean of the gates' sum, and has a gradient. A static router drops the first term: one choice a
-task, for all tokens and layers.
+weight at what its atoms read, or once at the first layer's input for all layers (`Sizes.routing`). A token may use
+fewer than K atoms; E[k] is the mean of the gates' sum, and has a gradient. A static router drops the first term: one
+choice a task, for all tokens and layers.
 """
 
 from __future__ import annotations

@@ -242,7 +242,7 @@ def read_manifest(settings: Settings, stage: str) -> dict[str, Any]:
 def update_results(profile: str) -> Path:
     """Make ``results.csv`` of a profile from its manifests, under a lock, and return its path."""
     folder = root() / profile
-    with _locked(folder / ".results.lock"):
+    with locked(folder / ".results.lock"):
         rows = [r for m in sorted(folder.glob("*/*/manifest.json")) for r in json.loads(m.read_text())["rows"]]
         frame = pd.DataFrame(rows, columns=list(COLUMNS))
         return write_atomic(folder / "results.csv", lambda tmp: frame.to_csv(tmp, index=False, float_format="%.6g"))
@@ -319,7 +319,8 @@ def restore(path: str | Path) -> list[Path]:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process holds the file, and hold it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)

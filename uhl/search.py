@@ -2,17 +2,21 @@
 
 ``params/<profile>/search.yaml`` maps a method to settings, and a setting to what may be tried: a list of values, or a
 range `{low: .., high: .., log: true}`. A method whose settings are all lists has every combination tried; others are
-sampled (TPE). A study of a method lives in a database (SQLite under runs/<profile>-search/, or any that SQLAlchemy
-knows, for many workers); it goes on where it was stopped. A trial is an ordinary run of :mod:`uhl.stages` that scores
-dev alone, in a folder named by its values, so that equal values are run once. Trials that at a quarter, half or three
-quarters of their steps lie below the median of the earlier ones are pruned.
+sampled (TPE). A study of a method, its settings and its space lives in a database (SQLite under runs/<profile>-search/,
+or any that SQLAlchemy knows, for many workers); it goes on where it was stopped, and runs an interrupted trial again. A
+trial is an ordinary run of :mod:`uhl.stages` that scores dev alone, in a folder named by its values, so that
+equal values are run once. Trials that at a quarter, half or three quarters of their steps lie below the median of the
+earlier ones are pruned.
 
 The default rates of ``uhl.runs.Settings`` are the best of figures/search.csv (both projectors share the one that is
-best for `canonical`). It was made by ``uhl search --profile offline-full --epochs 1 --train-size 3000``.
+best for `canonical`): trials of ``uhl search --profile offline-full --epochs 1 --train-size 3000``, in the order of
+their values.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -45,7 +49,7 @@ class SearchSettings(Settings):
     """Parameters of notebook 09."""
 
     methods: tuple[str, ...] = Field((), description="methods of the search file; none: all")
-    trials: int = Field(12, ge=1, description="of each method, at most")
+    trials: int | None = Field(None, ge=1, description="of each method, at most; None: a whole grid, else 12")
     storage: str | None = Field(None, description="URL of the database, for several workers; None: SQLite in runs/")
     save: bool = Field(False, description="write the best values into the profile's settings.yaml")
 
@@ -115,25 +119,27 @@ def run(
 ) -> dict[str, object]:
     """Train a method on the source with ``values`` for some settings; its dev row. A finished run is read.
 
-    ``watch`` is told dev scores on the way and may raise, which ends the run; its folder is then removed.
+    ``watch`` is told dev scores on the way and may raise, which ends the run; its folder is then removed. Of several
+    processes one runs, and the others wait for it.
     """
     profile = f"{settings.profile}-search/" + "-".join([method, *(f"{k}-{_text(v)}" for k, v in values.items())])
     chosen = settings.model_copy(update={"profile": profile, "splits": ("dev",), **values})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
     others = UNUSED - set(values)  # another default there makes no other trial
-    if not path.is_file() or _without(json.loads(path.read_text())["parameters"], others) != _without(
-        chosen.model_dump(mode="json"), others
-    ):
-        try:
-            if method.startswith("uhl-"):
-                _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"), watch)
-            else:
-                outcome = stages.baseline(chosen, "source", method, stages.baseline_start(chosen, "source"), watch)
-        except optuna.TrialPruned:
-            shutil.rmtree(runs.root() / profile)
-            raise
-        runs.write_manifest(chosen, "trial", outcome.rows)
-    (row,) = json.loads(path.read_text())["rows"]
+    with runs.locked(runs.root() / profile / ".lock"):
+        if not path.is_file() or _without(json.loads(path.read_text())["parameters"], others) != _without(
+            chosen.model_dump(mode="json"), others
+        ):
+            try:
+                if method.startswith("uhl-"):
+                    _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"), watch)
+                else:
+                    outcome = stages.baseline(chosen, "source", method, stages.baseline_start(chosen, "source"), watch)
+            except optuna.TrialPruned:
+                shutil.rmtree(path.parent.parent)  # of this task and seed
+                raise
+            runs.write_manifest(chosen, "trial", outcome.rows)
+        (row,) = json.loads(path.read_text())["rows"]
     return dict(row)
 
 
@@ -166,61 +172,95 @@ def storage(settings: Settings, url: str | None = None) -> BaseStorage:
         ) from error
 
 
-def study(settings: Settings, method: str, space: Space, where: BaseStorage) -> optuna.Study:
-    """The study of a method: a new one, or the one that ``where`` has for this task, seed and size."""
-    size = "all" if settings.train_size is None else settings.train_size
-    name = f"{method}, {settings.task_name}, seed {settings.seed}, {size} labels, {settings.epochs:g} epochs"
-    grid = {name: list(tried) for name, tried in space.items() if not isinstance(tried, Range)}
-    sampler: optuna.samplers.BaseSampler = optuna.samplers.TPESampler(seed=settings.seed)
-    if len(grid) == len(space):
-        sampler = optuna.samplers.GridSampler(grid, seed=settings.seed)
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=4)
+def study(settings: Settings, method: str, space: Space, url: str | None = None) -> optuna.Study:
+    """The study of a method with these settings and this space: a new one, or the one that the database has.
+
+    In the profile's own database a new study is seeded; workers that share one draw by chance.
+    """
+    kept = _without(settings.model_dump(mode="json"), UNUSED | set(space) | {"profile"})
+    tried = {name: t.model_dump() if isinstance(t, Range) else list(t) for name, t in sorted(space.items())}
+    mark = hashlib.sha256(json.dumps([kept, tried], sort_keys=True).encode()).hexdigest()[:8]
     made = optuna.create_study(
-        study_name=name, storage=where, sampler=sampler, pruner=pruner, direction="maximize", load_if_exists=True
+        study_name=f"{settings.profile}, {method}, {settings.task_name}, seed {settings.seed}, {mark}",
+        storage=storage(settings, url),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+        direction="maximize",
+        load_if_exists=True,
     )
     made.set_user_attr("method", method)
     made.set_user_attr("settings", settings.model_dump(mode="json"))
+    for values in grid(space) or ():
+        made.enqueue_trial(values, skip_if_exists=True)
+    seed = None if url or made.get_trials(deepcopy=False) else settings.seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        made.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
     return made
+
+
+def grid(space: Space) -> list[dict[str, Any]] | None:
+    """Every combination of a space of lists; None where it has ranges."""
+    lists = {name: list(tried) for name, tried in space.items() if not isinstance(tried, Range)}
+    if len(lists) < len(space):
+        return None
+    return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
 
 def search(
     settings: Settings,
     method: str,
     space: Space,
-    trials: int = 12,
-    where: BaseStorage | None = None,
-    tell: Callable[[dict[str, object]], object] = lambda row: None,
+    trials: int | None = None,
+    url: str | None = None,
+    tell: Callable[[dict[str, object]], None] = lambda row: None,
 ) -> optuna.Study:
-    """Try settings of a method until its study has ``trials`` finished ones (fewer where a grid has fewer).
+    """Try settings of a method until its study has ``trials`` finished ones; None: a whole grid, else 12.
 
-    ``tell`` is given each new row of :func:`table`. A loss that is not finite fails a trial and not the search.
+    ``url``: of the database, see :func:`storage`. ``tell`` is given each new row of :func:`table`. A loss that is not
+    finite fails a trial and not the search; anything else ends the search, and the trial is run again by the next.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    made = study(settings, one_of(method, METHODS, "method to search"), space, where or storage(settings))
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    made = study(settings, one_of(method, METHODS, "method to search"), space, url)
+    whole = grid(space)
+    wanted = trials or 12 if whole is None else min(trials or len(whole), len(whole))
 
     def objective(trial: Trial) -> float:
-        def watch(step: int, score: float) -> None:
-            trial.report(score, step)
+        def watch(quarter: int, score: float) -> None:
+            trial.report(score, quarter)
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        row = run(settings, method, ask(trial, space), watch)
+        values = ask(trial, space)
+        try:
+            row = run(settings, method, values, watch)
+        except DivergenceError:
+            trial.set_user_attr("diverged", True)
+            raise
+        except optuna.TrialPruned:
+            raise
+        except BaseException:
+            made.enqueue_trial(values)
+            raise
         for key in ("metric", "n", "active_atoms", "seconds", "steps", "peak_mb"):
             trial.set_user_attr(key, row[key])
         return float(row["score"])  # type: ignore[arg-type]
 
-    def enough(study: optuna.Study, trial: FrozenTrial) -> None:
-        tell(_row(study, trial))
-        if _finished(study) >= trials:
-            study.stop()
+    def left() -> bool:
+        queued = any(t.state == TrialState.WAITING for t in made.get_trials(deepcopy=False))
+        return _finished(made) < wanted and (queued or whole is None)
 
-    if _finished(made) < trials:
-        made.optimize(objective, catch=(DivergenceError,), callbacks=[enough])
+    while left():
+        made.optimize(objective, 1, catch=(DivergenceError,), callbacks=[lambda study, trial: tell(_row(study, trial))])
     return made
 
 
 def _finished(study: optuna.Study) -> int:
-    return sum(t.state.is_finished() for t in study.get_trials(deepcopy=False))
+    return sum(map(_is_finished, study.get_trials(deepcopy=False)))
+
+
+def _is_finished(trial: FrozenTrial) -> bool:
+    """Whether it told something: a trial that was interrupted did not."""
+    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "diverged" in trial.user_attrs
 
 
 def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, object]:
@@ -238,7 +278,7 @@ def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, object]:
 
 def table(studies: Sequence[optuna.Study]) -> pd.DataFrame:
     """A row a finished trial: method, number, state, settings as text, dev score (of a pruned one its last)."""
-    rows = [_row(s, t) for s in studies for t in s.trials if t.state.is_finished()]
+    rows = [_row(s, t) for s in studies for t in s.trials if _is_finished(t)]
     return pd.DataFrame(rows)
 
 

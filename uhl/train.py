@@ -223,7 +223,7 @@ class StepMemory(TrainerCallback):
             self.peak, self._live = self._live.peak, None
 
 
-Watch = Callable[[int, float], None]  # step, dev score
+Watch = Callable[[int, float], None]  # quarters of the steps, dev score
 
 
 class _DevScores(TrainerCallback):
@@ -234,8 +234,9 @@ class _DevScores(TrainerCallback):
 
     def on_step_end(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
         """Score where it is time to."""
-        if state.global_step in {state.max_steps * part // 4 for part in (1, 2, 3)}:
-            self.watch(state.global_step, self.score())
+        parts = [part for part in (1, 2, 3) if state.max_steps * part // 4 == state.global_step]
+        if parts:  # several, where steps are few
+            self.watch(parts[-1], self.score())
 
 
 @dataclass
@@ -311,7 +312,7 @@ def train(
     """Train what ``requires_grad`` on the task's training split; resumes from a checkpoint in ``folder``.
 
     A checkpoint of another run (other settings, data, host or ``about``) is discarded. Checkpoints are removed when the
-    run ends. ``watch(step, score)`` is told the dev score after each quarter of the steps but the last. Raises
+    run ends. ``watch(quarters, score)`` is told the dev score after one, two and three quarters of the steps. Raises
     :class:`DivergenceError` when the loss is not finite.
     """
     rows = encode(task.kind, task.data["train"], encoder.tokenizer, config.max_length)
@@ -341,7 +342,8 @@ def train(
     memory = StepMemory()
     trainer.add_callback(memory)
     if watch is not None:
-        trainer.add_callback(_DevScores(watch, lambda: predict(classifier, encoder, task, "dev").score))
+        sizes = {"max_length": config.max_length}
+        trainer.add_callback(_DevScores(watch, lambda: predict(classifier, encoder, task, "dev", **sizes).score))
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log line
     checkpoint = _own_checkpoint(Path(folder), fingerprint(classifier, encoder, task, config, about))
     try:
