@@ -39,6 +39,7 @@ from uhl.config import _Strict
 from uhl.errors import DivergenceError, UHLError, one_of
 from uhl.files import write_text
 from uhl.runs import Settings
+from uhl.train import Watch
 
 METHODS = ("uhl-canonical", "uhl-dimension", *RATES)
 UNUSED = {*RATES.values(), "baselines", "arms"}  # settings that belong to one baseline alone, or to none
@@ -114,9 +115,7 @@ def ask(trial: Trial, space: Space) -> dict[str, Any]:
     }
 
 
-def run(
-    settings: Settings, method: str, values: Mapping[str, Any], watch: Callable[[int, float], None] | None = None
-) -> dict[str, object]:
+def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch | None = None) -> dict[str, object]:
     """Train a method on the source with ``values`` for some settings; its dev row. A finished run is read.
 
     ``watch`` is told dev scores on the way and may raise, which ends the run; its folder is then removed. Of several
