@@ -82,9 +82,7 @@ def run_all(settings):
     tuned = [o for o in (stages.tune(settings, arm) for arm in stages.TUNED_ARMS) if o]
     merge(tuned).finish("tune-small")
     for host, name in (("source", "big"), ("target", "small")):
-        begin = stages.baseline_start(settings, host)
-        made = [stages.baseline(settings, host, method, begin) for method in settings.baselines]
-        merge(made).finish(f"baselines-{name}")
+        merge(stages.baselines(settings, host).values()).finish(f"baselines-{name}")
     return outcome
 
 
@@ -263,12 +261,33 @@ def test_watching_a_run_does_not_change_it(tiny_world):
     _, watched = stages.pretrain(
         tiny_world.model_copy(update={"profile": "w"}), "canonical", lambda step, score: seen.append((step, score))
     )
-    steps = plain.details["log"].steps
-    assert steps == 3
+    assert plain.rows[0]["steps"] == 3
     assert [quarters for quarters, _ in seen] == [2, 3]  # the first is before the first step
     assert all(0 <= score <= 100 for _, score in seen)
     assert watched.curves == plain.curves
     assert [r["score"] for r in watched.rows] == [r["score"] for r in plain.rows]
+
+
+def test_finished_baselines_are_read_back(tiny_world, monkeypatch):
+    settings = tiny_world.model_copy(update={"baselines": ("head", "bitfit")})
+    ran, once = [], stages.baseline
+    monkeypatch.setattr(stages, "baseline", lambda *given: ran.append(given[2]) or once(*given))
+    first = stages.baselines(settings, "target")
+    more = settings.model_copy(update={"baselines": ("head", "lora-r8", "bitfit"), "tune_steps": 7})
+    again = stages.baselines(more, "target")
+    assert ran == ["head", "bitfit", "lora-r8"]
+    assert list(again) == ["head", "lora-r8", "bitfit"]
+    for method, outcome in first.items():
+        found = again[method]
+        assert (found.rows, found.curves) == (outcome.rows, outcome.curves)
+        assert (found.counts(method) == outcome.counts(method)).all()
+    merge(again.values()).finish("baselines-small")
+    del ran[:]
+    stages.baselines(more.model_copy(update={"bitfit_rate": 0.5}), "target")
+    assert ran == ["bitfit"]
+    (runs.cell_dir(settings, "baselines-small") / "head" / "predictions.npz").write_bytes(b"PK cut")
+    stages.baselines(more, "target")
+    assert ran == ["bitfit", "head", "bitfit"]
 
 
 def test_a_database_that_cannot_be_used(tiny_world):

@@ -5,6 +5,8 @@ A cell ends with :meth:`Outcome.finish`, which writes predictions, figures and, 
 
 from __future__ import annotations
 
+import json
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +18,7 @@ from matplotlib.figure import Figure
 
 from uhl import budget, models, runs, stats, tasks, viz
 from uhl.adapter import UHLAdapter
-from uhl.files import write_atomic
+from uhl.files import write_atomic, write_text
 from uhl.frame import Frame
 from uhl.host import find_slots
 from uhl.layer import Attached
@@ -43,6 +45,7 @@ class Outcome:
     predictions: dict[str, Prediction] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # training loss by step, of each arm
+    commits: set[str] = field(default_factory=set)  # of rows that an earlier process measured
     details: dict[str, Any] = field(default_factory=dict)
 
     def score(self, classifier: Classifier, encoder: Encoder, **known: object) -> None:
@@ -105,8 +108,31 @@ class Outcome:
         written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
         used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
         extra |= {"labels": list(self.task.labels), "models": {name: models.revision(name) for name in used}}
-        extra["curves"] = self.curves
+        extra |= {"curves": self.curves, "commit": ", ".join(sorted({*self.commits, runs.commit()}))}
         return runs.write_manifest(self.settings, stage, self.rows, written + self.paths, **extra)
+
+    def keep(self, folder: Path, about: Mapping[str, object]) -> None:
+        """Write rows, predictions and curves into a folder of their own, for :meth:`kept`; ``about`` says what ran."""
+        self._save_predictions(folder / "predictions.npz")
+        entry = {"about": about, "commit": runs.commit(), "rows": self.rows, "curves": self.curves}
+        write_text(folder / "outcome.json", json.dumps(entry, indent=1))
+
+    @classmethod
+    def kept(cls, settings: Settings, task: Task, folder: Path, about: Mapping[str, object]) -> Outcome | None:
+        """What :meth:`keep` wrote about the same run, for an interrupted cell to go on with; else None."""
+        try:
+            entry = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+            if entry["about"] != json.loads(json.dumps(about)):
+                return None
+            curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
+            found = cls(settings, task, entry["rows"], curves=curves, commits={entry["commit"]})
+            with np.load(folder / "predictions.npz") as arrays:
+                for row in found.rows:
+                    name = f"{row['arm']}/{row['split']}"
+                    found.predictions[name] = _stored(arrays, name, row, task.kind == "token")
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # none, or not whole
+            return None
+        return found
 
     def _save_predictions(self, path: Path) -> Path:
         """Predictions and gold labels, compressed, so that scores can be recomputed without a model.
@@ -127,14 +153,25 @@ class Outcome:
         return write_atomic(path, write)
 
 
+def _stored(arrays: Mapping[str, np.ndarray], name: str, row: Mapping[str, Any], words: bool) -> Prediction:
+    """A prediction as ``_save_predictions`` wrote it; logits are not stored."""
+    cuts = np.cumsum(arrays[f"{name}/length"])[:-1]
+    labels, gold = (
+        [part.tolist() for part in np.split(x, cuts)] if words else x.tolist()
+        for x in (arrays[f"{name}/labels"], arrays[f"{name}/gold"])
+    )
+    return Prediction(labels, gold, [], float(row["score"]), float(row["active_atoms"]))
+
+
 def merge(outcomes: Iterable[Outcome]) -> Outcome:
     """Several outcomes of one cell as one."""
     first, *rest = outcomes
     merged = Outcome(first.settings, first.task, list(first.rows), dict(first.predictions), list(first.paths))
-    merged.curves = dict(first.curves)
+    merged.curves, merged.commits = dict(first.curves), set(first.commits)
     for outcome in rest:
         merged.rows += outcome.rows
         merged.predictions |= outcome.predictions
         merged.paths += outcome.paths
         merged.curves |= outcome.curves
+        merged.commits |= outcome.commits
     return merged

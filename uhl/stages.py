@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from uhl import runs, store, tasks
+from uhl import models, runs, store, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_states
 from uhl.baselines import RATES, Start, run_baseline, start
@@ -30,6 +30,10 @@ from uhl.runs import Settings
 from uhl.tasks import Task
 from uhl.train import Classifier, TrainLog, Watch, train
 
+NOT_OF_BASELINES = {
+    *("target", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts"),
+    *("tune_steps", "tune_batch", "tune_rate", "tune_head_rate"),
+}  # settings that no baseline depends on, beside the other methods' rates
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p")
 
 
@@ -171,7 +175,7 @@ def pretrain(settings: Settings, projector: str, watch: Watch | None = None) -> 
     path = store.save(adapter, folder / "adapter.safetensors")
     found = store.load(path)
     frame = basis.frame(slots) if projector == "canonical" else None
-    outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses}, details={"log": log})
+    outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses})
     outcome.score_adapter(found, path, encoder, frame, 1.0, arm=f"uhl-{projector}", phase="source", **log.costs())
     return found, outcome
 
@@ -251,7 +255,7 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
     _say_where(settings, adapter, target, ported)
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
-    details = {"log": log, "scale": ported.scale}
+    details = {"scale": ported.scale}
     outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, details=details)
     found = store.load(path)
     outcome.score_adapter(found, path, target, ported.frame, ported.scale, arm=arm, phase="tuned", **log.costs())
@@ -304,14 +308,37 @@ def baseline_start(settings: Settings, host: str) -> Start:
     return start(encoder, task, replace(probe(settings, task).first(), words=0), settings.max_length)
 
 
+def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
+    """The settings' baselines on the `source` or the `target`, with the same labels and the same head at the start.
+
+    Each is kept in a folder of its own as soon as it is scored. A cell that was interrupted, or that has more methods
+    now, reads those back and trains the others.
+    """
+    name = settings.source if host == "source" else settings.target
+    folder, task = runs.cell_dir(settings, f"baselines-{runs.slug(name)}"), load_data(settings)
+    shared = {k: v for k, v in settings.model_dump().items() if k not in {*NOT_OF_BASELINES, *RATES.values()}}
+    shared |= {"host": name, "revision": models.revision(name)}
+    begin: Start | None = None
+    outcomes: dict[str, Outcome] = {}
+    for method in settings.baselines:
+        about = shared | {"method": method, "rate": getattr(settings, RATES.get(method, "rate"))}
+        outcome = Outcome.kept(settings, task, folder / method, about)
+        if outcome is None:
+            begin = begin or baseline_start(settings, host)
+            outcome = baseline(settings, host, method, begin)
+            outcome.keep(folder / method, about)
+        outcomes[method] = outcome
+    return outcomes
+
+
 def baseline(settings: Settings, host: str, method: str, begin: Start, watch: Watch | None = None) -> Outcome:
-    """Train one baseline on the `source` or the `target` with the same labels and the same head at the start."""
+    """Train one baseline on the `source` or the `target`."""
     name = settings.source if host == "source" else settings.target
     task, encoder = load_data(settings), load_encoder(name)
     folder = runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
     config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
     made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}", watch)
-    outcome = Outcome(settings, task, curves={method: made.log.losses}, details={"log": made.log})
+    outcome = Outcome(settings, task, curves={method: made.log.losses})
     outcome.score(
         made.classifier,
         encoder,
