@@ -16,19 +16,19 @@ from transformers import BertForSequenceClassification
 import uhl
 from uhl import budget, store
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Codes, Probe, batches, final_means, observe, pieces_of, unit_states
+from uhl.anchors import Codes, Probe, batches, final_means, fragments, observe, pieces_of, unit_states
 from uhl.config import ARMS, Sizes
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
-from uhl.porting import PENALTIES, Port, Way, basis_of, port, predict_texts, ridge, why_not
+from uhl.porting import PENALTIES, Port, Rows, Way, basis_of, port, predict_texts, ridge, why_not
 from uhl.stages import make_anchors
 
 TAGS = ("O", "B-JOY", "I-JOY")
 
 
-def trained(source, projector="canonical", width=16, kind="sentence", coded=None, tuned=True):
+def trained(source, projector="canonical", width=16, kind="sentence", coded=None, tuned=True, own=None, cuts=0):
     """An adapter with anchors on a source, its parts filled at random; the task's bias too where it is ``tuned``."""
     from conftest import fill
 
@@ -39,7 +39,7 @@ def trained(source, projector="canonical", width=16, kind="sentence", coded=None
         torch.nn.init.zeros_(adapter.task("mood").bias)
     texts = sorted(set(sentences(200)))
     texts = [t.replace(" ", "\t", 1) for t in texts] if kind == "pair" else texts
-    probe = Probe(texts, kind, 1, coded)
+    probe = Probe(texts, kind, 1, coded, own=own, cuts=cuts)
     seen = observe(source, probe)
     basis = basis_of(seen, width)
     frame = basis.frame(find_slots(source.model))
@@ -97,6 +97,80 @@ def test_ridge_predicts_a_left_out_row_as_a_fit_without_it_does(rows):
         for c in range(2):
             model = Ridge(alpha=float(fit.penalty[c])).fit(x[kept].double(), y[kept, c].double())
             assert float(fit.left_out[row, c]) == pytest.approx(float(model.predict(x[row : row + 1])[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("columns", [8, 200])
+def test_weighted_ridge_leaves_a_groups_rows_out_together(columns):
+    g = torch.Generator().manual_seed(4)
+    x, y = torch.randn(90, columns, generator=g).double(), torch.randn(90, 2, generator=g).double()
+    y += 2 * x[:, :2]
+    groups, weights = torch.randperm(90, generator=g) % 40, torch.ones(90).double()
+    weights[30:] = 0.3
+    fit = ridge(x, y, rows=Rows(weights, groups))
+
+    def left_out(penalty, c):
+        found = torch.empty(90).double()
+        for group in range(40):
+            kept = groups != group
+            model = Ridge(alpha=float(penalty)).fit(x[kept], y[kept, c], weights[kept])
+            found[~kept] = torch.from_numpy(model.predict(x[~kept]))
+        return found
+
+    judges = weights == 1
+    centred = weights.sqrt()[:, None] * (x - (weights[:, None] * x).sum(0) / weights.sum())
+    power = torch.linalg.svdvals(centred).pow(2)
+    tried = [p * float(power.sum()) / min(x.shape) for p in PENALTIES]
+    tried = [p for p in tried if 89 - (power / (power + p)).sum() >= 9]
+    for c in range(2):
+        theirs = {p: left_out(p, c) for p in tried}
+        misses = {p: (y[judges, c] - found[judges]).pow(2).mean() for p, found in theirs.items()}
+        best = min(tried, key=misses.__getitem__)
+        assert float(fit.penalty[c]) == pytest.approx(best, rel=1e-5)
+        torch.testing.assert_close(fit.left_out[:, c], theirs[best], rtol=1e-6, atol=1e-6)
+        spread = y[judges, c].var(correction=0)
+        assert float(fit.columns[c]) == pytest.approx(1 - float(misses[best] / spread), rel=1e-6)
+        model = Ridge(alpha=best).fit(x, y[:, c], weights)
+        np.testing.assert_allclose(fit.matrix[:, c].numpy(), model.coef_, atol=1e-5)
+        np.testing.assert_allclose(fit.shift[c].numpy(), model.intercept_, atol=1e-5)
+
+
+def test_fragments_are_the_texts_words_in_order():
+    assert fragments("a b c d e f g", 2) == ["a b c d", "e f g"]
+    assert fragments("a b c d e f g", 3) == []  # fewer than three words each
+    assert fragments("ask\ta b c d e f", 2) == ["ask\ta b c", "ask\td e f"]
+    assert fragments("a b c", 0) == []
+    whole = Probe(["a b c d e f", "g h", "i j k l m n", "o p q r s t"], words=1, coded=1, own=3, cuts=2)
+    assert whole.observed == [*whole.texts, "a b c", "d e f", "i j k", "l m n"]
+    assert whole.groups().tolist() == [0, 1, 2, 3, 0, 0, 2, 2]
+    assert whole.weights(0.5).tolist() == [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.5]
+    assert whole.rows(replace(whole, texts=whole.texts[:2])) == [0, 1, 4, 5]
+    assert whole.rows(whole.first()) == [0]
+    assert whole.first().observed == ["a b c d e f"]
+
+
+def test_a_file_with_fragments_ports_as_before_it_was_written(encoder, make_encoder, tmp_path):
+    target = make_encoder(layers=2, width=32, seed=0)
+    adapter, _ = trained(encoder, coded=40, tuned=False, own=60, cuts=2)
+    texts = adapter.anchors.texts
+    assert len(adapter.anchors.logits.table()) == len(texts) + 2 * 60
+    before = port(adapter, target)
+    path = store.save(adapter, tmp_path / "a.safetensors")
+    found = store.load(path)
+    after = port(found, target)
+    assert (found.anchors.own, found.anchors.cuts) == (60, 2)
+    torch.testing.assert_close(after.frame.head, before.frame.head)
+    assert after.report["agreement"] == before.report["agreement"]
+    assert budget.adapter_parts(found) == {n: b for n, b in budget.file_bytes(path).items() if n != "header"}
+    assert "2 fragments of each of the first 60" in store.describe(path)
+    seen = observe(target, found.anchors.probe)
+    for cut in ({"cuts": False}, {"texts": 50}, {"texts": 50, "cuts": False}, {"coded": 20}):
+        found.anchors = adapter.anchors.cut(**cut)
+        count = cut.get("texts", len(texts))
+        assert len(found.anchors.logits.table()) == count + (0 if "cuts" in cut else 2 * min(60, count))
+        fewer = port(found, target, seen=seen.cut(adapter.anchors.probe, found.anchors.probe))
+        own = port(found, target)
+        torch.testing.assert_close(fewer.frame.head, own.frame.head, rtol=1e-3, atol=1e-4)
+        assert len(store.load(store.save(found, path)).anchors.texts) == count
 
 
 @pytest.mark.parametrize("rows", [60, 200, 600])

@@ -3,7 +3,8 @@
 What is stored: the texts (zlib); for the first of them, codes of the *adapted* source that its head reads, (n, C), and
 codes of the bare source's residual stream at a few relative depths, (depths, M, R); for all of them, the logits that
 the source's head gives. All are 8-bit, centred and scaled per column. A code takes 256 bytes and a logit one, so many
-more texts can be afforded for the few directions that a task reads than for the whole space.
+more texts can be afforded for the few directions that a task reads than for the whole space. Fragments cost nothing but
+that: each of the texts of the anchors' own pool is also cut into a few, which have logits as texts of their own.
 
 The head reads a sentence (the mean over its tokens), or in a token task a word (its first piece). The stream's are word
 codes: for a few words of each text, chosen by position alone, the mean over the word's pieces. Words are found by
@@ -17,10 +18,12 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int8, Int64
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
@@ -33,6 +36,7 @@ from uhl.quant import dequantise, quantise
 
 DEPTHS = (0.0, 1 / 3, 2 / 3, 1.0)  # of the stream's codes; the embeddings' output is depth 0
 FIRST_WORDS = 32  # of a text, among which words are chosen: later ones may be cut off
+FRAGMENT = 3  # words that a fragment has at least
 
 Span = tuple[int, int, int]  # a word: part of a pair (0 or 1), first character, end
 
@@ -63,7 +67,8 @@ class Probe:
 
     ``words`` words of each of the first ``coded`` texts (None: of all) are observed by themselves; texts are cut at
     ``length`` tokens, and no more than ``most`` words of one are looked at (None: all); a pair's two parts are one text
-    with a tab between.
+    with a tab between. The first ``own`` texts (None: all) are of the anchors' own pool; each of these is cut into
+    ``cuts`` fragments beside (0: none), which are observed after all ``texts``.
     """
 
     texts: Sequence[str]
@@ -72,10 +77,40 @@ class Probe:
     coded: int | None = None
     length: int = 64
     most: int | None = FIRST_WORDS
+    own: int | None = None
+    cuts: int = 0
+
+    @cached_property
+    def origins(self) -> list[int]:
+        """For everything that is observed, the text that it is, or is a fragment of."""
+        cut = ([i] * len(fragments(text, self.cuts)) for i, text in enumerate(self.texts[: self.own]))
+        return [*range(len(self.texts)), *chain.from_iterable(cut)]
+
+    @cached_property
+    def observed(self) -> list[str]:
+        """The texts, then the fragments of the first ``own``, text by text."""
+        return [*self.texts, *chain.from_iterable(fragments(text, self.cuts) for text in self.texts[: self.own])]
 
     def first(self) -> Probe:
         """The coded texts alone."""
-        return replace(self, texts=self.texts[: self.coded], coded=None)
+        return replace(self, texts=self.texts[: self.coded], coded=None, own=None, cuts=0)
+
+    def weights(self, others: float) -> Float[Tensor, " U"]:
+        """1 for a unit of the own pool's texts, ``others`` for one of other texts, or of a fragment."""
+        own = len(self.texts) if self.own is None else self.own
+        units = torch.tensor(self.units())
+        return torch.tensor([1.0 if i < own else others for i in range(len(units))]).repeat_interleave(units)
+
+    def groups(self) -> Int64[Tensor, " U"]:
+        """The text of each unit, which its fragments share."""
+        return torch.tensor(self.origins).repeat_interleave(torch.tensor(self.units()))
+
+    def rows(self, fewer: Probe) -> list[int]:
+        """The units of a probe of the first of these texts, among the units of this one."""
+        if not self.cuts:
+            return list(range(sum(fewer.units())))
+        kept = [i for i in range(len(self.texts), len(self.origins)) if self.origins[i] < len(fewer.texts)]
+        return [*range(len(fewer.texts)), *(kept if fewer.cuts else [])]
 
     def spans(self, text: str) -> list[Span]:
         """The first ``most`` words of a text; a text without words counts as one."""
@@ -89,8 +124,8 @@ class Probe:
         return [(2 * i + 1) * count // (2 * self.words) for i in range(self.words)]
 
     def units(self) -> list[int]:
-        """How many units each text has."""
-        return [len(self.spans(text)) if self.kind == "token" else 1 for text in self.texts]
+        """How many units each text and fragment has."""
+        return [len(self.spans(text)) if self.kind == "token" else 1 for text in self.observed]
 
     def covered(self) -> bool:
         """Whether every unit has a code of the head, in order."""
@@ -114,7 +149,7 @@ class Anchors:
 
     ``reads`` and ``bias`` are the head of ``task`` when the source's training ended: tuning on a target changes the
     head, and must not change how the file is ported. ``logits`` are what ``reads`` makes of every unit, before the
-    bias; None where every unit has a code. ``kind`` and ``length`` are those of the :class:`Probe`.
+    bias; None where every unit has a code. ``kind``, ``length``, ``own`` and ``cuts`` are those of the :class:`Probe`.
     """
 
     texts: list[str]
@@ -129,6 +164,8 @@ class Anchors:
     kind: Kind = "sentence"
     length: int = 64
     task: str | None = None
+    own: int | None = None
+    cuts: int = 0
 
     def judges(self, task: str) -> bool:
         """Whether they say what the source's head for this task decides."""
@@ -148,22 +185,42 @@ class Anchors:
     @property
     def probe(self) -> Probe:
         """What to observe another host on."""
-        return Probe(self.texts, self.kind, self.words, self.coded, self.length)
+        return Probe(self.texts, self.kind, self.words, self.coded, self.length, own=self.own, cuts=self.cuts)
 
     def cut(
-        self, coded: int | None = None, texts: int | None = None, dims: int | None = None, bits: int = 8
+        self,
+        coded: int | None = None,
+        texts: int | None = None,
+        dims: int | None = None,
+        bits: int = 8,
+        cuts: bool = True,
     ) -> Anchors:
         """Fewer of them: ``texts`` in all, the first ``coded`` with codes, ``dims`` coordinates of the stream's, all
-        rounded to ``bits``. What loses its codes keeps its logits.
+        rounded to ``bits``, with or without their fragments. What loses its codes keeps its logits.
         """
-        probe = replace(self.probe, texts=self.texts[:texts], coded=min(coded or self.coded, texts or len(self.texts)))
+        whole = self.probe
+        probe = replace(whole, texts=self.texts[:texts], coded=min(coded or self.coded, texts or len(self.texts)))
+        probe = replace(probe, cuts=self.cuts if cuts else 0)
         rows, words = len(probe.coded_units()), (probe.coded or 0) * max(self.words, 1)
         head, logits = self.head.table(), None
         if self.reads is not None and not probe.covered():
-            units = sum(probe.units())
-            logits = Codes.of((head @ self.reads.T if self.logits is None else self.logits.table())[:units], bits)
+            known = head @ self.reads.T if self.logits is None else self.logits.table()
+            logits = Codes.of(known[whole.rows(probe)], bits)
         stream = [Codes.of(c.table()[:words, :dims], bits) for c in self.stream]
-        return replace(self, texts=list(probe.texts), head=Codes.of(head[:rows], bits), stream=stream, logits=logits)
+        made = replace(self, texts=list(probe.texts), head=Codes.of(head[:rows], bits), stream=stream, logits=logits)
+        return replace(made, own=None if self.own is None else min(self.own, len(probe.texts)), cuts=probe.cuts)
+
+
+def fragments(text: str, count: int) -> list[str]:
+    """``count`` texts that lie one after another in a text, of equal counts of words; none where they would have fewer
+    than :data:`FRAGMENT`. Of a pair the second part is cut, behind the first.
+    """
+    before, tab, cut = text.rpartition(PAIR)
+    words = cut.split()
+    if count < 1 or len(words) < FRAGMENT * count:
+        return []
+    ends = [round(i * len(words) / count) for i in range(count + 1)]
+    return [before + tab + " ".join(words[a:b]) for a, b in pairwise(ends)]
 
 
 Piece = tuple[int | None, int, int]  # a token: part of the pair (None: special, or padding), first character, end
@@ -192,11 +249,12 @@ def batches(
     """
     most = int(getattr(encoder.model.config, "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
     length = min(probe.length, encoder.tokenizer.model_max_length, most)
-    order = sorted(range(len(probe.texts)), key=lambda i: len(probe.texts[i]))
+    texts = probe.observed
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     starts = range(0, len(order), size)
     for start in bar(starts, encoder.name, "batch") if progress else starts:
         rows = order[start : start + size]
-        chosen = [probe.texts[i] for i in rows]
+        chosen = [texts[i] for i in rows]
         pairs = [text.partition(PAIR)[::2] for text in chosen] if probe.kind == "pair" else None
         given = tuple(map(list, zip(*pairs, strict=True))) if pairs else (chosen,)
         batch = encoder.tokenizer(*given, padding=True, truncation=True, max_length=length, return_tensors="pt")
@@ -238,7 +296,7 @@ def units_of(
     encoder: Encoder, probe: Probe, levels: Sequence[int], progress: bool = False
 ) -> list[Float[Tensor, "u D_levels"]]:
     """States of each text's units at ``levels``, see :func:`read_levels`, with whatever is attached to the host."""
-    found: list[Tensor] = [torch.empty(0)] * len(probe.texts)
+    found: list[Tensor] = [torch.empty(0)] * len(probe.observed)
     for rows, batch in batches(encoder, probe, progress=progress):
         hidden = read_levels(encoder.model.eval(), levels, **batch)
         for row, units in zip(rows, _units(probe, rows, batch, hidden), strict=True):
@@ -257,7 +315,7 @@ def _units(probe: Probe, rows: Sequence[int], batch: BatchEncoding, hidden: Floa
     """States of the units of each text of a batch, (units, D) each."""
     if probe.kind != "token":
         return list(sentence_mean(hidden, batch["attention_mask"])[:, None].float().unbind())
-    weights = (pieces_of(_pieces(batch, i), probe.spans(probe.texts[r]), first=True) for i, r in enumerate(rows))
+    weights = (pieces_of(_pieces(batch, i), probe.spans(probe.observed[r]), first=True) for i, r in enumerate(rows))
     return [w.to(hidden.device) @ states.float() for w, states in zip(weights, hidden, strict=True)]
 
 
@@ -281,10 +339,10 @@ class Observed:
         """The level nearest to a relative depth."""
         return round(depth * (len(self.units) - 1))
 
-    def cut(self, probe: Probe) -> Observed:
-        """What was seen of the first texts: ``probe`` has fewer than were observed. The moment stays that of all."""
+    def cut(self, whole: Probe, probe: Probe) -> Observed:
+        """What was seen of the first texts: ``probe`` has fewer than the ``whole``. The moment stays that of all."""
         words = (len(probe.texts) if probe.coded is None else probe.coded) * probe.words
-        return replace(self, units=self.units[:, : sum(probe.units())], words=self.words[:, :words])
+        return replace(self, units=self.units[:, whole.rows(probe)], words=self.words[:, :words])
 
     def stream(self, words: int) -> Float[Tensor, "levels M D"]:
         """What the stream's codes belong to: words, or whole texts where ``words`` is 0."""

@@ -34,8 +34,8 @@ GROUPS = ("head", "maps", "scale", "texts", "dims", "bits", "choice")
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to port. ``coded``, ``texts``, ``dims`` and ``bits`` are those of :meth:`Anchors.cut`; ``choice`` draws
-    the coded texts anew from the source's unlabelled text.
+    """One way to port. ``coded``, ``texts``, ``dims``, ``bits`` and ``cuts`` are those of :meth:`Anchors.cut`;
+    ``choice`` draws the coded texts anew from the source's unlabelled text.
     """
 
     group: str
@@ -46,6 +46,7 @@ class Attempt:
     texts: int | None = None
     dims: int | None = None
     bits: int = 8
+    cuts: bool = True
     choice: str | None = None
 
 
@@ -60,7 +61,9 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     last, bare = Way(reads="last"), Way(scales=(0.0,))
     yield Attempt("head", "head on the last states, no atoms", "zero-atoms", last)
     yield Attempt("head", "head on the upper half of the levels, no atoms", "zero-atoms")
-    yield Attempt("head", "the same without the texts that have logits alone", "zero-atoms", texts=anchors.coded)
+    if anchors.cuts:
+        yield Attempt("head", "the same without fragments", "zero-atoms", cuts=False)
+    yield Attempt("head", "the coded texts alone, no atoms", "zero-atoms", texts=anchors.coded, cuts=False)
     for maps in ("shared", "level"):
         yield Attempt("maps", f"{maps} maps, scale 1", way=Way(maps=maps, scales=(1.0,)))
     for scale in (0.5, 1.0, 2.0, 4.0):
@@ -69,7 +72,7 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     yield Attempt("scale", "anchor, scale chosen without labels")
     counts = [n for n in (64, 128, 256, 512, 1024) if n <= anchors.coded]
     for count in counts:
-        yield Attempt("texts", f"{count} coded texts alone", coded=count, texts=count)
+        yield Attempt("texts", f"{count} coded texts alone", coded=count, texts=count, cuts=False)
     for count in counts[:-1]:
         yield Attempt("texts", f"{count} coded texts, logits of all", coded=count)
     if len(anchors.texts) > anchors.coded + 500:
@@ -96,11 +99,11 @@ def measure(
     rows = []
     try:
         for a in tried:
-            anchors = whole.cut(a.coded, a.texts, a.dims, a.bits)
+            anchors = whole.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
             if a.choice:
                 anchors = chosen(settings, adapter, source, task, a.choice, anchors.coded)
             adapter.anchors = anchors
-            own = observe(target, anchors.probe) if a.choice else seen.cut(anchors.probe)
+            own = observe(target, anchors.probe) if a.choice else seen.cut(whole.probe, anchors.probe)
             made = port(adapter, target, settings.task_name, a.arm, seed=settings.seed, seen=own, way=a.way)
             with at_work(adapter, target, settings.task_name, a.arm, made.frame, made.scale) as attached:
                 classifier = Classifier(target.model, adapter.task(settings.task_name), made.frame, attached)

@@ -33,8 +33,8 @@ A *dictionary file* is such a file without tasks and anchors. A *task pack* (:cl
 its tensors without the prefix `task.<name>.`; ``base`` says which dictionary it belongs to.
 
 Version 1 is the only one so far, and its files go on loading (the tests keep one). Anchors have gained parts that a
-file may lack (words, the head that the codes were made for, logits); a release that does not know them refuses a file
-that has them. A change of what is there raises the version.
+file may lack (words, the head that the codes were made for, logits, fragments); a release that does not know them
+refuses a file that has them. A change of what is there raises the version.
 
 Files may come from strangers: sizes are bounded before anything is read, shapes are checked before anything is built,
 and every fault is one :class:`UHLError`.
@@ -90,7 +90,9 @@ class AnchorEntry(BaseModel):
     labels: int = Field(0, ge=0, le=1 << 16)  # rows of the head that the codes were made for; 0: not stored
     depths: list[Share] = Field([], max_length=64)  # of the stream's codes; none, as in older files: evenly, up to 1
     coded: int | None = Field(None, ge=1)  # texts that have codes, the first ones; None: all
-    units: int = Field(0, ge=0, le=1 << 16)  # that have logits: texts, or their words in a token task; 0: not stored
+    own: int | None = Field(None, ge=1)  # texts of the anchors' own pool, the first ones; None: all
+    cuts: int = Field(0, ge=0, le=16)  # fragments that each of these is cut into beside, all of which have logits
+    units: int = Field(0, ge=0, le=1 << 16)  # that have logits: texts and fragments, or a token task's words; 0: none
     task: str | None = None  # whose head the labels are; None, as in older files: its bias is not stored
     kind: Kind = "sentence"
     length: int = Field(64, ge=8, le=1 << 16)  # tokens that a text is cut at
@@ -101,6 +103,10 @@ class AnchorEntry(BaseModel):
             raise ValueError(f"{self.coded} texts with codes, of {self.count}")
         if self.kind == "token" and not self.words:
             raise ValueError("anchors of a token task without words")
+        if (self.own or 0) > self.count:
+            raise ValueError(f"{self.own} texts of the pool, of {self.count}")
+        if self.kind == "token" and self.cuts:
+            raise ValueError("fragments of a token task, whose words have logits")
         if self.units and not self.labels:
             raise ValueError("logits without a head")
         return self

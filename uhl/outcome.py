@@ -122,7 +122,7 @@ class Outcome:
         """What :meth:`keep` wrote about the same run, for an interrupted cell to go on with; else None."""
         try:
             entry = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
-            if entry["about"] != json.loads(json.dumps(about)):
+            if any(entry["about"].get(name) != value for name, value in json.loads(json.dumps(about)).items()):
                 return None
             curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
             found = cls(settings, task, entry["rows"], curves=curves, commits={entry["commit"]})

@@ -16,9 +16,9 @@ The anchored port runs the target over the anchor texts once. The stream's reade
 min ||H M^T - Z||^2 + ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer
 N solves the reverse. The head's reader is the same regression from what a head reads (sentence means, or words) at
 several levels to the *adapted* source's codes, fitted with the atoms in place; the directions that the task's logits
-need are fitted on more texts than the others. How much of the atoms to use is the scale in :data:`SCALES` at which the
-source's logits are reproduced best; 0 is allowed. How often the target will decide as the source did is predicted from
-the same texts, each left out of its own fit (``agreement`` in the report).
+need are fitted on more texts than the others, and on fragments of texts. How much of the atoms to use is the scale in
+:data:`SCALES` at which the source's logits are reproduced best; 0 is allowed. How often the target will decide as the
+source did is predicted from the same texts, each left out of its own fit (``agreement`` in the report).
 
 A target whose weights are the source's own, by their hash, gets the source's own frame.
 """
@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from peft import PeftModel
 from pydantic import Field
 from sklearn.metrics import cohen_kappa_score
@@ -58,6 +58,9 @@ SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers
 REFRESHED = ("refresh", "refresh-random")
 FEWEST_SHARED = 256  # entries of two vocabularies
 DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebook 06
+OTHERS = (
+    0.3  # weight of a text of another pool, or a fragment, in the head's regression: on dev 0.3 and 1 differ little
+)
 FREE = 0.1  # least share of the rows that a regression leaves as degrees of freedom
 PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squared singular value
 
@@ -78,8 +81,23 @@ class Fit:
     left_out: Float[Tensor, "rows C"]  # all of them, or none
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a regression that are not alike: ``weights``, of which those of 1 judge it, and ``groups`` of rows that
+    are left out together.
+    """
+
+    weights: Float[Tensor, " n"]
+    groups: Int64[Tensor, " n"]
+
+
 def ridge(
-    x: Float[Tensor, "n D"], y: Float[Tensor, "n C"], centre: bool = True, each: bool = True, held: bool = True
+    x: Float[Tensor, "n D"],
+    y: Float[Tensor, "n C"],
+    centre: bool = True,
+    each: bool = True,
+    held: bool = True,
+    rows: Rows | None = None,
 ) -> Fit:
     """Ridge regression in float64; generalised cross-validation chooses each column's penalty (Golub et al. 1979).
 
@@ -87,36 +105,70 @@ def ridge(
     can be predicted (leading directions well, the tail hardly), so one penalty for all would fit neither. Where the
     columns are a host's own coordinates, which may be turned at will, ``each`` is false: one penalty for all, chosen
     for their sum. ``centre`` adds an intercept, ``held`` wants ``left_out``. Penalties that leave fewer than
-    :data:`FREE` of the rows as degrees of freedom are not considered: near interpolation GCV is 0 / 0. Raises
-    :class:`UHLError` for fewer than 16 rows.
+    :data:`FREE` of the rows as degrees of freedom are not considered: near interpolation GCV is 0 / 0. With ``rows``
+    the regression is weighted, and the criterion is the error of each group of rows, predicted from all others, over
+    the rows that count. Raises :class:`UHLError` for fewer than 16 rows.
     """
     if len(x) < 16:
         raise UHLError(f"{len(x)} anchors are too few for a regression; use at least 16")
     x, y = x.double(), y.double()
-    x_mean, y_mean = (t.mean(0) if centre else torch.zeros_like(t[0]) for t in (x, y))
-    left, values, right = _svd(x - x_mean)
-    target = left.T @ (y - y_mean)  # (r, C)
-    total = (y - y_mean).pow(2).sum(0)  # (C,)
-    outside = total - target.pow(2).sum(0)
+    root = torch.ones(len(x), 1, dtype=x.dtype) if rows is None else rows.weights.double().sqrt()[:, None]
+    share = root.pow(2) / root.pow(2).sum()
+    x_mean, y_mean = ((share.T @ t)[0] if centre else torch.zeros_like(t[0]) for t in (x, y))
+    left, values, right = _svd(root * (x - x_mean))
+    target = left.T @ (root * (y - y_mean))  # (r, C)
+    total = (root * (y - y_mean)).pow(2).sum(0)  # (C,)
     power = values.pow(2)
     penalties = torch.tensor(PENALTIES, dtype=x.dtype) * power.sum() / min(x.shape)
     shrink = power / (power + penalties[:, None])  # (penalties, r)
-    residual = outside + (1 - shrink).pow(2) @ target.pow(2)  # (penalties, C)
     free = len(x) - shrink.sum(1) - float(centre)
-    gcv = len(x) * residual / free[:, None].clamp_min(1e-9) ** 2
-    gcv[free < FREE * len(x)] = torch.inf
-    best = (gcv if each else gcv.sum(1, keepdim=True).expand_as(gcv)).argmin(0)  # (C,)
-    gcv = gcv.gather(0, best[None])[0]
+    if rows is None:
+        residual = total - target.pow(2).sum(0) + (1 - shrink).pow(2) @ target.pow(2)  # (penalties, C)
+        error, spread = len(x) * residual / free[:, None].clamp_min(1e-9) ** 2, total / len(x)
+    else:
+        missed = _left_out(left, shrink, target, root * (y - y_mean), root, rows.groups, centre)
+        judges = rows.weights == 1
+        error, spread = missed[:, judges].pow(2).mean(1), y[judges].var(0, correction=0)
+    error[free < FREE * len(x)] = torch.inf
+    best = (error if each else error.sum(1, keepdim=True).expand_as(error)).argmin(0)  # (C,)
+    error = error.gather(0, best[None])[0]
     inverse = values[:, None] / (power[:, None] + penalties[best])  # (r, C)
     matrix = right.T @ (inverse * target)
-    explained = 1 - float(gcv.sum() / (total.sum() / len(x)).clamp_min(1e-12))
-    columns = 1 - gcv / (total / len(x)).clamp_min(1e-12)
+    explained, columns = 1 - float(error.sum() / spread.sum().clamp_min(1e-12)), 1 - error / spread.clamp_min(1e-12)
     left_out = y[:0]
-    if held:
+    if rows is not None:
+        left_out = y - missed.gather(0, best.expand(1, *y.shape))[0]
+    elif held:
         leverage = left.pow(2) @ shrink[best].T + (1 / len(x) if centre else 0.0)  # (n, C), a row's share in its fit
         left_out = y - (y - y_mean - left @ (shrink[best].T * target)) / (1 - leverage).clamp_min(1e-9)
     shift = (y_mean - x_mean @ matrix).float()
     return Fit(matrix.float(), shift, penalties[best].float(), explained, columns, left_out)
+
+
+def _left_out(
+    left: Float[Tensor, "n r"],
+    shrink: Float[Tensor, "penalties r"],
+    target: Float[Tensor, "r C"],
+    y: Float[Tensor, "n C"],
+    root: Float[Tensor, "n 1"],
+    groups: Int64[Tensor, " n"],
+    centre: bool,
+) -> Float[Tensor, "penalties n C"]:
+    """What each row misses when its whole group is left out of the fit: (I - H_g)^-1 r_g, with H_g the group's block of
+    the smoother and r_g its residuals. ``left`` and ``y`` are weighted by ``root``; the result is not.
+    """
+    missed = y - torch.stack([left @ (s[:, None] * target) for s in shrink])
+    by_size: dict[int, list[Tensor]] = {}
+    order = groups.argsort(stable=True)
+    for members in order.split(groups[order].unique_consecutive(return_counts=True)[1].tolist()):
+        by_size.setdefault(len(members), []).append(members)
+    for size, found in by_size.items():
+        members = torch.stack(found)  # (G, size)
+        rows, ones = left[members], torch.eye(size, dtype=left.dtype)
+        mean = root[members] @ root[members].mT / root.pow(2).sum() if centre else 0.0
+        for part, s in zip(missed, shrink, strict=True):
+            part[members] = torch.linalg.solve(ones - (rows * s) @ rows.mT - mean, part[members])
+    return missed / root
 
 
 def _svd(x: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -351,7 +403,7 @@ def _anchored(
     layers = adapter.info.get("layers")
     ratio = layers / target.layers if isinstance(layers, int) and layers > 0 else 1.0
     scales = (0.0,) if arm == "zero-atoms" else tuple(ratio * s for s in way.scales or SCALES)
-    few = wanted if wanted.logits is None else replace(wanted, logits=wanted.logits[:few_units])
+    few = wanted if wanted.logits is None else wanted.first(few_units)
 
     def states(scale: float, probe: Probe) -> Tensor:
         if scale == 0:
@@ -392,6 +444,7 @@ class _Wanted:
     order: Tensor
     reads: Float[Tensor, "labels C"] | None
     logits: Float[Tensor, "U labels"] | None
+    units: Rows  # weights of all units, and their texts
 
     @classmethod
     def of(cls, anchors: Anchors, shuffle: torch.Generator | None) -> _Wanted:
@@ -402,7 +455,15 @@ class _Wanted:
         logits = None if anchors.logits is None else anchors.logits.table()
         if logits is not None and shuffle is not None:
             logits = logits[torch.randperm(len(logits), generator=shuffle)]
-        return cls(codes, torch.tensor(anchors.probe.coded_units()), order, anchors.reads, logits)
+        probe = anchors.probe
+        units = Rows(probe.weights(OTHERS), probe.groups())
+        return cls(codes, torch.tensor(probe.coded_units()), order, anchors.reads, logits, units)
+
+    def first(self, units: int) -> _Wanted:
+        """The first units alone."""
+        assert self.logits is not None
+        kept = Rows(self.units.weights[:units], self.units.groups[:units])
+        return replace(self, logits=self.logits[:units], units=kept)
 
 
 def _expand(order: Tensor, per_text: int) -> Tensor:
@@ -443,7 +504,7 @@ def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) 
     if wanted.logits is not None:
         known = wanted.logits.double()
         targets = (known - known.mean(1, keepdim=True)) @ left[:, :read] / strength[:read]
-        first = ridge(x, targets)
+        first = ridge(x, targets, rows=wanted.units)
         matrix[:, :read], shift[:read] = first.matrix.double(), first.shift.double()
     share = targets.var(0) * strength[:read].pow(2)
     explained = float((first.columns[:read] * share).sum() / share.sum().clamp_min(1e-12))

@@ -55,7 +55,8 @@ def refresh(
     anchors, part = adapter.anchors, adapter.task(task)
     if anchors is None or not anchors.judges(task):
         raise UHLError(f"the anchors do not hold the source's decisions for task {task!r}; pre-train the adapter again")
-    taught = anchors.decided().softmax(-1).split(anchors.probe.units())
+    probe = replace(anchors.probe, cuts=0)
+    taught = anchors.decided()[anchors.probe.rows(probe)].softmax(-1).split(probe.units())
     texts = list(range(len(anchors.texts)))
     random.Random(seed).shuffle(texts)
     held = max(1, round(HELD_OUT * len(texts)))
@@ -65,7 +66,7 @@ def refresh(
         for parameter in trains:
             parameter.requires_grad_(parameter is part.bias)
         with attach(target.model, adapter, task, frame, scale):
-            student = _Student(target, part, frame.to(part.bias.device), anchors.probe, taught)
+            student = _Student(target, part, frame.to(part.bias.device), probe, taught)
             with torch.no_grad():
                 part.bias.zero_()
             optimiser = torch.optim.AdamW([part.bias], lr=RATE, weight_decay=0.0)

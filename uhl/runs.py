@@ -68,6 +68,7 @@ class Settings(_Strict):
     more_anchors: int = Field(0, ge=0, description="at most so many further texts, which have the logits alone")
     generic_anchors: int = Field(0, ge=0, description="sentences of no task beside these, which have the logits alone")
     anchor_words: int = Field(1, ge=0, le=16, description="words of each anchor text that have codes of the stream")
+    anchor_cuts: int = Field(3, ge=0, le=16, description="fragments of each text but the generic, with logits alone")
     anchor_dims: int | None = Field(None, ge=1, description="coordinates of these codes; None: all")
     anchor_text: str = Field("in-domain", description="in-domain (the task's unlabelled split), train, or generic")
     epochs: float = Field(2.0, gt=0)

@@ -32,6 +32,7 @@ from uhl.train import Classifier, TrainLog, Watch, train
 
 NOT_OF_BASELINES = {
     *("target", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts"),
+    *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims"),
     *("tune_steps", "tune_batch", "tune_rate", "tune_head_rate"),
 }  # settings that no baseline depends on, beside the other methods' rates
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p")
@@ -60,8 +61,8 @@ def anchor_pool(settings: Settings, task: Task) -> list[str]:
     return sorted(set(map(_one_line, pool)))
 
 
-def anchor_texts(settings: Settings, task: Task) -> list[str]:
-    """Texts of :func:`probe`, those with codes first; seeded.
+def anchor_texts(settings: Settings, task: Task) -> tuple[list[str], int]:
+    """Texts of :func:`probe`, those with codes first, and how many of them are of the pool; seeded.
 
     Those with codes and the ``more_anchors``, as many as there are, are of :func:`anchor_pool`; ``generic_anchors`` are
     sentences of no task.
@@ -72,11 +73,12 @@ def anchor_texts(settings: Settings, task: Task) -> list[str]:
     draw = random.Random(settings.seed)
     coded = draw.sample(pool, settings.anchors)
     left = sorted(set(pool) - set(coded))
-    more = draw.sample(left, min(settings.more_anchors, len(left)))
+    own = coded + draw.sample(left, min(settings.more_anchors, len(left)))
+    generic: list[str] = []
     if settings.generic_anchors:
         others = sorted(set(map(_one_line, tasks.generic_text())) - set(pool))
-        more += draw.sample(others, min(settings.generic_anchors, len(others)))
-    return coded + more
+        generic = draw.sample(others, min(settings.generic_anchors, len(others)))
+    return own + generic, len(own)
 
 
 def _one_line(text: str) -> str:
@@ -88,8 +90,10 @@ def probe(settings: Settings, task: Task) -> Probe:
     """What source and targets are observed on."""
     if task.kind == "token" and not settings.anchor_words:
         raise UHLError("a token task's anchors are words; set anchor_words to 1 or more")
-    texts = anchor_texts(settings, task)
-    return Probe(texts, task.kind, settings.anchor_words, settings.anchors, settings.max_length)
+    texts, own = anchor_texts(settings, task)
+    cuts = 0 if task.kind == "token" else settings.anchor_cuts  # a token task's words have logits
+    size = settings.anchors, settings.max_length
+    return Probe(texts, task.kind, settings.anchor_words, *size, own=own, cuts=cuts)
 
 
 def freeze(encoder: Encoder) -> Encoder:
@@ -137,6 +141,8 @@ def make_anchors(
         kind=probe.kind,
         length=probe.length,
         task=task if part.labels else None,
+        own=probe.own,
+        cuts=probe.cuts,
     )
 
 

@@ -126,6 +126,8 @@ def _anchor_entry(anchors: Anchors) -> AnchorEntry:
         kind=anchors.kind,
         length=anchors.length,
         task=anchors.task,
+        own=anchors.own,
+        cuts=anchors.cuts,
     )
 
 
@@ -310,6 +312,8 @@ def _read_anchors(entry: AnchorEntry, tensors: dict[str, Tensor]) -> Anchors:
         entry.kind,
         entry.length,
         entry.task,
+        entry.own,
+        entry.cuts,
     )
     units = sum(made.probe.units())
     if entry.units and units != entry.units:
@@ -347,7 +351,8 @@ def describe(path: str | Path) -> str:
     if header.anchors:
         a = header.anchors
         codes = f"{a.coded or a.count} with codes" + (f" and those of {a.words} words of each" if a.words else "")
-        lines.append(f"anchors    {a.count} texts, {codes} ({a.origin})")
+        cut = f", {a.cuts} fragments of each of the first {a.own or a.count}" if a.cuts else ""
+        lines.append(f"anchors    {a.count} texts, {codes}{cut} ({a.origin})")
     sizes = budget.file_bytes(path)
     lines += [f"bytes      {part:10s} {count:9,}" for part, count in sizes.items() if count]
     return "\n".join(lines)
