@@ -24,7 +24,7 @@ from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.porting import Way, at_work, port, source_basis
 from uhl.runs import Settings
-from uhl.stages import anchor_pool, make_anchors
+from uhl.stages import agreement, anchor_pool, make_anchors
 from uhl.tasks import Task
 from uhl.train import Classifier, predict
 
@@ -90,7 +90,8 @@ def measure(
     settings: Settings, adapter: UHLAdapter, source: Encoder, target: Encoder, task: Task, tried: Sequence[Attempt]
 ) -> pd.DataFrame:
     """Port ``adapter`` by each attempt and score it on dev: columns group, attempt, bytes of the file's anchors, texts,
-    scale, explained (of the source's logits), agreement, dev.
+    scale, explained (of the source's logits), agreement (with its decisions) as the port predicts them, same (the
+    agreement on dev, in percent: less noisy than a score), dev.
     """
     whole = adapter.anchors
     if whole is None:
@@ -109,12 +110,13 @@ def measure(
                 classifier = Classifier(target.model, adapter.task(settings.task_name), made.frame, attached)
                 found = predict(classifier, target, task, "dev", max_length=settings.max_length)
             size = budget.anchor_bytes(anchors, a.bits)
-            known = (made.scale, made.report.get("final_fit"), made.report.get("agreement"), found.score)
-            rows.append((a.group, a.name, size, len(anchors.texts), *known))
+            known = (made.scale, made.report.get("final_fit"), made.report.get("agreement"))
+            same = 100 * agreement(settings, found, "dev")
+            rows.append((a.group, a.name, size, len(anchors.texts), *known, same, found.score))
             adapter.anchors = whole
     finally:
         adapter.anchors = whole
-    columns = ["group", "attempt", "bytes", "texts", "scale", "explained", "agreement", "dev"]
+    columns = ["group", "attempt", "bytes", "texts", "scale", "explained", "agreement", "same", "dev"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -28,7 +28,7 @@ from uhl.porting import REFRESHED, Port, Way, at_work, basis_of, port, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
-from uhl.train import Classifier, TrainLog, Watch, train
+from uhl.train import Classifier, Prediction, TrainLog, Watch, train
 
 NOT_OF_BASELINES = {
     *("target", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts"),
@@ -217,13 +217,14 @@ def zero_shot(settings: Settings) -> Outcome:
     return outcome
 
 
-def agreement(settings: Settings, outcome: Outcome, arm: str, split: str = "test") -> float:
-    """Share of a split's decisions that a ported arm shares with the source's own adapter, from its predictions."""
+def agreement(settings: Settings, found: Prediction, split: str = "test") -> float:
+    """Share of a split's decisions that a prediction shares with the source's own adapter, as that cell stored them."""
     path = runs.cell_dir(settings, "pretrain-canonical") / "predictions.npz"
+    if not path.is_file():
+        raise UHLError(f"{path} is missing; run notebook 02 for the same profile, task and seed")
     with np.load(path) as stored:
         said = stored[f"uhl-canonical/{split}/labels"]
-    found = np.concatenate([np.atleast_1d(x) for x in outcome.predictions[f"{arm}/{split}"].labels])
-    return float((found == said).mean())
+    return float((np.concatenate([np.atleast_1d(x) for x in found.labels]) == said).mean())
 
 
 def adapter_for(settings: Settings, arm: str) -> tuple[UHLAdapter, Path]:
