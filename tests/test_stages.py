@@ -1,6 +1,9 @@
 """The stages on tiny hosts, for the three kinds of task: the results contract, archives, searches, files."""
 
 import json
+import multiprocessing
+import os
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -253,6 +256,39 @@ def test_poor_trials_are_pruned_and_diverged_ones_fail(tiny_world, monkeypatch):
     assert not (runs.root() / "t-search" / "full-full_rate-0.1" / "mood-s0").exists()
     assert search.table([study])["score"].tolist()[:5] == [1, 2, 3, 4, 0.5]
     assert search.best([study]) == {"full_rate": 0.8}
+
+
+def test_two_workers_share_a_grid(tiny_world, task, monkeypatch):
+    """Each process takes what the other has not; together they try every value once."""
+    space, fork = {"full_rate": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]}, multiprocessing.get_context("fork")
+    begun = fork.Barrier(2)
+
+    def baseline(settings, host, method, begin, watch):
+        (runs.root() / "by").mkdir(exist_ok=True)
+        name = f"{os.getpid()}-{settings.full_rate}-{time.monotonic_ns()}"
+        (runs.root() / "by" / name).touch()
+        time.sleep(0.3)
+        row = dict.fromkeys(runs.COLUMNS, 0) | {"score": settings.full_rate, "metric": "accuracy", "arm": method}
+        return Outcome(settings, task, rows=[row])
+
+    def work():
+        begun.wait()
+        search.search(tiny_world, "full", space)
+
+    monkeypatch.setattr(stages, "baseline", baseline)
+    monkeypatch.setattr(stages, "baseline_start", lambda *_: None)
+    workers = [fork.Process(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    ran = [path.name.split("-")[:2] for path in (runs.root() / "by").iterdir()]
+    assert sorted(float(rate) for _, rate in ran) == space["full_rate"]
+    assert len({process for process, _ in ran}) == 2
+    study = search.study(tiny_world, "full", space)
+    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 6
+    assert search.best([study]) == {"full_rate": 0.6}
 
 
 def test_watching_a_run_does_not_change_it(tiny_world):

@@ -179,17 +179,18 @@ def study(settings: Settings, method: str, space: Space, url: str | None = None)
     kept = _without(settings.model_dump(mode="json"), UNUSED | set(space) | {"profile"})
     tried = {name: t.model_dump() if isinstance(t, Range) else list(t) for name, t in sorted(space.items())}
     mark = hashlib.sha256(json.dumps([kept, tried], sort_keys=True).encode()).hexdigest()[:8]
-    made = optuna.create_study(
-        study_name=f"{settings.profile}, {method}, {settings.task_name}, seed {settings.seed}, {mark}",
-        storage=storage(settings, url),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
-        direction="maximize",
-        load_if_exists=True,
-    )
-    made.set_user_attr("method", method)
-    made.set_user_attr("settings", settings.model_dump(mode="json"))
-    for values in grid(space) or ():
-        made.enqueue_trial(values, skip_if_exists=True)
+    with runs.locked(runs.root() / f"{settings.profile}-search" / ".study.lock"):  # another worker may begin as well
+        made = optuna.create_study(
+            study_name=f"{settings.profile}, {method}, {settings.task_name}, seed {settings.seed}, {mark}",
+            storage=storage(settings, url),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=4),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        made.set_user_attr("method", method)
+        made.set_user_attr("settings", settings.model_dump(mode="json"))
+        for values in grid(space) or ():
+            made.enqueue_trial(values, skip_if_exists=True)
     seed = None if url or made.get_trials(deepcopy=False) else settings.seed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -245,16 +246,16 @@ def search(
         return float(row["score"])  # type: ignore[arg-type]
 
     def left() -> bool:
-        queued = any(t.state == TrialState.WAITING for t in made.get_trials(deepcopy=False))
-        return _finished(made) < wanted and (queued or whole is None)
+        trials = made.get_trials(deepcopy=False)
+        finished = [str(t.params) for t in trials if _is_finished(t)]
+        if whole is None:
+            return len(finished) < wanted
+        queued = any(t.state == TrialState.WAITING for t in trials)
+        return queued and len(set(finished)) < wanted  # workers of several machines may queue a grid twice
 
     while left():
         made.optimize(objective, 1, catch=(DivergenceError,), callbacks=[lambda study, trial: tell(_row(study, trial))])
     return made
-
-
-def _finished(study: optuna.Study) -> int:
-    return sum(map(_is_finished, study.get_trials(deepcopy=False)))
 
 
 def _is_finished(trial: FrozenTrial) -> bool:
