@@ -127,6 +127,28 @@ rule baselines:
         papermill("05_baselines")
 
 
+rule attempts:
+    input:
+        f"{CELL}/pretrain-canonical/manifest.json",
+        SETTINGS,
+        own_task,
+        TARGET,
+    output:
+        f"{CELL}/attempts-{{target}}/attempts.csv",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-attempts-{{target}}.log",
+    params:
+        own=lambda w: f"{task(w)} -p seed {w.seed}",
+    shell:
+        papermill("07_what_moves", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+
+
+# Not of the batch: ways to port, compared on dev with the first seed (`make attempts`).
+rule all_attempts:
+    input:
+        expand(f"{CELL}/attempts-{{target}}/attempts.csv", task=GRID.tasks, seed=GRID.seeds[0], target=GRID.targets),
+
+
 rule analysis:
     input:
         [f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()],

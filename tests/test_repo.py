@@ -130,6 +130,7 @@ def test_snakemake_plans_the_whole_grid(tmp_path, where):
     assert counts["pretrain"] == "12"
     assert counts["port"] == counts["tune"] == "12"
     assert counts["baselines"] == "18"
+    assert "attempts" not in counts  # by `make attempts` alone
     assert ("cpus_per_task=2" in done.stdout + done.stderr) == ("profiles/slurm" in where)
 
 

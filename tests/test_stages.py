@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import sentences
 
-from uhl import attempts, budget, runs, search, stages, store
+from uhl import attempts, budget, report, runs, search, stages, store, viz
 from uhl.adapter import UHLAdapter
 from uhl.config import ARMS, METHODS
 from uhl.errors import DivergenceError, UHLError
@@ -108,7 +108,7 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert (test["n"] == 16).all()
     assert set(test["metric"]) == {"f1" if kind == "token" else "accuracy"}
     assert set(test["task"]) == {"mood"}
-    from uhl import claims, report
+    from uhl import claims
 
     table = report.summary("t")  # raises when a score differs from the stored predictions
     assert len(table) == len(test)
@@ -143,8 +143,6 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
 
 
 def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
-    from uhl import report
-
     _, outcome = stages.pretrain(tiny_world, "canonical")
     outcome.finish("pretrain-canonical")
     before = report.summary("t")
@@ -414,8 +412,6 @@ def test_what_is_trained_is_what_is_shipped(tiny_world, own_files, kind, tmp_pat
 def test_an_exported_cell_is_a_peft_folder_with_its_scores(tiny_world, tmp_path):
     from peft import PeftModel
 
-    from uhl import report
-
     stages.pretrain(tiny_world, "canonical")[1].finish("pretrain-canonical")
     stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor", "zero-atoms")})).finish("port-small")
     runs.update_results("t")
@@ -455,8 +451,6 @@ def test_too_many_anchors(tiny_world, task):
 def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
     import json
 
-    from uhl import report
-
     _, outcome = stages.pretrain(tiny_world, "canonical")
     outcome.finish("pretrain-canonical")
     path = runs.cell_dir(tiny_world, "pretrain-canonical") / "manifest.json"
@@ -490,6 +484,25 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     assert sizes["8-bit codes"] == budget.adapter_parts(adapter)["anchors"]
     with pytest.raises(UHLError, match="group of attempts"):
         attempts.attempts(whole, ["magic"])
+    with pytest.raises(UHLError, match="profile t has no attempts"):
+        report.attempts("t")
+    for host in ("small", "big"):
+        folder = runs.cell_dir(settings, f"attempts-{host}")
+        folder.mkdir(parents=True)
+        table.to_csv(folder / "attempts.csv", index=False)
+    found = report.attempts("t")
+    assert found.groupby(["task", "target", "seed"]).size().to_dict() == {
+        ("mood", "big", 0): len(table),
+        ("mood", "small", 0): len(table),
+    }
+    with pytest.raises(UHLError, match="`scale` among them"):
+        viz.attempt_changes(found)
+    usual = attempts.attempts(whole, ["scale"])[-1]
+    found.loc[found["attempt"] == "8-bit codes", ["group", "attempt"]] = usual.group, usual.name
+    fig = viz.attempt_changes(found)
+    rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
+    assert "scale: anchor, scale chosen without labels" in rows
+    assert len(rows) == len(table)
 
 
 @pytest.mark.parametrize("choice", attempts.CHOICES)

@@ -1,5 +1,5 @@
-"""Command line: ``uhl fetch | port | table | pack | restore | inspect | verify | split | join | export | bench |
-search``.
+"""Command line: ``uhl fetch | port | table | attempts | pack | restore | inspect | verify | split | join | export |
+bench | search``.
 
 Errors of the package print one line, without a traceback.
 """
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from uhl import report, runs, store
+from uhl import report, runs, store, viz
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import Header, read_either
@@ -64,6 +64,13 @@ def table(options: argparse.Namespace) -> None:
     print(f"notebooks  {folder}/*/*/notebook.ipynb")
     if options.readme:
         report.update_readme(options.profile, HERE / "README.md", HERE / "figures", options.partial)
+
+
+def attempts(options: argparse.Namespace) -> None:
+    """Gather what notebook 07 measured on a profile's targets into figures/attempts.csv, and draw it."""
+    found = report.attempts(options.profile)
+    path = viz.save_fig(viz.attempt_changes(found), HERE / "figures" / "attempts", found)
+    print(f"{path.relative_to(HERE)}: {len(found)} attempts on {found.groupby(['task', 'target']).ngroups} cells")
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -169,6 +176,9 @@ def main() -> None:
     two.add_argument("--readme", action="store_true", help="write the README's table and figures/")
     two.add_argument("--partial", action="store_true", help="also where cells are missing; the caption says so")
     two.set_defaults(run=table)
+    command = commands.add_parser("attempts", help=attempts.__doc__)
+    command.add_argument("--profile", default="offline")
+    command.set_defaults(run=attempts)
     for name, does in (("pack", pack), ("restore", restore)):
         command = commands.add_parser(name, help=does.__doc__)
         command.add_argument("--profile", default="offline-full")

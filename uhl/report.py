@@ -231,6 +231,19 @@ def curves(profile: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "seed", "step", "loss"])
 
 
+def attempts(profile: str) -> pd.DataFrame:
+    """What notebook 07 measured on dev, of all tasks, targets and seeds of a profile; see :func:`attempts.measure`."""
+    frames = []
+    for path in sorted((runs.root() / profile).glob("*-s*/attempts-*/attempts.csv")):
+        task, _, seed = path.parent.parent.name.rpartition("-s")
+        target = path.parent.name.removeprefix("attempts-")
+        frames.append(pd.read_csv(path).assign(task=task, target=target, seed=int(seed)))
+    if not frames:
+        raise UHLError(f"profile {profile} has no attempts; measure them first: make attempts PROFILE={profile}")
+    found = pd.concat(frames, ignore_index=True)
+    return found[["task", "target", "seed", *(c for c in found.columns if c not in ("task", "target", "seed"))]]
+
+
 def findings(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
     """One sentence a comparison, over all tasks and targets, with the counts of each verdict and the range."""
     lines = []

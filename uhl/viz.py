@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from uhl.config import ARMS, METHODS, WEIGHT_TYPES
+from uhl.errors import UHLError
 from uhl.files import write_atomic
 from uhl.mixer import type_features
 
@@ -199,6 +200,28 @@ def panels(table: pd.DataFrame, phases: Sequence[str]) -> Figure:
                 axes[i, j].set_axis_off()
             else:
                 arm_scores(cell, f"{task} on {target}", axes[i, j])
+    fig.tight_layout()
+    return fig
+
+
+def attempt_changes(table: pd.DataFrame) -> Figure:
+    """Attempts of notebook 07 (rows) on several tasks and targets (columns): agreement with the source's decisions on
+    dev, in points more or less than the port as it is has, whose own stands below each column.
+    """
+    places = ["task", "target"]
+    usual = table[table["attempt"] == "anchor, scale chosen without labels"].groupby(places)["same"].mean()
+    if usual.empty:
+        raise UHLError("the port as it is was not measured; set `attempts` to groups with `scale` among them")
+    shown = table.assign(attempt=table["group"] + ": " + table["attempt"])
+    wide = shown.pivot_table(index="attempt", columns=places, values="same", sort=False)
+    usual = usual.reindex(wide.columns)
+    fig, ax = plt.subplots(figsize=(1.3 * wide.shape[1] + 4.2, 0.27 * len(wide) + 1.2))
+    sns.heatmap(wide - usual, annot=True, fmt="+.1f", cmap="vlag_r", center=0, vmin=-8, vmax=8, cbar=False, ax=ax)
+    labels = ["\n".join([*map(str, place), f"{own:.1f} %"]) for place, own in usual.items()]  # type: ignore[call-overload]
+    ax.set_xticklabels(labels, rotation=0, fontsize=8)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.grid(False)
+    ax.set(xlabel="", ylabel="", title="Decisions shared with the source on dev: points beside the port as it is")
     fig.tight_layout()
     return fig
 
