@@ -22,7 +22,7 @@ from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
-from uhl.porting import PENALTIES, Port, Rows, Way, basis_of, port, predict_texts, ridge, why_not
+from uhl.porting import PENALTIES, Port, Rows, Way, basis_of, port, predict_texts, ridge, upper_levels, why_not
 from uhl.stages import make_anchors
 
 TAGS = ("O", "B-JOY", "I-JOY")
@@ -132,6 +132,14 @@ def test_weighted_ridge_leaves_a_groups_rows_out_together(columns):
         model = Ridge(alpha=best).fit(x, y[:, c], weights)
         np.testing.assert_allclose(fit.matrix[:, c].numpy(), model.coef_, atol=1e-5)
         np.testing.assert_allclose(fit.shift[c].numpy(), model.intercept_, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("last", "levels"),
+    [(1, (1,)), (2, (1, 2)), (3, (2, 3)), (4, (2, 3, 4)), (6, (3, 4, 6)), (12, (6, 9, 12)), (24, (12, 18, 24))],
+)
+def test_a_head_reads_at_most_three_levels_of_the_upper_half(last, levels):
+    assert upper_levels(last) == levels
 
 
 def test_fragments_are_the_texts_words_in_order():
