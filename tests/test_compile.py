@@ -82,7 +82,7 @@ KINDS = [
     ({"router": "static", "layers": 1}, "eager"),
     ({"routing": "weight", "layers": 1}, "eager"),
     ({"routing": "model"}, "eager"),
-    ({"projector": "canonical"}, "aot_eager"),  # differentiated by the compiler too
+    ({"projector": "canonical", "layers": 1}, "aot_eager"),  # differentiated by the compiler too
 ]
 
 
