@@ -285,7 +285,7 @@ def test_two_workers_share_a_grid(tiny_world, task, monkeypatch):
     assert sorted(float(rate) for _, rate in ran) == space["full_rate"]
     assert len({process for process, _ in ran}) == 2
     study = search.study(tiny_world, "full", space)
-    assert [t.state.name for t in study.trials] == ["COMPLETE"] * 6
+    assert [t.state.name for t in study.trials if t.params] == ["COMPLETE"] * 6
     assert search.best([study]) == {"full_rate": 0.6}
 
 
@@ -319,9 +319,16 @@ def test_finished_baselines_are_read_back(tiny_world, monkeypatch):
     del ran[:]
     stages.baselines(more.model_copy(update={"bitfit_rate": 0.5}), "target")
     assert ran == ["bitfit"]
-    (runs.cell_dir(settings, "baselines-small") / "head" / "predictions.npz").write_bytes(b"PK cut")
-    stages.baselines(more, "target")
-    assert ran == ["bitfit", "head", "bitfit"]
+    del ran[:]
+    for cut in (b"PK cut", b""):
+        (runs.cell_dir(settings, "baselines-small") / "head" / "predictions.npz").write_bytes(cut)
+        stages.baselines(settings.model_copy(update={"baselines": ("head",)}), "target")
+    assert ran == ["head", "head"]
+    data = stages.load_data(settings)
+    other = replace(data, labels=("bad", "good"))
+    monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
+    stages.baselines(settings.model_copy(update={"baselines": ("head",)}), "target")
+    assert ran == ["head"] * 3
 
 
 def test_a_database_that_cannot_be_used(tiny_world):

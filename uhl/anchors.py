@@ -4,7 +4,7 @@ What is stored: the texts (zlib); for the first of them, codes of the *adapted* 
 codes of the bare source's residual stream at a few relative depths, (depths, M, R); for all of them, the logits that
 the source's head gives. All are 8-bit, centred and scaled per column. A code takes 256 bytes and a logit one, so many
 more texts can be afforded for the few directions that a task reads than for the whole space. Fragments cost nothing but
-that: each of the texts of the anchors' own pool is also cut into a few, which have logits as texts of their own.
+that: each text of the anchors' own pool that is long enough is also cut into a few, which have logits like any text.
 
 The head reads a sentence (the mean over its tokens), or in a token task a word (its first piece). The stream's are word
 codes: for a few words of each text, chosen by position alone, the mean over the word's pieces. Words are found by

@@ -60,10 +60,10 @@ def attempts(anchors: Anchors, groups: Sequence[str] = GROUPS) -> list[Attempt]:
 def _all(anchors: Anchors) -> Iterator[Attempt]:
     last, bare = Way(reads="last"), Way(scales=(0.0,))
     yield Attempt("head", "head on the last states, no atoms", "zero-atoms", last)
-    yield Attempt("head", "head on the upper half of the levels, no atoms", "zero-atoms")
+    yield Attempt("head", "head on three levels at most, no atoms", "zero-atoms")
     if anchors.cuts:
-        yield Attempt("head", "the same without fragments", "zero-atoms", cuts=False)
-    yield Attempt("head", "the coded texts alone, no atoms", "zero-atoms", texts=anchors.coded, cuts=False)
+        yield Attempt("head", "head on three levels, without fragments", "zero-atoms", cuts=False)
+    yield Attempt("head", "head on three levels, the coded texts alone", "zero-atoms", texts=anchors.coded, cuts=False)
     for maps in ("shared", "level"):
         yield Attempt("maps", f"{maps} maps, scale 1", way=Way(maps=maps, scales=(1.0,)))
     for scale in (0.5, 1.0, 2.0, 4.0):

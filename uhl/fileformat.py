@@ -63,6 +63,7 @@ from uhl.quant import QMAX, SMALLEST_SCALE, unpack4
 
 FORMAT, PACK, VERSION, KEY = "uhl-adapter", "uhl-task", "1", "uhl"
 MAX_HEADER = 1 << 20  # bytes
+MAX_TEXTS, MAX_UNITS = 1 << 14, 1 << 16  # anchor texts; these, their fragments and words with logits
 MAX_TEXT, MAX_LINE = 8 << 20, 64 << 10  # bytes of all anchor texts unpacked, characters of one
 BYTES = {"I8": 1, "U8": 1, "F16": 2}
 KIND = {torch.int8: "I8", torch.uint8: "U8", torch.float16: "F16"}
@@ -83,7 +84,7 @@ class AnchorEntry(BaseModel):
     """What the header says of the anchors."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    count: int = Field(ge=1, le=1 << 14)
+    count: int = Field(ge=1, le=MAX_TEXTS)
     origin: str
     words: int = Field(0, ge=0, le=64)  # a text, that the stream's codes belong to; 0: to whole texts
     dims: int | None = Field(None, ge=1)  # of the stream's codes; None: all C
@@ -92,7 +93,7 @@ class AnchorEntry(BaseModel):
     coded: int | None = Field(None, ge=1)  # texts that have codes, the first ones; None: all
     own: int | None = Field(None, ge=1)  # texts of the anchors' own pool, the first ones; None: all
     cuts: int = Field(0, ge=0, le=16)  # fragments that each of these is cut into beside, all of which have logits
-    units: int = Field(0, ge=0, le=1 << 16)  # that have logits: texts and fragments, or a token task's words; 0: none
+    units: int = Field(0, ge=0, le=MAX_UNITS)  # that have logits: texts and fragments, or a token task's words; 0: none
     task: str | None = None  # whose head the labels are; None, as in older files: its bias is not stored
     kind: Kind = "sentence"
     length: int = Field(64, ge=8, le=1 << 16)  # tokens that a text is cut at
@@ -103,8 +104,8 @@ class AnchorEntry(BaseModel):
             raise ValueError(f"{self.coded} texts with codes, of {self.count}")
         if self.kind == "token" and not self.words:
             raise ValueError("anchors of a token task without words")
-        if (self.own or 0) > self.count:
-            raise ValueError(f"{self.own} texts of the pool, of {self.count}")
+        if self.own is not None and not (self.coded or self.count) <= self.own <= self.count:
+            raise ValueError(f"{self.own} texts of the pool, of {self.count}; those with codes are of it")
         if self.kind == "token" and self.cuts:
             raise ValueError("fragments of a token task, whose words have logits")
         if self.units and not self.labels:

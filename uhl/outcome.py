@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,8 @@ class Outcome:
     predictions: dict[str, Prediction] = field(default_factory=dict)
     paths: list[Path] = field(default_factory=list)
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # training loss by step, of each arm
-    commits: set[str] = field(default_factory=set)  # of rows that an earlier process measured
+    commits: set[str] = field(default_factory=set)  # of rows that an earlier process measured, and where it ran
+    hardware: set[str] = field(default_factory=set)
     details: dict[str, Any] = field(default_factory=dict)
 
     def score(self, classifier: Classifier, encoder: Encoder, **known: object) -> None:
@@ -109,12 +111,16 @@ class Outcome:
         used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
         extra |= {"labels": list(self.task.labels), "models": {name: models.revision(name) for name in used}}
         extra |= {"curves": self.curves, "commit": ", ".join(sorted({*self.commits, runs.commit()}))}
+        extra["hardware"] = " and ".join(sorted(self.hardware or {runs.hardware()}))
         return runs.write_manifest(self.settings, stage, self.rows, written + self.paths, **extra)
 
     def keep(self, folder: Path, about: Mapping[str, object]) -> None:
         """Write rows, predictions and curves into a folder of their own, for :meth:`kept`; ``about`` says what ran."""
+        (folder / "outcome.json").unlink(missing_ok=True)  # it says that the predictions are those of its run
         self._save_predictions(folder / "predictions.npz")
-        entry = {"about": about, "commit": runs.commit(), "rows": self.rows, "curves": self.curves}
+        self.hardware = {runs.hardware()}
+        where = {"commit": runs.commit(), "hardware": runs.hardware()}
+        entry = {"about": about, **where, "rows": self.rows, "curves": self.curves}
         write_text(folder / "outcome.json", json.dumps(entry, indent=1))
 
     @classmethod
@@ -126,12 +132,13 @@ class Outcome:
                 return None
             curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
             found = cls(settings, task, entry["rows"], curves=curves, commits={entry["commit"]})
+            found.hardware = {entry["hardware"]}
             with np.load(folder / "predictions.npz") as arrays:
                 for row in found.rows:
                     name = f"{row['arm']}/{row['split']}"
                     found.predictions[name] = _stored(arrays, name, row, task.kind == "token")
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):  # none, or not whole
-            return None
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
+            return None  # there is none, or it is not whole
         return found
 
     def _save_predictions(self, path: Path) -> Path:
@@ -167,11 +174,12 @@ def merge(outcomes: Iterable[Outcome]) -> Outcome:
     """Several outcomes of one cell as one."""
     first, *rest = outcomes
     merged = Outcome(first.settings, first.task, list(first.rows), dict(first.predictions), list(first.paths))
-    merged.curves, merged.commits = dict(first.curves), set(first.commits)
+    merged.curves, merged.commits, merged.hardware = dict(first.curves), set(first.commits), set(first.hardware)
     for outcome in rest:
         merged.rows += outcome.rows
         merged.predictions |= outcome.predictions
         merged.paths += outcome.paths
         merged.curves |= outcome.curves
         merged.commits |= outcome.commits
+        merged.hardware |= outcome.hardware
     return merged

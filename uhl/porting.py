@@ -55,7 +55,9 @@ from uhl.refresh import refresh
 logger = logging.getLogger("uhl")
 
 SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
+RULES = 2  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
 REFRESHED = ("refresh", "refresh-random")
+FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
 DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebook 06
 OTHERS = (
@@ -71,7 +73,7 @@ class Fit:
     """A ridge regression Y = X B + c, a penalty for each column of Y, and what it explains of Y's variance.
 
     ``explained`` is 1 - (sum over columns of GCV) / (sum of variances): an estimate for unseen rows; ``columns`` the
-    same for each column. ``left_out`` predicts each row from all others.
+    same for each column. ``left_out`` predicts each row from all others, or from all other groups.
     """
 
     matrix: Float[Tensor, "D C"]
@@ -110,8 +112,9 @@ def ridge(
     the regression is weighted, and the criterion is the error of each group of rows, predicted from all others, over
     the rows that count. Raises :class:`UHLError` for fewer than 16 rows.
     """
-    if len(x) < 16:
-        raise UHLError(f"{len(x)} anchors are too few for a regression; use at least 16")
+    counts = [len(x)] if rows is None else [len(rows.groups.unique()), int((rows.weights == 1).sum())]
+    if min(counts) < 16:
+        raise UHLError(f"{min(counts)} anchors are too few for a regression; use at least 16")
     x, y = x.double(), y.double()
     root = torch.ones(len(x), 1, dtype=x.dtype) if rows is None else rows.weights.double().sqrt()[:, None]
     share = root.pow(2) / root.pow(2).sum()
@@ -218,7 +221,7 @@ def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | No
             return f"arm embedding needs a shared vocabulary; {source.name} and {target.name} have almost none"
         if any(_embeddings(e).shape[1] != e.width for e in (source, target)):
             return "arm embedding needs token embeddings of the stream's width"
-    if arm not in {"dimension", "lineage", "embedding"} and adapter.anchors is None:
+    if arm not in FIXED and adapter.anchors is None:
         return f"arm {arm} needs anchors, and the adapter's file has none"
     if arm in REFRESHED and (adapter.anchors is None or adapter.anchors.bias is None):
         return f"arm {arm} needs anchors that hold the source's decisions; pre-train the adapter again"
@@ -257,6 +260,11 @@ def port(
     if reason:
         raise UHLError(reason)
     begun, task, way = time.time(), task or _only_task(adapter), way or Way()
+    if adapter.info.get("tuned_on") and adapter.info.get("port_rules") != RULES and arm not in FIXED:
+        logger.warning(
+            "tuned on %s behind another release's port, which may differ from this one; its scores may not repeat",
+            adapter.info["tuned_on"],
+        )
     slots = find_slots(target.model, adapter.config.types)
     if arm == "dimension":
         with torch.no_grad():
@@ -477,7 +485,7 @@ def _expand(order: Tensor, per_text: int) -> Tensor:
 @dataclass(frozen=True)
 class _HeadFit:
     """The head's reader. ``explained``: of the variance of the source's logits (without a head: of all codes);
-    ``logits``: centred, each unit's predicted from all others, before the head's bias.
+    ``logits``: centred, each unit's predicted from all other texts, before the head's bias.
     """
 
     matrix: Float[Tensor, "D_levels C"]
@@ -509,7 +517,8 @@ def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) 
         targets = (known - known.mean(1, keepdim=True)) @ left[:, :read] / strength[:read]
         first = ridge(x, targets, rows=wanted.units)
         matrix[:, :read], shift[:read] = first.matrix.double(), first.shift.double()
-    share = targets.var(0) * strength[:read].pow(2)
+    judges = slice(None) if wanted.logits is None else wanted.units.weights == 1
+    share = targets[judges].var(0) * strength[:read].pow(2)
     explained = float((first.columns[:read] * share).sum() / share.sum().clamp_min(1e-12))
     logits = first.left_out[:, :read] * strength[:read] @ left[:, :read].T
     return _HeadFit((matrix @ turn).float() / sizes[:, None], (shift @ turn).float(), explained, logits)

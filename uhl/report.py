@@ -240,6 +240,10 @@ def attempts(profile: str) -> pd.DataFrame:
         frames.append(pd.read_csv(path).assign(task=task, target=target, seed=int(seed)))
     if not frames:
         raise UHLError(f"profile {profile} has no attempts; measure them first: make attempts PROFILE={profile}")
+    if any("same" not in frame for frame in frames):
+        raise UHLError(
+            f"profile {profile} has attempts of an earlier release; delete its folders attempts-* and run again"
+        )
     found = pd.concat(frames, ignore_index=True)
     return found[["task", "target", "seed", *(c for c in found.columns if c not in ("task", "target", "seed"))]]
 
@@ -319,7 +323,8 @@ def _cell_text(cell: pd.Series) -> str:
 
 def _caption(profile: str, table: pd.DataFrame) -> str:
     manifests = [json.loads(p.read_text()) for p in sorted((runs.root() / profile).glob("*/*/manifest.json"))]
-    hardware, commits = ({m[k] for m in manifests} for k in ("hardware", "commit"))
+    hardware = {part for m in manifests for part in m["hardware"].split(" and ")}
+    commits = {part for m in manifests for part in m["commit"].split(", ")}
     sizes = {m["parameters"]["train_size"] for m in manifests if m["rows"]}
     most = ", ".join(f"{size:,}" if size else "all" for size in sorted(sizes, key=lambda size: size or 0))
     labels = "all training labels" if sizes == {None} else f"at most {most} training labels"

@@ -187,11 +187,12 @@ def study(settings: Settings, method: str, space: Space, url: str | None = None)
             direction="maximize",
             load_if_exists=True,
         )
+        new = "method" not in made.user_attrs
         made.set_user_attr("method", method)
         made.set_user_attr("settings", settings.model_dump(mode="json"))
         for values in grid(space) or ():
             made.enqueue_trial(values, skip_if_exists=True)
-    seed = None if url or made.get_trials(deepcopy=False) else settings.seed
+    seed = settings.seed if new and not url else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         made.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
@@ -230,6 +231,10 @@ def search(
             if trial.should_prune():
                 raise optuna.TrialPruned
 
+        if (
+            whole is not None and "fixed_params" not in made.get_trials(deepcopy=False)[trial.number].system_attrs
+        ):  # another worker took the last one
+            raise optuna.TrialPruned
         values = ask(trial, space)
         try:
             row = run(settings, method, values, watch)
@@ -245,6 +250,10 @@ def search(
             trial.set_user_attr(key, row[key])
         return float(row["score"])  # type: ignore[arg-type]
 
+    def told(study: optuna.Study, trial: FrozenTrial) -> None:
+        if _is_finished(trial):
+            tell(_row(study, trial))
+
     def left() -> bool:
         trials = made.get_trials(deepcopy=False)
         finished = [str(t.params) for t in trials if _is_finished(t)]
@@ -254,13 +263,14 @@ def search(
         return queued and len(set(finished)) < wanted  # workers of several machines may queue a grid twice
 
     while left():
-        made.optimize(objective, 1, catch=(DivergenceError,), callbacks=[lambda study, trial: tell(_row(study, trial))])
+        made.optimize(objective, 1, catch=(DivergenceError,), callbacks=[told])
     return made
 
 
 def _is_finished(trial: FrozenTrial) -> bool:
     """Whether it told something: a trial that was interrupted did not."""
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "diverged" in trial.user_attrs
+    done = trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or "diverged" in trial.user_attrs
+    return done and bool(trial.params)
 
 
 def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, object]:

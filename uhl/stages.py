@@ -5,7 +5,10 @@ Every score is that of an adapter read back from its file. Test labels are used 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,13 +21,14 @@ from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_s
 from uhl.baselines import RATES, Start, run_baseline, start
 from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
+from uhl.fileformat import MAX_TEXTS, MAX_UNITS
 from uhl.frame import Basis, Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
-from uhl.porting import REFRESHED, Port, Way, at_work, basis_of, port, why_not
+from uhl.porting import REFRESHED, RULES, Port, Way, at_work, basis_of, port, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
@@ -93,7 +97,13 @@ def probe(settings: Settings, task: Task) -> Probe:
     texts, own = anchor_texts(settings, task)
     cuts = 0 if task.kind == "token" else settings.anchor_cuts  # a token task's words have logits
     size = settings.anchors, settings.max_length
-    return Probe(texts, task.kind, settings.anchor_words, *size, own=own, cuts=cuts)
+    made = Probe(texts, task.kind, settings.anchor_words, *size, own=own, cuts=cuts)
+    if len(texts) > MAX_TEXTS or sum(made.units()) > MAX_UNITS:
+        raise UHLError(
+            f"{len(texts):,} anchor texts with {sum(made.units()):,} units; a file holds at most {MAX_TEXTS:,} and "
+            f"{MAX_UNITS:,}: lower `more_anchors`, `generic_anchors` or `anchor_cuts`"
+        )
+    return made
 
 
 def freeze(encoder: Encoder) -> Encoder:
@@ -223,8 +233,11 @@ def agreement(settings: Settings, found: Prediction, split: str = "test") -> flo
     if not path.is_file():
         raise UHLError(f"{path} is missing; run notebook 02 for the same profile, task and seed")
     with np.load(path) as stored:
-        said = stored[f"uhl-canonical/{split}/labels"]
-    return float((np.concatenate([np.atleast_1d(x) for x in found.labels]) == said).mean())
+        said = stored.get(f"uhl-canonical/{split}/labels", np.empty(0))
+    labels = np.concatenate([np.atleast_1d(x) for x in found.labels])
+    if len(labels) != len(said):
+        raise UHLError(f"{path} has {len(said)} {split} decisions, {len(labels)} are needed; run notebook 02 likewise")
+    return float((labels == said).mean())
 
 
 def adapter_for(settings: Settings, arm: str) -> tuple[UHLAdapter, Path]:
@@ -272,6 +285,7 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
 def _say_where(settings: Settings, adapter: UHLAdapter, target: Encoder, ported: Port) -> None:
     """Note in the adapter where and how it was ported before its task's parts were changed there."""
     adapter.info |= {"tuned_on": target.name, "arm": ported.arm, "scale": ported.scale, "port_seed": settings.seed}
+    adapter.info |= {"port_rules": RULES}
 
 
 def observe_target(settings: Settings) -> Observed:
@@ -324,7 +338,9 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     name = settings.source if host == "source" else settings.target
     folder, task = runs.cell_dir(settings, f"baselines-{runs.slug(name)}"), load_data(settings)
     shared = {k: v for k, v in settings.model_dump().items() if k not in {*NOT_OF_BASELINES, *RATES.values()}}
-    shared |= {"host": name, "revision": models.revision(name)}
+    revision = models.revision(name)
+    revision = load_encoder(name).revision if revision == "unknown" else revision
+    shared |= {"host": name, "revision": revision, "data": digest(task, probe(settings, task).first().texts)}
     begin: Start | None = None
     outcomes: dict[str, Outcome] = {}
     for method in settings.baselines:
@@ -336,6 +352,12 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
             outcome.keep(folder / method, about)
         outcomes[method] = outcome
     return outcomes
+
+
+def digest(task: Task, texts: Sequence[str] = ()) -> str:
+    """Hash of a task's labels, of its splits, and of further texts."""
+    splits = {split: task.data[split].to_dict() for split in ("train", "dev", "test")}
+    return hashlib.sha256(json.dumps([task.labels, splits, list(texts)], default=str).encode()).hexdigest()
 
 
 def baseline(settings: Settings, host: str, method: str, begin: Start, watch: Watch | None = None) -> Outcome:
