@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -81,15 +81,19 @@ class Probe:
     cuts: int = 0
 
     @cached_property
+    def fragments(self) -> list[tuple[int, str]]:
+        """The fragments of the first ``own`` texts, text by text, each with the row of its text."""
+        return [(i, part) for i, text in enumerate(self.texts[: self.own]) for part in fragments(text, self.cuts)]
+
+    @property
     def origins(self) -> list[int]:
         """For everything that is observed, the text that it is, or is a fragment of."""
-        cut = ([i] * len(fragments(text, self.cuts)) for i, text in enumerate(self.texts[: self.own]))
-        return [*range(len(self.texts)), *chain.from_iterable(cut)]
+        return [*range(len(self.texts)), *(i for i, _ in self.fragments)]
 
     @cached_property
     def observed(self) -> list[str]:
-        """The texts, then the fragments of the first ``own``, text by text."""
-        return [*self.texts, *chain.from_iterable(fragments(text, self.cuts) for text in self.texts[: self.own])]
+        """The texts, then the fragments."""
+        return [*self.texts, *(part for _, part in self.fragments)]
 
     def first(self) -> Probe:
         """The coded texts alone."""
@@ -109,7 +113,7 @@ class Probe:
         """The units of a probe of the first of these texts, among the units of this one."""
         if not self.cuts:
             return list(range(sum(fewer.units())))
-        kept = [i for i in range(len(self.texts), len(self.origins)) if self.origins[i] < len(fewer.texts)]
+        kept = [row for row, (i, _) in enumerate(self.fragments, len(self.texts)) if i < len(fewer.texts)]
         return [*range(len(fewer.texts)), *(kept if fewer.cuts else [])]
 
     def spans(self, text: str) -> list[Span]:
@@ -207,8 +211,9 @@ class Anchors:
             known = head @ self.reads.T if self.logits is None else self.logits.table()
             logits = Codes.of(known[whole.rows(probe)], bits)
         stream = [Codes.of(c.table()[:words, :dims], bits) for c in self.stream]
-        made = replace(self, texts=list(probe.texts), head=Codes.of(head[:rows], bits), stream=stream, logits=logits)
-        return replace(made, own=None if self.own is None else min(self.own, len(probe.texts)), cuts=probe.cuts)
+        kept = {"texts": list(probe.texts), "head": Codes.of(head[:rows], bits), "stream": stream, "logits": logits}
+        own = None if self.own is None else min(self.own, len(probe.texts))
+        return replace(self, **kept, own=own, cuts=probe.cuts)  # type: ignore[arg-type]
 
 
 def fragments(text: str, count: int) -> list[str]:

@@ -285,7 +285,7 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
 def _say_where(settings: Settings, adapter: UHLAdapter, target: Encoder, ported: Port) -> None:
     """Note in the adapter where and how it was ported before its task's parts were changed there."""
     adapter.info |= {"tuned_on": target.name, "arm": ported.arm, "scale": ported.scale, "port_seed": settings.seed}
-    adapter.info |= {"port_rules": RULES}
+    adapter.info["port_rules"] = RULES
 
 
 def observe_target(settings: Settings) -> Observed:
@@ -323,9 +323,15 @@ def tune_task(
         return train(classifier, target, task, config, folder, settings.model_dump_json())
 
 
+def _place(settings: Settings, host: str) -> tuple[str, Path]:
+    """The model that is the `source` or the `target`, and the folder of its baselines."""
+    name = settings.source if host == "source" else settings.target
+    return name, runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
+
+
 def baseline_start(settings: Settings, host: str) -> Start:
     """The fitted head that all baselines of the `source` or the `target` begin with."""
-    task, encoder = load_data(settings), load_encoder(settings.source if host == "source" else settings.target)
+    task, encoder = load_data(settings), load_encoder(_place(settings, host)[0])
     return start(encoder, task, replace(probe(settings, task).first(), words=0), settings.max_length)
 
 
@@ -335,8 +341,7 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     Each is kept in a folder of its own as soon as it is scored. A cell that was interrupted, or that has more methods
     now, reads those back and trains the others.
     """
-    name = settings.source if host == "source" else settings.target
-    folder, task = runs.cell_dir(settings, f"baselines-{runs.slug(name)}"), load_data(settings)
+    (name, folder), task = _place(settings, host), load_data(settings)
     shared = {k: v for k, v in settings.model_dump().items() if k not in {*NOT_OF_BASELINES, *RATES.values()}}
     revision = models.revision(name)
     revision = load_encoder(name).revision if revision == "unknown" else revision
@@ -362,9 +367,8 @@ def digest(task: Task, texts: Sequence[str] = ()) -> str:
 
 def baseline(settings: Settings, host: str, method: str, begin: Start, watch: Watch | None = None) -> Outcome:
     """Train one baseline on the `source` or the `target`."""
-    name = settings.source if host == "source" else settings.target
+    name, folder = _place(settings, host)
     task, encoder = load_data(settings), load_encoder(name)
-    folder = runs.cell_dir(settings, f"baselines-{runs.slug(name)}")
     config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
     made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}", watch)
     outcome = Outcome(settings, task, curves={method: made.log.losses})
