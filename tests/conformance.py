@@ -12,6 +12,7 @@ are replaced by ours, and tests that have none are left out.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import subprocess
 import sys
@@ -90,6 +91,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for place in (module, sys.modules[module.__package__ + ".testing_common"]):
             if hasattr(place, "_skip_if_merging_not_supported"):  # what tests that merge as one of many steps ask
                 place._skip_if_merging_not_supported = skip_merging
+
+
+def pytest_collection_finish() -> None:
+    """Let collections, one or more a test, look at what tests made, not at a million objects of the libraries."""
+    gc.freeze()
 
 
 def by_token(*given: object) -> bool:

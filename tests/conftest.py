@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ["UHL_BATCH"] = "1"
@@ -5,7 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here asks a hub
 if not os.path.exists("/dev/nvidia0"):  # Triton's kernels run in its interpreter; must be said before it is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
+import importlib
+
 import jaxtyping
+
+# Before the checkers' import hook: what is imported under it is compiled again, however it is cached.
+for name in ("datasets", "peft", "seaborn", "sklearn.linear_model", "transformers.trainer"):
+    importlib.import_module(name)
 
 if "UHL_UNCHECKED" not in os.environ:  # set where functions are compiled, which checkers around them would prevent
     jaxtyping.install_import_hook("uhl", "beartype.beartype")  # shapes in annotations are enforced
@@ -40,6 +47,10 @@ WORDS = [
     "the",
     "a",
 ]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # collections then look at what tests made, not at a million objects of the libraries
 
 
 @pytest.fixture(autouse=True)

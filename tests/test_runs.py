@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uhl import grid, report, runs
+from uhl import grid, report, runs, viz
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
 from uhl.runs import Settings
@@ -140,6 +140,24 @@ def test_pairs_are_of_common_seeds_only():
     assert row["seeds"] == 1
     assert row["difference"] == pytest.approx(100 * right[2][:, 0].mean())
     assert report.paired({(*key, "anchor"): {0: right[0]}, (*key, "zero-atoms"): {1: right[1]}}).empty
+
+
+def test_gap_recovered_where_there_is_a_gap():
+    def cells(target, lora):
+        scores = {("no-adapter", "zero-shot"): 50.0, ("anchor", "zero-shot"): 60.0, ("lora-r8", "retrained"): lora}
+        return [
+            {"task": "movies", "target": target, "arm": arm, "phase": phase, "score": score, "seeds": 3}
+            for (arm, phase), score in scores.items()
+        ]
+
+    gaps = report.gap_recovered(pd.DataFrame(cells("x", 70.0) + cells("y", 50.0)))
+    found = gaps.set_index(["target", "arm"])["gap"]
+    assert found["x", "anchor"] == pytest.approx(0.5)
+    assert np.isnan(found["y", "anchor"])
+    fig = viz.gap_heat(gaps)
+    assert sorted(t.get_text() for t in fig.axes[0].texts) == ["0.00", "0.50"]
+    fig = viz.gap_heat(gaps[gaps["target"] == "y"])
+    assert "no gap" in fig.axes[0].texts[0].get_text()
 
 
 def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
 def gap_recovered(table: pd.DataFrame) -> pd.DataFrame:
     """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter), from :func:`summary`.
 
-    Only where as many seeds of a cell are there as of its LoRA.
+    Only where as many seeds of a cell are there as of its LoRA; NaN where that LoRA is not above no adapter.
     """
     rows = []
     for (task, target), group in table.groupby(["task", "target"], sort=False):
@@ -117,7 +117,7 @@ def gap_recovered(table: pd.DataFrame) -> pd.DataFrame:
             low, high = float(floor["score"].iloc[0]), float(ceiling["score"].iloc[0])
             ported = group[group["phase"].isin(["zero-shot", "tuned"]) & (group["seeds"] == ceiling["seeds"].iloc[0])]
             for _, cell in ported.iterrows():
-                share = (cell["score"] - low) / (high - low)
+                share = (cell["score"] - low) / (high - low) if high > low else float("nan")
                 rows.append({"task": task, "target": target, "phase": cell["phase"], "arm": cell["arm"], "gap": share})
     return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "gap"])
 

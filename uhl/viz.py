@@ -227,10 +227,20 @@ def attempt_changes(table: pd.DataFrame) -> Figure:
 
 
 def gap_heat(table: pd.DataFrame) -> Figure:
-    """Gap recovered by arm (rows) and phase, target, task (columns): 0 is no adapter, 1 is LoRA retrained there."""
-    wide = table.assign(arm=table["arm"].map(lambda a: NAMES.get(a, a))).pivot_table(
-        index="arm", columns=["phase", "task", "target"], values="gap", sort=False
-    )
+    """Gap recovered by arm (rows) and phase, target, task (columns): 0 is no adapter, 1 is LoRA retrained there.
+
+    Blank where there is no gap to recover.
+    """
+    if table["gap"].isna().all():
+        fig, ax = plt.subplots(figsize=(6, 1))
+        ax.text(
+            0.5, 0.5, "no gap to recover: LoRA was not run here or is not above no adapter", ha="center", va="center"
+        )
+        ax.set_axis_off()
+        return fig
+    by = ["phase", "task", "target"]
+    named = table.assign(arm=table["arm"].map(lambda a: NAMES.get(a, a))).set_index(["arm", *by])
+    wide = named["gap"].unstack(by, sort=False)  # type: ignore[call-arg]
     wide = wide.reindex([name for name in (NAMES.get(arm, arm) for arm in ORDER) if name in wide.index])
     fig, ax = plt.subplots(figsize=(1.1 * wide.shape[1] + 3, 0.45 * wide.shape[0] + 2))
     sns.heatmap(wide, annot=True, fmt=".2f", cmap="vlag_r", center=0.5, vmin=0, vmax=1.1, cbar=False, ax=ax)
