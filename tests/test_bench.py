@@ -14,9 +14,25 @@ from uhl import bench, roofline, viz
 def test_a_measured_size_is_not_measured_again(tmp_path, monkeypatch):
     size = {"tokens": 8, "d_in": 6, "d_out": 6, "atoms": 4, "top_k": 2}
     file = tmp_path / "weights.csv"
-    first = bench.weights([size], file, repeats=2)
-    monkeypatch.setattr(bench, "paired", lambda *_: 1 / 0)
-    pd.testing.assert_frame_equal(bench.weights([size], file, repeats=2), first, check_exact=False)
+    other = size | {"tokens": 9}
+    monkeypatch.setattr(bench, "_weight_steps", lambda **given: {"x": lambda: 1 / (given["tokens"] - 9)})
+    with pytest.raises(ZeroDivisionError):  # interrupted at the second size
+        bench.weights([size, other], file, repeats=2)
+    monkeypatch.undo()
+    seen = []
+    measure = bench._weight_steps
+    monkeypatch.setattr(bench, "_weight_steps", lambda **given: seen.append(given["tokens"]) or measure(**given))
+    both = bench.weights([size, other], file, repeats=2)
+    assert seen == [9]
+    assert both["step"].tolist()[0] == "x"
+    assert set(both["tokens"]) == {8, 9}
+    first = bench.weights([other], file, repeats=2)
+    assert seen == [9]
+    assert len(bench.weights([other], file, repeats=3)) == len(first)
+    assert seen == [9, 9]
+    monkeypatch.setattr(bench.runs, "hardware", lambda: "another machine")
+    bench.weights([other], file, repeats=3)
+    assert seen == [9, 9, 9]
     assert set(first["step"]) == {"bare", "LoRA r8", "dense", "gather", "reference"}
 
 

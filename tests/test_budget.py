@@ -1,10 +1,13 @@
 """FLOPs by formula equal torch's counter on the reference path; percentages on real shapes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import get_peft_model
+from test_host import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel, BertConfig
+from transformers import AutoConfig, AutoModel, BertConfig
 
 from uhl import budget
 from uhl.adapter import UHLAdapter
@@ -54,6 +57,24 @@ def test_formulas_of_the_baselines_equal_the_counter(make_encoder, method):
     encoder.model = get_peft_model(encoder.model, config)
     extra = count(encoder, long) - count(encoder, short) - bare
     assert extra == 12 * sum(2 * rank * (s.d_in + s.d_out) for s in targets)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"), [*((name, {}) for name in FAMILIES), ("deberta-v2", {"share_att_key": True})], ids=str
+)
+def test_formula_equals_the_counter_on_every_family(family, more, config, encoder):
+    """Per token: what DeBERTa's layers do once a pass, with its positions, falls out of the difference."""
+    made = AutoConfig.for_model(family, vocab_size=50, **FAMILIES[family], **more)
+    host = replace(encoder, model=AutoModel.from_config(made).eval().requires_grad_(False))
+    adapter = UHLAdapter(config)
+    adapter.add_task("mood", ("a", "b"), "sentence")
+    short, long = ({"input_ids": torch.arange(5, 5 + n)[None]} for n in (8, 20))
+    with torch.no_grad():
+        bare = count(host, long) - count(host, short)
+        with attach(host.model, adapter, "mood", path="reference"):
+            extra = count(host, long) - count(host, short) - bare
+    slots = find_slots(host.model)
+    assert extra == 12 * (budget.routing_flops(config, slots, 32) + budget.update_flops(config, slots))
 
 
 def test_static_routes_cost_nothing(encoder, config):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import fill
 
-from uhl import ops, store
+from uhl import ops, store, viz
 from uhl.adapter import Folded, UHLAdapter
 from uhl.anchors import Probe, observe
 from uhl.config import Sizes
@@ -93,6 +93,12 @@ def test_folded_update_is_the_unfolded_equation(encoder, adapter):
             wanted[0, t] += s * m[j] * (p_out @ u[j]) * (v[j] @ (p_in @ x[0, t]))
     torch.testing.assert_close(delta, wanted, atol=1e-5, rtol=1e-4)
     assert wanted.abs().max() > 1e-3
+    learned = [*adapter.dictionary.parameters(), *adapter.projector.parameters(), *adapter.mixer.parameters()]
+    weights = torch.linspace(-1, 1, delta.numel()).view_as(delta)
+    found, true = (torch.autograd.grad((d * weights).sum(), learned, retain_graph=True) for d in (delta, wanted))
+    for mine, gradient in zip(found, true, strict=True):
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(mine, gradient, atol=1e-5, rtol=1e-3)
 
 
 def test_gradients_reach_every_trained_part(encoder, adapter):
@@ -417,3 +423,20 @@ def test_scores_are_in_float32_whatever_the_states():
     found = route(hidden.half(), reader.half(), task, 2)
     assert torch.equal(found.index, wanted.index)
     assert found.gate.dtype == torch.float32
+
+
+def test_the_explorer_shows_the_layer_and_the_text_that_are_chosen(encoder, adapter, monkeypatch):
+    shown = []
+    draw = viz.routing_map
+    monkeypatch.setattr(viz, "routing_map", lambda table, layers: shown.append((table, layers)) or draw(table, layers))
+    with attach(encoder.model, adapter, "mood") as attached:
+        box, controls, _ = viz.routing_explorer(attached, encoder, "good film").children
+        slider, every = controls.children
+        slider.value = 2
+        box.value = "the plot was bad"
+        every.value = True
+    assert [layers for _, layers in shown] == [[0], [2], [2], None]
+    assert [table["position"].nunique() for table, _ in shown] == [4, 4, 6, 6]  # with [CLS] and [SEP]
+    taken = shown[-1][0]
+    assert set(taken["layer"]) == {0, 1, 2}
+    assert taken.equals(viz.routing_table(attached, encoder, "the plot was bad"))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -310,6 +311,57 @@ def test_other_passes_may_come_between_forward_and_backward(checkpointing):
     for name, gradient in grads(wanted).items():
         torch.testing.assert_close(grads(model)[name], gradient, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(grads(apart)[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("routing", ["layer", "weight", "model"])
+@pytest.mark.parametrize("without", [False, True])
+def test_a_pass_may_come_inside_of_another(routing, without):
+    """A layer that calls the whole host, with the adapter or without it, on other tokens."""
+    wanted = trainable(routing=routing)
+    loss(wanted).backward()
+    inner = logits(wanted, IDS[:1, :3])
+    model = trainable(routing=routing)
+    attached, seen = model.base_model._attached["default"], []
+
+    def call(*_):
+        if not seen:
+            seen.append(None)
+            with model.disable_adapter() if without else nullcontext():
+                seen.append(logits(model, IDS[:1, :3]))
+
+    layers = [m for n, m in model.named_modules() if n.endswith(("layer.0.attention", "layers.0.self_attn"))]
+    handle = layers[0].register_forward_hook(call)
+    value = loss(model)
+    handle.remove()
+    assert len(seen) == 2
+    assert all(r.index.shape[:-1] == IDS.shape for r in attached.routes.values() if r.index.ndim == 3)
+    value.backward()
+    assert torch.allclose(seen[1], inner) != without
+    for name, gradient in grads(wanted).items():
+        torch.testing.assert_close(grads(model)[name], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_an_interrupted_pass_leaves_nothing_behind():
+    model = trainable().eval()
+    attached = model.base_model._attached["default"]
+    wanted = logits(model)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    layers = [m for m in model.modules() if type(m).__name__ == "UHLLinear"]
+    handle = layers[-1].register_forward_hook(stop)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            logits(model)
+    handle.remove()
+    torch.testing.assert_close(logits(model), wanted)
+    assert not attached.folds.inside
+    assert not attached._now.outer
+    folded = attached.folded
+    with torch.no_grad():
+        attached.adapter.dictionary.u.add_(0.3)
+    assert attached.folded is not folded
 
 
 def test_the_gate_sum_has_its_gradient_under_checkpointing_or_says_that_it_has_none():

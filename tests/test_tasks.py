@@ -131,6 +131,29 @@ def test_empty_split(tmp_path):
         load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
 
 
+def test_withheld_labels_make_dev_the_reported_split(tmp_path, caplog):
+    """As GLUE's tsv and SuperGLUE's jsonl are given out."""
+    for name, count in {"train": 30, "dev": 7}.items():
+        rows = "".join(f"film {i}\t{i % 2}\n" for i in range(count))
+        (tmp_path / f"{name}.tsv").write_text("sentence\tlabel\n" + rows)
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tfilm 99\n")
+    caplog.set_level("WARNING", "uhl")
+    task = load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
+    assert {split: len(rows) for split, rows in task.data.items()} == {"train": 27, "dev": 3, "test": 7}
+    assert "the labels of test are withheld" in caplog.text
+    (tmp_path / "test.tsv").write_text("sentence\tLabel\nfilm 99\t1\n")
+    with pytest.raises(UHLError, match="split test: missing column 'label'; it has sentence, Label"):
+        load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
+    pairs = tmp_path / "boolq"
+    pairs.mkdir()
+    for name, count, extra in (("train", 30, {"label": True}), ("val", 7, {"label": False}), ("test", 5, {})):
+        write_jsonl(
+            pairs / f"{name}.jsonl", [{"question": "q", "passage": str(i), "idx": i} | extra for i in range(count)]
+        )
+    spec = TaskSpec(str(pairs), "pair", {"text": "question", "text_pair": "passage"}, ("False", "True"))
+    assert [len(load_task(spec).data[split]) for split in ("train", "dev", "test")] == [27, 3, 7]
+
+
 def test_folder_without_train(tmp_path):
     with pytest.raises(UHLError, match="holds no train file"):
         load_task(TaskSpec(str(tmp_path), "sentence"))

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from uhl import baselines, ops
+from uhl import baselines, ops, runs
 from uhl.adapter import UHLAdapter
 from uhl.config import Sizes, UHLConfig, _Strict
 from uhl.files import write_atomic
@@ -232,21 +232,37 @@ def weights(
     """:func:`paired` times of one weight for each of ``grid``'s sizes (tokens, d_in, d_out, atoms, top_k).
 
     A size takes about ``limit`` seconds at most, beside its compilation where gathering is measured ``compiled`` too.
-    With ``file`` (CSV) every size is kept as soon as it is measured, and sizes that are in it are not measured again.
+    ``file``: see :func:`_resumed`.
+    """
+
+    def measure(repeats: int, **size: Any) -> pd.DataFrame:
+        return paired(_weight_steps(**size), repeats, limit)
+
+    how = {"train": train, "compiled": compiled, "repeats": repeats}
+    return _resumed(measure, [size | how for size in grid], file)
+
+
+def _resumed(
+    measure: Callable[..., pd.DataFrame], keys: Sequence[dict[str, Any]], file: str | Path | None
+) -> pd.DataFrame:
+    """``measure(**key)`` of each key, with the key's and the machine's columns.
+
+    With ``file`` (CSV) each is kept as soon as it is measured, and what is in it of this machine is not measured again.
     """
     kept = pd.read_csv(file) if file is not None and Path(file).exists() else pd.DataFrame()
-    sizes = list(grid)
-    for number, size in enumerate(sizes, 1):
-        key: dict[str, Any] = size | {"train": train}
-        if len(kept) and (kept[list(key)] == pd.Series(key)).all(axis=1).any():
-            continue
-        found = paired(_weight_steps(**size, train=train, compiled=compiled), repeats, limit).assign(**key)
-        kept = pd.concat([kept, found], ignore_index=True)
-        if file is not None:
-            LOG.info("%d of %d: %s", number, len(sizes), ", ".join(f"{k} {v}" for k, v in key.items()))
-            rows = kept
-            write_atomic(Path(file), lambda tmp, rows=rows: rows.to_csv(tmp, index=False))  # type: ignore[misc]
-    return kept
+    parts = []
+    for number, key in enumerate(keys, 1):
+        columns = key | {"machine": runs.hardware()}
+        known = set(columns) <= set(kept.columns)
+        part = kept[(kept[list(columns)] == pd.Series(columns)).all(axis=1)] if known else kept[:0]
+        if part.empty:
+            LOG.info("%d of %d: %s", number, len(keys), ", ".join(f"{k} {v}" for k, v in key.items()))
+            part = measure(**key).assign(**columns)
+            rows = kept = pd.concat([kept, part], ignore_index=True)
+            if file is not None:
+                write_atomic(Path(file), lambda tmp, rows=rows: rows.to_csv(tmp, index=False))  # type: ignore[misc]
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
 
 
 def stream_frame(slots: Sequence[Slot], width: int, canonical: int) -> Frame:
@@ -301,14 +317,23 @@ def hosts(
     compiled: bool = False,
     methods: Sequence[str] = ("bare", "LoRA r8", "UHL"),
     repeats: int = 15,
+    file: str | Path | None = None,
 ) -> pd.DataFrame:
-    """:func:`paired` times of a whole host with each method; "bare" is only ever a forward pass."""
-    models = _methods(shape, methods)
-    if compiled:
-        torch._dynamo.reset()
-        models = {name: torch.compile(m) for name, m in models.items()}  # type: ignore[misc]
-    steps = {name: host_step(m, batch, length, train) for name, m in models.items()}
-    return paired(steps, repeats).assign(host=shape, tokens=batch * length, train=train, compiled=compiled)
+    """:func:`paired` times of a whole host with each method; "bare" is only ever a forward pass.
+
+    ``file``: see :func:`_resumed`.
+    """
+
+    def measure(host: str, train: bool, compiled: bool, repeats: int, **_: object) -> pd.DataFrame:
+        models = _methods(host, methods)
+        if compiled:
+            torch._dynamo.reset()
+            models = {name: torch.compile(m) for name, m in models.items()}  # type: ignore[misc]
+        steps = {name: host_step(m, batch, length, train) for name, m in models.items()}
+        return paired(steps, repeats)
+
+    key = {"host": shape, "tokens": batch * length, "train": train, "compiled": compiled, "repeats": repeats}
+    return _resumed(measure, [key], file)
 
 
 def _peak_of(method: str, shape: str, batch: int, length: int) -> float:
@@ -319,11 +344,21 @@ def _peak_of(method: str, shape: str, batch: int, length: int) -> float:
 
 
 def peaks(
-    shape: str = "bert-base", batch: int = 8, length: int = 128, methods: Sequence[str] = ("bare", "LoRA r8", "UHL")
+    shape: str = "bert-base",
+    batch: int = 8,
+    length: int = 128,
+    methods: Sequence[str] = ("bare", "LoRA r8", "UHL"),
+    file: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Peak resident memory (MB) of one training step, each method in a process of its own."""
-    found = {method: _alone(_peak_of, method, shape, batch, length) for method in methods}
-    return pd.DataFrame({"method": list(found), "peak MB": list(found.values()), "host": shape})
+    """Peak resident memory (MB) of one training step, each method in a process of its own.
+
+    ``file``: see :func:`_resumed`.
+    """
+
+    def measure(method: str, host: str, **_: object) -> pd.DataFrame:
+        return pd.DataFrame({"peak MB": [_alone(_peak_of, method, host, batch, length)]})
+
+    return _resumed(measure, [{"method": m, "host": shape, "tokens": batch * length} for m in methods], file)
 
 
 def power_law(found: pd.DataFrame, step: str, by: Sequence[str]) -> dict[str, float]:

@@ -158,6 +158,16 @@ class Folds:
         now = self._cache.now
         now.inside, now.folds = False, {}
 
+    def suspended(self) -> tuple[bool, dict[bool, Fold], Fold | None]:
+        """What the forward pass that is running has folded, for :meth:`resume`."""
+        now = self._cache.now
+        return now.inside, now.folds, now.graph
+
+    def resume(self, suspended: tuple[bool, dict[bool, Fold], Fold | None]) -> None:
+        """Go on with a forward pass that another one, now ended, had interrupted."""
+        now = self._cache.now
+        now.inside, now.folds, now.graph = suspended
+
     @property
     def frame(self) -> Frame:
         """The host's frame: the given one, or the dimension frame of the adapter's projector as it stands."""

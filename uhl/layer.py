@@ -6,6 +6,7 @@ update. `uhl.peft_method` puts them into a host and takes them out again.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 import weakref
@@ -53,6 +54,15 @@ class _Reading:
         return self.x() is x and all(a is b or (type(a) is int and a == b) for a, b in zip(self.same, now, strict=True))
 
 
+def _calls(model: nn.Module) -> int:
+    """How many calls of the model are running in this thread."""
+    count, frame = 0, inspect.currentframe()
+    while frame is not None:
+        count += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals["self"] is model
+        frame = frame.f_back
+    return count
+
+
 def _same(x: Tensor, hidden: Tensor) -> bool:
     """Whether a weight reads its layer's own input."""
     return x is hidden if torch.compiler.is_compiling() else x.data_ptr() == hidden.data_ptr()
@@ -69,6 +79,18 @@ class _Pass(threading.local):
         self.reading: _Reading | None = None  # the last one of the layer that is running
         self.paths: dict[str, str] = {}
         self.mask: Tensor | None = None
+        self.outer: list[tuple[dict[str, Any], Any]] = []  # passes that wait for this one, which they have called
+
+    def suspend(self, folds: Folds) -> None:
+        """Put the pass that is running aside, for :meth:`resume`."""
+        mine = {name: value for name, value in vars(self).items() if name != "outer"}
+        self.outer.append((mine, folds.suspended()))
+
+    def resume(self, folds: Folds) -> None:
+        """Go on with the pass that was put aside last."""
+        mine, theirs = self.outer.pop()
+        vars(self).update(mine)
+        folds.resume(theirs)
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Pass:
         return _Pass()
@@ -159,8 +181,18 @@ class Attached:
 
     # --- one forward pass --------------------------------------------------------------------------------------------
 
-    def before_host(self, kwargs: dict[str, Any]) -> None:
-        """A forward pass of the whole host begins, with one fold for all of it."""
+    def before_host(self, kwargs: dict[str, Any], at_work: bool = True) -> None:
+        """A forward pass of the whole host begins, with one fold for all of it; also inside of another one.
+
+        ``at_work``: whether the adapter takes part in it.
+        """
+        if self.folds.inside:
+            if _calls(self.model) > len(self._now.outer) + 1:
+                self._now.suspend(self.folds)
+            else:  # that pass was interrupted, so that its end was not told
+                self.after_host()
+        if not at_work:
+            return
         mask = kwargs.get("attention_mask")
         self._now.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         self._begin_pass(inside=True)
@@ -169,6 +201,8 @@ class Attached:
         """The forward pass has ended."""
         self.folds.end()
         self._now.layer = self._now.reading = None
+        if self._now.outer:
+            self._now.resume(self.folds)
 
     def before_layer(self, number: int, hidden: Tensor, held: Held | None = None) -> None:
         """A layer begins; its route is made from its input ``hidden`` (B, T, D) when a weight first asks for it.

@@ -202,8 +202,9 @@ class UHLModel(BaseTuner):
         return [self._attached[name] for name in self.active_adapters if name in self._attached]
 
     def _before_host(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        for attached in self._working():
-            attached.before_host(kwargs)
+        working = self._working()
+        for attached in self._attached.values():
+            attached.before_host(kwargs, any(attached is one for one in working))
 
     def _after_host(self, _module: nn.Module, _args: Any, _output: Any) -> None:
         for attached in self._attached.values():

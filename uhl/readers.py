@@ -1,12 +1,14 @@
 """Readers of labelled text: hub data sets and local files (jsonl, csv, tsv, CoNLL columns; gzip too) as three splits.
 
-A folder holds ``train.*`` and optionally ``dev.*`` (or ``validation.*``) and ``test.*``. Absent splits are cut from
-train with a fixed seed; where train and dev alone are given, the given dev is the reported test.
+A folder holds ``train.*`` and optionally ``dev.*`` (or ``val.*``, ``validation.*``) and ``test.*``. Absent splits are
+cut from train with a fixed seed; where train and dev alone are given, or test has no labels, the given dev is the
+reported test.
 """
 
 from __future__ import annotations
 
 import gzip
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +22,7 @@ from uhl.config import Kind
 from uhl.errors import UHLError
 
 SPLIT_SEED = 20240101
+LOG = logging.getLogger("uhl")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "pair": ("text", "text_pair", "label"),
     "token": ("tokens", "tags"),
 }
-ALIASES = {"train": "train", "dev": "dev", "validation": "dev", "valid": "dev", "test": "test"}
+ALIASES = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".conll", ".txt")
 
 
@@ -72,6 +75,9 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
                 found[split] = _read_file(file, spec)
         if "train" not in found:
             raise UHLError(f"{path} holds no train file; expected train{'|'.join(SUFFIXES)}, gzip allowed")
+        if "test" in found and _hidden(found["test"], found["train"], spec):
+            LOG.warning("%s: the labels of test are withheld; what is reported is dev, or a part of train", path)
+            del found["test"]
         return found
     try:
         loaded = load_dataset(spec.path, spec.config, revision=spec.revision)
@@ -82,13 +88,19 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
             f"({type(error).__name__}: {reason}); without a network use {', '.join([*instead, 'a local folder'])}"
         ) from error
     tables = {ALIASES[str(split)]: rows.to_pandas() for split, rows in loaded.items() if str(split) in ALIASES}
-    return {split: rows for split, rows in tables.items() if not _hidden(rows, spec)}
+    return {split: rows for split, rows in tables.items() if not _hidden(rows, tables.get("train", rows), spec)}
 
 
-def _hidden(rows: pd.DataFrame, spec: TaskSpec) -> bool:
-    """Whether a split's labels are withheld, as GLUE's test labels are (all -1)."""
-    column = spec.columns.get("label", "label")
-    return column in rows and len(rows) > 0 and bool((rows[column] == -1).all())
+def _hidden(rows: pd.DataFrame, train: pd.DataFrame, spec: TaskSpec) -> bool:
+    """Whether a split's labels are withheld, as GLUE's test labels are: all -1, or a column that only train has.
+
+    A column in its place that train does not have is a mistake, not a withheld label.
+    """
+    key = "tags" if spec.kind == "token" else "label"
+    column = spec.columns.get(key, key)
+    if column not in rows:
+        return column in train and set(rows.columns) <= {*train.columns, "index", "id", "idx"}
+    return len(rows) > 0 and bool((rows[column].astype(str) == "-1").all())
 
 
 def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:

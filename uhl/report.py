@@ -328,6 +328,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     sizes = {m["parameters"]["train_size"] for m in manifests if m["rows"]}
     most = ", ".join(f"{size:,}" if size else "all" for size in sorted(sizes, key=lambda size: size or 0))
     labels = "all training labels" if sizes == {None} else f"at most {most} training labels"
+    trained = [m["parameters"] for m in manifests if m["rows"]]
+    epochs, steps = (", ".join(f"{v:g}" for v in sorted({p[k] for p in trained})) for k in ("epochs", "tune_steps"))
     groups = [
         f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
         for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
@@ -336,7 +338,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     state = f"**Not complete: {len(left)} cells of the grid are missing.** " if left else ""
     return (
         f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % intervals over "
-        f"seeds and test examples ({'; '.join(groups)}); {labels}. "
+        f"seeds and test examples ({'; '.join(groups)}); {labels}, "
+        f"{epochs} epoch{'' if epochs == '1' else 's'}, then {steps} tuning steps. "
         f"Italics: controls. Bytes: what the method adds to the bare host, head included (the larger task). "
         f"FLOPs: added per token, in "
         f"percent of the host's linear layers. Ran on {' and '.join(sorted(hardware))}; "

@@ -442,13 +442,13 @@ def routing_map(table: pd.DataFrame, layers: Sequence[int] | None = None) -> Fig
 
 
 def routing_explorer(attached: Attached, encoder: Encoder, text: str) -> Any:
-    """A text box and a layer slider over :func:`routing_map`, for a live notebook."""
+    """A text box and a layer slider over :func:`routing_map`, for a live notebook; a box shows all layers at once."""
     import ipywidgets as widgets
 
     layers = sorted({s.layer for s in attached.slots})
     box = widgets.Text(value=text, description="text", layout=widgets.Layout(width="90%"), continuous_update=False)
     slider = widgets.IntSlider(min=layers[0], max=layers[-1], value=layers[0], description="layer")
-    every = widgets.Checkbox(value=True, description="all layers")
+    every = widgets.Checkbox(value=False, description="all layers")
     out = widgets.Output()
 
     def draw(_change: object = None) -> None:

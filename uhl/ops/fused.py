@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from uhl.ops.gather import take
 from uhl.router import ByAtom, Places, Route
 
 TOKENS, COLUMNS = 16, 128  # of a block
@@ -36,7 +37,7 @@ def update(
     """
     places = chosen.places()
     index = places.index
-    scale = chosen.gate.reshape(index.shape).float() * strength[index].float()
+    scale = chosen.gate.reshape(index.shape).float() * take(strength.float(), index, places)
     flat = y.reshape(-1, y.shape[-1])
     out: Tensor = _Update.apply(flat, x.reshape(-1, x.shape[-1]), v, u, scale, offset, index, places)
     return out.reshape(y.shape)

@@ -46,7 +46,7 @@ def read(
     """What the chosen atoms read, x . v~, less the offset, for all N tokens in a row."""
     index, places = _places(chosen)
     dots: Tensor = _Dots.apply(x.to(v.dtype).reshape(-1, x.shape[-1]), v, index, places)
-    return dots if offset is None else dots - offset[index]
+    return dots if offset is None else dots - take(offset, index, places)
 
 
 def write(
@@ -58,9 +58,15 @@ def write(
 ) -> Float[Tensor, "*b T d_out"]:
     """``y`` plus what the atoms write for what they have read."""
     index, places = _places(chosen)
-    scaled = dots * chosen.gate.reshape(index.shape).to(u.dtype) * strength[index]
+    scaled = dots * chosen.gate.reshape(index.shape).to(u.dtype) * take(strength, index, places)
     out: Tensor = _Out.apply(scaled, u, index, places)
     return out.reshape(y.shape).to(y.dtype).add_(y)
+
+
+def take(values: Float[Tensor, " A"], index: Int64[Tensor, "N K"], places: Places | None) -> Float[Tensor, "N K"]:
+    """``values[index]``, whose gradients are added in the tokens' order too."""
+    taken: Tensor = _Take.apply(values, index, places)
+    return taken
 
 
 def _places(chosen: Route) -> tuple[Int64[Tensor, "N K"], Places | None]:
@@ -129,3 +135,18 @@ class _Out(Function):
         ds = _dots(g, u, index, ctx.places) if ctx.needs_input_grad[0] else None
         du = by_atom(len(u)).sums(s, g) if ctx.needs_input_grad[1] else None
         return ds, du, None, None
+
+
+class _Take(Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, places: Places | None) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.places, ctx.count = places, len(values)
+        return values[index]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        by_atom = (ctx.places or Places(index)).by_atom(ctx.count)
+        return by_atom.sums(g, torch.ones_like(g[:, :1]))[:, 0], None, None
