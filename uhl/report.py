@@ -268,7 +268,10 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
     for name, (fig, data) in figures.items():
         viz.save_fig(fig, folder / name, data)
     for name, data in tables.items():
-        write_atomic(folder / f"{name}.csv", lambda tmp, data=data: data.to_csv(tmp, index=False))  # type: ignore[misc]
+        write_atomic(  # digits that no machine rounds its own way
+            folder / f"{name}.csv",
+            lambda tmp, data=data: data.to_csv(tmp, index=False, float_format="%.10g"),  # type: ignore[misc]
+        )
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.glob("*.*"))}
     entry = {"stage": "analysis", "profile": profile, "commit": runs.commit(), "artefacts": files}
     return write_text(folder / "manifest.json", json.dumps(entry, indent=1))
