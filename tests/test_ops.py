@@ -201,17 +201,21 @@ def test_same_bits_every_time(place, tokens):
         pytest.skip("is for reading")
     if path == "fused" and device == "cpu" and tokens > 300:
         pytest.skip("minutes in Triton's interpreter")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     torch.use_deterministic_algorithms(False)  # they are so by themselves
-    grads = []
-    for _ in range(3):
+
+    def gradients():
         given = inputs(device, b=1, t=tokens, a=5)
         leaves = [z.requires_grad_() for z in given[1:5]]
         ops.get(path)(given[0], *leaves, given[5]).pow(2).sum().backward()
-        grads.append([z.grad for z in leaves])
-    torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for later in grads[1:] for a, b in zip(grads[0], later, strict=True))
+        return [z.grad for z in leaves]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = [gradients() for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for later in others for a, b in zip(first, later, strict=True))
 
 
 @settings(max_examples=25, deadline=None)

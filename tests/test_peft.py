@@ -313,30 +313,34 @@ def test_other_passes_may_come_between_forward_and_backward(checkpointing):
         torch.testing.assert_close(grads(apart)[name], gradient, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("routing", ["layer", "weight", "model"])
+@pytest.mark.parametrize(
+    ("routing", "checkpointing"), [("layer", None), ("weight", None), ("model", None), ("layer", False)]
+)
 @pytest.mark.parametrize("without", [False, True])
-def test_a_pass_may_come_inside_of_another(routing, without):
-    """A layer that calls the whole host, with the adapter or without it, on other tokens."""
+def test_a_pass_may_come_inside_of_another(routing, checkpointing, without):
+    """A layer that calls the whole host, with the adapter or without it, on other tokens; also where it runs again."""
     wanted = trainable(routing=routing)
     loss(wanted).backward()
     inner = logits(wanted, IDS[:1, :3])
-    model = trainable(routing=routing)
-    attached, seen = model.base_model._attached["default"], []
+    model = trainable(checkpointing, routing=routing)
+    attached, seen, busy = model.base_model._attached["default"], [], []
 
     def call(*_):
-        if not seen:
-            seen.append(None)
+        if not busy:
+            busy.append(None)
             with model.disable_adapter() if without else nullcontext():
                 seen.append(logits(model, IDS[:1, :3]))
+            busy.clear()
 
     layers = [m for n, m in model.named_modules() if n.endswith(("layer.0.attention", "layers.0.self_attn"))]
     handle = layers[0].register_forward_hook(call)
     value = loss(model)
-    handle.remove()
-    assert len(seen) == 2
+    assert len(seen) == 1
     assert all(r.index.shape[:-1] == IDS.shape for r in attached.routes.values() if r.index.ndim == 3)
     value.backward()
-    assert torch.allclose(seen[1], inner) != without
+    handle.remove()
+    assert len(seen) == (1 if checkpointing is None else 2)
+    assert all(torch.allclose(found, inner) != without for found in seen)
     for name, gradient in grads(wanted).items():
         torch.testing.assert_close(grads(model)[name], gradient, atol=1e-5, rtol=1e-4)
 
@@ -354,7 +358,14 @@ def test_an_interrupted_pass_leaves_nothing_behind():
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             logits(model)
+    nested = layers[0].register_forward_hook(
+        lambda *_: logits(model) if len(calls) < 3 and not calls.append(None) else None
+    )
+    calls = []
+    with pytest.raises(KeyboardInterrupt):  # three passes, one inside of the other
+        logits(model)
     handle.remove()
+    nested.remove()
     torch.testing.assert_close(logits(model), wanted)
     assert not attached.folds.inside
     assert not attached._now.outer

@@ -235,24 +235,26 @@ def weights(
     ``file``: see :func:`_resumed`.
     """
 
-    def measure(repeats: int, **size: Any) -> pd.DataFrame:
+    def measure(repeats: int, limit: float, **size: Any) -> pd.DataFrame:
         return paired(_weight_steps(**size), repeats, limit)
 
-    how = {"train": train, "compiled": compiled, "repeats": repeats}
+    how = {"train": train, "compiled": compiled, "repeats": repeats, "limit": limit}
     return _resumed(measure, [size | how for size in grid], file)
 
 
 def _resumed(
     measure: Callable[..., pd.DataFrame], keys: Sequence[dict[str, Any]], file: str | Path | None
 ) -> pd.DataFrame:
-    """``measure(**key)`` of each key, with the key's and the machine's columns.
+    """``measure(**key)`` of each distinct key, with the key's columns, the machine's and the commit's.
 
-    With ``file`` (CSV) each is kept as soon as it is measured, and what is in it of this machine is not measured again.
+    With ``file`` (CSV) each is kept as soon as it is measured, and what is in it of this machine and commit is not
+    measured again.
     """
+    keys = [dict(items) for items in dict.fromkeys(tuple(key.items()) for key in keys)]
     kept = pd.read_csv(file) if file is not None and Path(file).exists() else pd.DataFrame()
     parts = []
     for number, key in enumerate(keys, 1):
-        columns = key | {"machine": runs.hardware()}
+        columns = key | {"machine": runs.hardware(), "commit": runs.commit()}
         known = set(columns) <= set(kept.columns)
         part = kept[(kept[list(columns)] == pd.Series(columns)).all(axis=1)] if known else kept[:0]
         if part.empty:
@@ -324,7 +326,7 @@ def hosts(
     ``file``: see :func:`_resumed`.
     """
 
-    def measure(host: str, train: bool, compiled: bool, repeats: int, **_: object) -> pd.DataFrame:
+    def measure(host: str, train: bool, compiled: bool, **_: object) -> pd.DataFrame:
         models = _methods(host, methods)
         if compiled:
             torch._dynamo.reset()
@@ -332,7 +334,8 @@ def hosts(
         steps = {name: host_step(m, batch, length, train) for name, m in models.items()}
         return paired(steps, repeats)
 
-    key = {"host": shape, "tokens": batch * length, "train": train, "compiled": compiled, "repeats": repeats}
+    size = {"host": shape, "batch": batch, "length": length, "tokens": batch * length}
+    key = size | {"train": train, "compiled": compiled, "repeats": repeats, "rivals": ", ".join(methods)}
     return _resumed(measure, [key], file)
 
 
@@ -358,7 +361,8 @@ def peaks(
     def measure(method: str, host: str, **_: object) -> pd.DataFrame:
         return pd.DataFrame({"peak MB": [_alone(_peak_of, method, host, batch, length)]})
 
-    return _resumed(measure, [{"method": m, "host": shape, "tokens": batch * length} for m in methods], file)
+    size = {"host": shape, "batch": batch, "length": length}
+    return _resumed(measure, [{"method": method} | size for method in methods], file)
 
 
 def power_law(found: pd.DataFrame, step: str, by: Sequence[str]) -> dict[str, float]:

@@ -85,6 +85,7 @@ class _Pass(threading.local):
         """Put the pass that is running aside, for :meth:`resume`."""
         mine = {name: value for name, value in vars(self).items() if name != "outer"}
         self.outer.append((mine, folds.suspended()))
+        self.paths = dict(self.paths)
 
     def resume(self, folds: Folds) -> None:
         """Go on with the pass that was put aside last."""
@@ -186,11 +187,12 @@ class Attached:
 
         ``at_work``: whether the adapter takes part in it.
         """
-        if self.folds.inside:
-            if _calls(self.model) > len(self._now.outer) + 1:
-                self._now.suspend(self.folds)
-            else:  # that pass was interrupted, so that its end was not told
+        if not torch.compiler.is_compiling() and (self.folds.inside or self._now.outer or self._now.layer):
+            running = _calls(self.model) - 1
+            while self.folds.inside and running <= len(self._now.outer):  # interrupted, so that its end was not told
                 self.after_host()
+            if self.folds.inside or in_backward():  # a layer that runs again may call the host too
+                self._now.suspend(self.folds)
         if not at_work:
             return
         mask = kwargs.get("attention_mask")

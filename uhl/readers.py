@@ -100,7 +100,7 @@ def _hidden(rows: pd.DataFrame, train: pd.DataFrame, spec: TaskSpec) -> bool:
     column = spec.columns.get(key, key)
     if column not in rows:
         return column in train and set(rows.columns) <= {*train.columns, "index", "id", "idx"}
-    return len(rows) > 0 and bool((rows[column].astype(str) == "-1").all())
+    return len(rows) > 0 and bool(rows[column].astype(str).isin(["-1", "-1.0"]).all())
 
 
 def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:

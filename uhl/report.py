@@ -329,8 +329,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     hardware = {part for m in manifests for part in m["hardware"].split(" and ")}
     commits = {part for m in manifests for part in m["commit"].split(", ")}
     sizes = {m["parameters"]["train_size"] for m in manifests if m["rows"]}
-    most = ", ".join(f"{size:,}" if size else "all" for size in sorted(sizes, key=lambda size: size or 0))
-    labels = "all training labels" if sizes == {None} else f"at most {most} training labels"
+    most = ", ".join(f"{size:,}" for size in sorted(filter(None, sizes)))
+    labels = " or ".join([f"at most {most} training labels"] * bool(most) + ["all training labels"] * (None in sizes))
     trained = [m["parameters"] for m in manifests if m["rows"]]
     epochs, steps = (", ".join(f"{v:g}" for v in sorted({p[k] for p in trained})) for k in ("epochs", "tune_steps"))
     groups = [
