@@ -98,3 +98,14 @@ def test_points_lie_below_the_roofs_that_are_drawn():
     assert shown is points
     assert [t.get_text() for t in fig.axes[0].get_legend().get_texts()] == list(viz.WAYS)[:5]
     assert fig.axes[0].get_xscale() == fig.axes[0].get_yscale() == "log"
+
+
+def test_times_of_a_weight_are_drawn_with_plain_numbers():
+    base = {"tokens": 8, "d_in": 6, "d_out": 6, "atoms": 4, "top_k": 2}
+    measured = pd.concat([bench.weights([base, base | {"tokens": 16}], repeats=2, train=t) for t in (False, True)])
+    fig, shown = viz.speed_of_weights(measured, base)
+    assert shown is measured
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["8", "16"]
+    ticks = [t.get_text() for ax in (fig.axes[0], fig.axes[4]) for t in ax.get_yticklabels()]
+    assert ticks
+    assert set(ticks) <= {"1", "1.5", "2", "3", "4", "6", "8", "12"}

@@ -467,7 +467,7 @@ def routing_explorer(attached: Attached, encoder: Encoder, text: str) -> Any:
     return widgets.VBox([box, widgets.HBox([slider, every]), out])
 
 
-def plain_ticks(ax: Axes, values: Sequence[float]) -> None:
+def plain_ticks(ax: Axes, values: Sequence[int | float]) -> None:
     """Plain numbers on a logarithmic vertical axis: those of ``values`` that lie within its limits."""
     low, high = ax.get_ylim()
     shown = [v for v in values if low <= v <= high]
