@@ -169,7 +169,7 @@ def test_closed_gates_and_no_tokens(place):
 def test_half_precision_host(place, dtype, atoms):
     """Outputs and gradients within a few roundings of what float64 gives for the same rounded numbers."""
     path, device = place
-    if path == "reference":
+    if path == "reference" and atoms is None:
         pytest.skip("rounds each step, where the others add in float32")
     *tensors, chosen = inputs(device, t=20)
     given = [z.to(dtype) for z in tensors[:2]] + [z.to(atoms or dtype) for z in tensors[2:]]
@@ -197,8 +197,8 @@ def test_half_precision_host(place, dtype, atoms):
 @pytest.mark.parametrize("tokens", [300, 20_000])
 def test_same_bits_every_time(place, tokens):
     path, device = place
-    if path == "reference":
-        pytest.skip("is for reading")
+    if path == "reference" and tokens > 300:
+        pytest.skip("torch adds an index's gradients in any order where there are many")
     if path == "fused" and device == "cpu" and tokens > 300:
         pytest.skip("minutes in Triton's interpreter")
     torch.use_deterministic_algorithms(False)  # they are so by themselves

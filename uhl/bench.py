@@ -252,9 +252,10 @@ def _resumed(
     """
     keys = [dict(items) for items in dict.fromkeys(tuple(key.items()) for key in keys)]
     kept = pd.read_csv(file) if file is not None and Path(file).exists() else pd.DataFrame()
+    where = {"machine": runs.hardware(), "commit": runs.commit()}
     parts = []
     for number, key in enumerate(keys, 1):
-        columns = key | {"machine": runs.hardware(), "commit": runs.commit()}
+        columns = key | where
         known = set(columns) <= set(kept.columns)
         part = kept[(kept[list(columns)] == pd.Series(columns)).all(axis=1)] if known else kept[:0]
         if part.empty:
@@ -326,8 +327,8 @@ def hosts(
     ``file``: see :func:`_resumed`.
     """
 
-    def measure(host: str, train: bool, compiled: bool, **_: object) -> pd.DataFrame:
-        models = _methods(host, methods)
+    def measure(**_: object) -> pd.DataFrame:
+        models = _methods(shape, methods)
         if compiled:
             torch._dynamo.reset()
             models = {name: torch.compile(m) for name, m in models.items()}  # type: ignore[misc]
@@ -358,8 +359,8 @@ def peaks(
     ``file``: see :func:`_resumed`.
     """
 
-    def measure(method: str, host: str, **_: object) -> pd.DataFrame:
-        return pd.DataFrame({"peak MB": [_alone(_peak_of, method, host, batch, length)]})
+    def measure(method: str, **_: object) -> pd.DataFrame:
+        return pd.DataFrame({"peak MB": [_alone(_peak_of, method, shape, batch, length)]})
 
     size = {"host": shape, "batch": batch, "length": length}
     return _resumed(measure, [{"method": method} | size for method in methods], file)

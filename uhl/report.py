@@ -328,10 +328,11 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     manifests = [json.loads(p.read_text()) for p in sorted((runs.root() / profile).glob("*/*/manifest.json"))]
     hardware = {part for m in manifests for part in m["hardware"].split(" and ")}
     commits = {part for m in manifests for part in m["commit"].split(", ")}
-    sizes = {m["parameters"]["train_size"] for m in manifests if m["rows"]}
-    most = ", ".join(f"{size:,}" for size in sorted(filter(None, sizes)))
-    labels = " or ".join([f"at most {most} training labels"] * bool(most) + ["all training labels"] * (None in sizes))
     trained = [m["parameters"] for m in manifests if m["rows"]]
+    sizes = {p["train_size"] for p in trained}
+    most = ", ".join(f"{size:,}" for size in sorted(filter(None, sizes)))
+    either = [f"at most {most} training labels"] if most else []
+    labels = " or ".join([*either, "all training labels"] if None in sizes else either)
     epochs, steps = (", ".join(f"{v:g}" for v in sorted({p[k] for p in trained})) for k in ("epochs", "tune_steps"))
     groups = [
         f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"

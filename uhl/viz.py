@@ -17,7 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from uhl.config import ARMS, METHODS, WEIGHT_TYPES
 from uhl.errors import UHLError
@@ -467,13 +467,12 @@ def routing_explorer(attached: Attached, encoder: Encoder, text: str) -> Any:
     return widgets.VBox([box, widgets.HBox([slider, every]), out])
 
 
-def plain_ticks(ax: Axes, values: Sequence[int | float]) -> None:
+def _plain_ticks(ax: Axes, values: Sequence[int | float]) -> None:
     """Plain numbers on a logarithmic vertical axis: those of ``values`` that lie within its limits."""
     low, high = ax.get_ylim()
     shown = [v for v in values if low <= v <= high]
-    ax.yaxis.set_major_locator(FixedLocator(shown))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ax.yaxis.set_minor_locator(NullLocator())
+    ax.set_yticks(shown, [f"{v:g}" for v in shown])
+    ax.minorticks_off()
 
 
 def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figure, pd.DataFrame]:
@@ -500,7 +499,7 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
             ax.set_xticks(values, [f"{v / 1024:g}k" if v % 1024 == 0 else f"{v:g}" for v in values], fontsize=9)
             ax.minorticks_off()
         row[0].set(yscale="log", ylabel=f"{'training' if train else 'forward'}: time / bare weight")
-        plain_ticks(row[0], (1, 1.5, 2, 3, 4, 6, 8, 12))
+        _plain_ticks(row[0], (1, 1.5, 2, 3, 4, 6, 8, 12))
     axes[0][0].legend(fontsize=8)
     fig.tight_layout()
     return fig, measured
@@ -528,7 +527,7 @@ def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.
     label = f"{roofs['GFLOP/s']:.0f} GFLOP/s, {roofs['GB/s']:.0f} GB/s"
     axes[0].annotate(label, (span[-1], roofs["GFLOP/s"]), (0, 4), textcoords="offset points", ha="right", fontsize=8)
     axes[0].set_ylabel("GFLOP/s")
-    plain_ticks(axes[0], (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
+    _plain_ticks(axes[0], (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
     axes[0].legend(fontsize=8, loc="lower right")
     fig.tight_layout()
     return fig, points
