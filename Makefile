@@ -2,6 +2,7 @@
 # make test                    set up, lint, types, unit tests, PEFT's own tests, notebooks
 # make port TARGET=minilm-l3   one target: pre-train if needed, port
 # make attempts                ways to port, compared on dev (notebook 07 for every task and target); writes figures/attempts.*
+# make copies                  the adapter on pruned copies of its source (notebook 10); writes figures/compression.*
 # make bench                   times and memory of the layers on this machine
 # make lab                     JupyterLab on notebooks/
 
@@ -25,7 +26,7 @@ BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wa
 # The jobs of one target follow one another, so each has all threads.
 port: CORES = 1
 
-.PHONY: run test fetch lint unit notebooks conformance port attempts bench lab table clean
+.PHONY: run test fetch lint unit notebooks conformance port attempts copies bench lab table clean
 
 $(STAMP): pyproject.toml requirements.lock
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; set PYTHON=/path/to/python3.11"; exit 1; }
@@ -54,6 +55,12 @@ attempts: $(STAMP)
 	@mkdir -p runs
 	@$(SNAKE) --config profile=$(PROFILE) -- all_attempts || $(BUSY)
 	@$(BIN)/python -m uhl attempts --profile $(PROFILE)
+
+copies: $(STAMP)
+	@$(BIN)/python -m uhl fetch --profile $(PROFILE)
+	@mkdir -p runs
+	@$(SNAKE) --config profile=$(PROFILE) -- all_copies || $(BUSY)
+	@$(BIN)/python -m uhl copies --profile $(PROFILE)
 
 # Two at a time, because each has long stretches with one process; every line says whose it is.
 test: $(STAMP)

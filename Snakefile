@@ -149,6 +149,27 @@ rule all_attempts:
         expand(f"{CELL}/attempts-{{target}}/attempts.csv", task=GRID.tasks, seed=GRID.seeds[0], target=GRID.targets),
 
 
+rule compress:
+    input:
+        f"{CELL}/pretrain-canonical/manifest.json",
+        SETTINGS,
+        own_task,
+    output:
+        f"{CELL}/compress/compression.csv",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-compress.log",
+    params:
+        own=lambda w: f"{task(w)} -p seed {w.seed}",
+    shell:
+        papermill("10_compress")
+
+
+# Not of the batch: the adapter on pruned copies of its source (`make copies`).
+rule all_copies:
+    input:
+        expand(f"{CELL}/compress/compression.csv", task=GRID.tasks, seed=GRID.seeds),
+
+
 rule analysis:
     input:
         [f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()],

@@ -53,6 +53,15 @@ def test_peak_is_that_of_the_process_alone():
     assert child < here - held.nbytes / 2
 
 
+def test_porting_is_measured_with_and_without_fragments():
+    bare, cut = bench.porting("tiny", 32, 1).to_dict("records")
+    assert (bare["anchors"], bare["with fragments"]) == (32, 32)
+    assert cut["with fragments"] > 64
+    assert cut["with fragments"] % 3 == 32 % 3  # whole texts, and three of some
+    assert bare["host MB"] == pytest.approx(sum(p.numel() for p in bench.bert("tiny").parameters()) * 4e-6)
+    assert all(0 < row["seconds"] < 60 and 0 <= row["peak MB"] < 500 for row in (bare, cut))
+
+
 @pytest.mark.parametrize("frame", ["dimension", "residual"])
 def test_folding_bert_large_takes_two_seconds_and_150_mb_at_most(frame):
     (row,) = bench.folding("bert-large", [frame]).to_dict("records")

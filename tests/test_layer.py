@@ -13,6 +13,7 @@ from uhl.config import Sizes
 from uhl.errors import UHLError
 from uhl.frame import dimension_frame
 from uhl.host import find_slots, weight
+from uhl.mixer import type_features
 from uhl.peft_method import attach
 from uhl.porting import basis_of
 from uhl.router import route
@@ -70,6 +71,31 @@ def test_tuning_folds_the_atoms_once_and_has_the_same_gradients(encoder, adapter
         first = run(encoder)
         adapter.dictionary.u.add_(0.5)
         assert not torch.equal(run(encoder), first)
+
+
+def test_training_steps_copy_nothing_that_stays_the_same(encoder, adapter, monkeypatch):
+    """What mixer and bias see of the weights, and a given frame: on an accelerator each copy would be waited for."""
+    from uhl import adapter as module
+    from uhl.frame import Frame
+
+    made = []
+    monkeypatch.setattr(module, "type_features", lambda *a: made.append("features") or type_features(*a))
+    move = Frame.to
+    monkeypatch.setattr(Frame, "to", lambda self, device: made.append("frame") or move(self, device))
+    frame = basis_of(observe(encoder, Probe(["good film", "bad plot"])), 16).frame(find_slots(encoder.model))
+    with attach(encoder.model, adapter, "mood", frame):
+        with torch.inference_mode():
+            run(encoder)  # what this leaves must serve training
+        first = len(made)
+        for _ in range(3):
+            run(encoder).sum().backward()
+    assert made.count("features") == len(find_slots(encoder.model))
+    assert len(made) == first
+    assert adapter.mixer.first.grad.abs().max() > 0
+    other = find_slots(encoder.model)[:2]
+    torch.testing.assert_close(
+        adapter.strengths(other, "mood"), adapter.strengths(find_slots(encoder.model), "mood")[:2]
+    )
 
 
 def test_folded_update_is_the_unfolded_equation(encoder, adapter):

@@ -102,7 +102,7 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert cells["source"] == {"uhl-canonical", "uhl-dimension", *methods}
     assert cells["retrained"] == set(methods)
     assert cells["zero-shot"] == {"no-adapter", *ARMS} - {"lineage", "embedding"}
-    assert cells["tuned"] == {"dimension", "anchor", "zero-atoms", "random-p"}
+    assert cells["tuned"] == {"dimension", "anchor", "zero-atoms", "random-p", "untrained"}
     assert "equal widths" in zero.details["undefined"]["lineage"]
     assert "shared vocabulary" in zero.details["undefined"]["embedding"]
     assert (test["n"] == 16).all()
@@ -368,6 +368,21 @@ def test_a_tuned_file_holds_what_was_scored(tiny_world):
     assert torch.equal(before.dictionary.u, after.dictionary.u)
     assert torch.equal(before.router.weight, after.router.weight)
     assert not torch.equal(before.task("mood").bias, after.task("mood").bias)
+
+
+def test_the_untrained_control_keeps_nothing_of_the_dictionary_but_its_sizes(tiny_world):
+    stages.pretrain(tiny_world, "canonical")
+    before = store.load(runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors")
+    after = store.load(stages.tune(tiny_world, "untrained").paths[0])
+    rows = [(a.dictionary.u, a.dictionary.v, a.router.weight) for a in (before, after)]
+    for learned, drawn in zip(*rows, strict=True):
+        used = learned.norm(dim=1) > 0
+        assert used.any()
+        torch.testing.assert_close(drawn.norm(dim=1), learned.norm(dim=1), rtol=0.02, atol=1e-6)
+        same = torch.nn.functional.cosine_similarity(drawn[used], learned[used])
+        assert same.mean().abs() < 4 / (used.sum() * learned.shape[1]) ** 0.5
+    assert torch.equal(before.mixer.first, after.mixer.first)
+    assert after.task("mood").bias.abs().max() > 0
 
 
 @pytest.mark.parametrize("arm", ["anchor", "random-p", "zero-atoms"])

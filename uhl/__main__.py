@@ -1,5 +1,5 @@
-"""Command line: ``uhl fetch | port | table | attempts | pack | restore | inspect | verify | split | join | export |
-bench | search``.
+"""Command line: ``uhl fetch | port | table | attempts | copies | pack | restore | inspect | verify | split | join |
+export | bench | search``.
 
 Errors of the package print one line, without a traceback.
 """
@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from uhl import report, runs, store, viz
+from uhl import pruning, report, runs, store, viz
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import Header, read_either
@@ -29,8 +29,9 @@ def fetch(options: argparse.Namespace) -> None:
     grid = Grid.read(options.profile)
     targets = [options.model] if options.model else grid.targets
     for name in (grid.source, *(target_of(options.profile, t) for t in targets)):
-        if name in OFFLINE or Path(name).is_dir():
-            resolve(name)
+        whole, _ = pruning.parse(name)
+        if whole in OFFLINE or Path(whole).is_dir():
+            resolve(whole)
     if set(grid.tasks) & set(OFFLINE_TASKS):
         from uhl.sources import vader_text
 
@@ -71,6 +72,13 @@ def attempts(options: argparse.Namespace) -> None:
     found = report.attempts(options.profile)
     path = viz.save_fig(viz.attempt_changes(found), HERE / "figures" / "attempts", found)
     print(f"{path.relative_to(HERE)}: {len(found)} attempts on {found.groupby(['task', 'target']).ngroups} cells")
+
+
+def copies(options: argparse.Namespace) -> None:
+    """Gather what notebook 10 measured on pruned copies of the source into figures/compression.csv, and draw it."""
+    found = report.compressed(options.profile)
+    path = viz.save_fig(viz.compression(found), HERE / "figures" / "compression", found)
+    print(f"{path.relative_to(HERE)}: {found['copy'].nunique()} models, seeds {found['seeds'].max()}")
 
 
 def pack(options: argparse.Namespace) -> None:
@@ -179,6 +187,9 @@ def main() -> None:
     command = commands.add_parser("attempts", help=attempts.__doc__)
     command.add_argument("--profile", default="offline")
     command.set_defaults(run=attempts)
+    command = commands.add_parser("copies", help=copies.__doc__)
+    command.add_argument("--profile", default="offline")
+    command.set_defaults(run=copies)
     for name, does in (("pack", pack), ("restore", restore)):
         command = commands.add_parser(name, help=does.__doc__)
         command.add_argument("--profile", default="offline-full")

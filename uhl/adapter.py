@@ -119,6 +119,7 @@ class UHLAdapter(nn.Module):
         self.tasks = nn.ModuleDict()
         self.anchors: Anchors | None = None
         self.info: dict[str, object] = {}
+        self._kept_features: tuple[object, tuple[Tensor, Tensor]] | None = None
         self.register_state_dict_post_hook(_as_stored)
 
     def bits(self) -> dict[str, int]:
@@ -146,11 +147,31 @@ class UHLAdapter(nn.Module):
         assert isinstance(part, TaskPart)
         return part
 
+    @torch.no_grad()
+    def redraw(self, seed: int) -> None:
+        """Random atoms and routes in place of the learned ones, row by row of the same length: a control's."""
+        generator = torch.Generator().manual_seed(seed)
+        learned = [self.dictionary.u, self.dictionary.v, *([self.router.weight] if self.router else [])]
+        for rows in learned:
+            drawn = torch.randn(rows.shape, generator=generator).to(rows)
+            rows.copy_(nn.functional.normalize(drawn, dim=1) * rows.norm(dim=1, keepdim=True))
+
     def strengths(self, slots: Sequence[Slot], task: str, scale: float = 1.0) -> Float[Tensor, "slots A"]:
         """Alpha (scale * g + d) for every weight; ``scale`` weighs the mixer alone, so a tuned bias always acts."""
-        mixed = self.mixer(torch.stack([type_features(s.depth, s.type) for s in slots]).to(self.device))
-        basis = torch.stack([bias_features(s.depth, s.type) for s in slots]).to(self.device)
-        return self.config.alpha * (scale * mixed + basis @ fake_quantise(self.task(task).bias, 4))
+        inputs, basis = self._features(tuple((slot.depth, slot.type) for slot in slots))
+        return self.config.alpha * (scale * self.mixer(inputs) + basis @ fake_quantise(self.task(task).bias, 4))
+
+    def _features(self, places: tuple[tuple[float, str], ...]) -> tuple[Tensor, Tensor]:
+        """What mixer and bias see of weights. Kept, as copying them to a device at every step would wait for it."""
+        kept = self._kept_features
+        if torch.compiler.is_compiling() or kept is None or kept[0] != (places, self.device):
+            with torch.inference_mode(False):
+                rows = ([make(*place) for place in places] for make in (type_features, bias_features))
+                inputs, basis = (torch.stack(row).to(self.device) for row in rows)
+            if torch.compiler.is_compiling():  # constants of the graph
+                return inputs, basis
+            kept = self._kept_features = (places, self.device), (inputs, basis)
+        return kept[1]
 
     def vectors(self, frame: Frame, slots: Sequence[Slot]) -> dict[str, Vectors]:
         """(V~, U~) of every weight in a host's frame. Weights that share a P share the product."""

@@ -6,12 +6,14 @@ Memory is measured in a process of its own, times in pairs: the rivals take turn
 from __future__ import annotations
 
 import multiprocessing
+import random
 import resource
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +23,17 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel
 
-from uhl import baselines, ops, runs
+from uhl import baselines, models, ops, runs, tasks
 from uhl.adapter import UHLAdapter
+from uhl.anchors import DEPTHS, Anchors, Codes, Probe
 from uhl.config import Sizes, UHLConfig, _Strict
 from uhl.files import write_atomic
 from uhl.frame import Basis, Frame, dimension_frame
 from uhl.host import Slot, find_slots
 from uhl.peft_method import LOG
+from uhl.porting import port
 from uhl.router import Route
 
 SHAPES = {
@@ -132,6 +136,41 @@ def _fold_cost(shape: str, frame: str) -> dict[str, object]:
 def folding(shape: str = "bert-large", frames: Sequence[str] = ("dimension", "residual")) -> pd.DataFrame:
     """Time and memory of folding an adapter into a host, by kind of frame; each in a process of its own."""
     return pd.DataFrame([_alone(_fold_cost, shape, frame) for frame in frames])
+
+
+def _port_cost(shape: str, count: int, cuts: int, threads: int) -> dict[str, object]:
+    """Seconds of an anchored port on ``count`` texts and their fragments, and how far the peak of memory rises.
+
+    What an adapter's codes are does not change what a port costs, so they are random; the texts are real.
+    """
+    torch.set_num_threads(threads)
+    texts = random.Random(0).sample(sorted(set(tasks.generic_text())), count)
+    probe = Probe(texts, words=1, coded=count, own=count, cuts=cuts)
+    tokenizer = AutoTokenizer.from_pretrained(models.resolve("minilm-l6")[0])
+    target = models.Encoder(shape, bert(shape), tokenizer, "unknown")
+    adapter = UHLAdapter(Sizes(projector="canonical"))
+    part, width = adapter.add_task("main", ("negative", "positive"), "sentence"), adapter.config.width
+    torch.manual_seed(0)
+    nn.init.normal_(adapter.dictionary.u)
+    head, *stream = (Codes.of(torch.randn(count, width)) for _ in (None, *DEPTHS))
+    made = Anchors(texts, "bench", head, stream, 1, DEPTHS, torch.randn(part.head.shape), torch.zeros(2), task="main")
+    logits = Codes.of(torch.randn(sum(probe.units()), 2)) if cuts else None
+    adapter.anchors = replace(made, logits=logits, own=count, cuts=cuts)
+    with torch.no_grad():
+        target.model(torch.ones(1, 4, dtype=torch.long))
+    before, begun = _peak(), time.perf_counter()
+    port(adapter, target, "main")
+    seconds, peak = time.perf_counter() - begun, _peak() - before
+    size = sum(p.numel() * p.element_size() for p in target.model.parameters())
+    sizes = {"anchors": count, "with fragments": len(probe.observed), "threads": threads}
+    return {"host": shape, **sizes, "seconds": seconds, "peak MB": peak / 1e6, "host MB": size / 1e6}
+
+
+def porting(shape: str = "bert-base", count: int = 512, threads: int = 2) -> pd.DataFrame:
+    """Time and memory of an anchored port to a host of a shape, without and with the fragments of its texts; each in a
+    process of its own. ``peak MB`` is what it takes beside the host.
+    """
+    return pd.DataFrame([_alone(_port_cost, shape, count, cuts, threads) for cuts in (0, 3)])
 
 
 def _alone(work: Callable[..., Any], *args: Any) -> Any:

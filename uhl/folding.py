@@ -107,6 +107,7 @@ class _Cache:
     graph: Fold | None = None  # the last one with gradients of any thread, for backward passes in threads of their own
     compiled: Fold | None = None  # whose tensors compiled hosts hold; `uhl::refresh` writes into them
     vectors: tuple[_State, Frame, dict[str, Vectors]] | None = None  # of a frozen dictionary and projector
+    placed: tuple[Frame, torch.device, Frame] | None = None  # the given frame on the adapter's device
     backwards: int = 0
     key: int = field(default_factory=itertools.count().__next__)  # names the owner to `uhl::refresh`
     now: _Now = field(default_factory=_Now)
@@ -176,8 +177,14 @@ class Folds:
                 "a canonical adapter has no projectors of its own for this host; make them with uhl.port(adapter, "
                 "host, task) and pass its frame (attach(..., frame), or set_frame on the PEFT model's base_model)"
             )
-        frame = self.given or dimension_frame(self.adapter.projector, self.slots, self.width)
-        return frame.to(self.adapter.device)
+        cache, device = self._cache, self.adapter.device
+        if self.given is None:
+            return dimension_frame(self.adapter.projector, self.slots, self.width).to(device)
+        if torch.compiler.is_compiling():
+            return self.given.to(device)
+        if cache.placed is None or cache.placed[0] is not self.given or cache.placed[1] != device:
+            cache.placed = self.given, device, self.given.to(device)
+        return cache.placed[2]
 
     def _moving(self) -> list[nn.Parameter]:
         """Parameters that V~ and U~ depend on."""

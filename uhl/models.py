@@ -7,6 +7,8 @@
 | `mpnet-base`   | MPNet 12 x 768 (all-mpnet-base-v2), 440 MB, on request  | five PyPI packages                   |
 | `minilm-4x312` | a narrow student of `minilm-l6`, see :mod:`uhl.student` | this repository, 8-bit               |
 
+A name may say how a copy of the model is to be pruned, as in ``minilm-l6@layers=4``; see :mod:`uhl.pruning`.
+
 Nothing is ever executed from a model: safetensors or ONNX initialisers only, ``trust_remote_code`` off.
 """
 
@@ -24,7 +26,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
-from uhl import sources
+from uhl import pruning, sources
 from uhl.errors import UHLError
 from uhl.files import check_sha256, sha256, write_text
 
@@ -67,12 +69,14 @@ class Encoder:
 def load_encoder(name: str, attention: str | None = None) -> Encoder:
     """Load an encoder in float32 and evaluation mode.
 
-    ``name`` is one of :data:`OFFLINE`, a folder that ``save_pretrained`` wrote, or a hub id. ``attention`` is handed
+    ``name`` is one of :data:`OFFLINE`, a folder that ``save_pretrained`` wrote, or a hub id; any of them with a cut
+    (:func:`uhl.pruning.parse`). ``attention`` is handed
     to transformers (``eager`` for exact FLOP counts; by default the best that the architecture has). Raises
     :class:`UHLError` for a name that is none of these, for weights whose hash is wrong, and for a hub id that cannot be
     reached.
     """
-    folder, revision = resolve(name)
+    whole, cut = pruning.parse(name)
+    folder, revision = resolve(whole)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         extra = {"add_pooling_layer": False} if config.model_type in {"bert", "mpnet", "roberta"} else {}
@@ -97,6 +101,8 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
             f"model {name!r} could not be loaded ({_first_line(error)}). Offline names: {', '.join(OFFLINE)}. {remedy}"
         ) from error
     revision = revision or getattr(config, "_commit_hash", None) or "unknown"
+    if cut:
+        model, revision = pruning.prune(model, cut), _cut_revision(revision, name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(name, model.eval().to(device), tokenizer, revision)
 
@@ -121,13 +127,19 @@ def resolve(name: str) -> tuple[str, str | None]:
 
 def revision(name: str) -> str:
     """What a manifest records of a model: the sha256 of its weights, or the hub's commit where the hub gave it."""
-    folder, known = resolve(name)
-    if known:
-        return known
-    try:
-        return getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "_commit_hash", None) or "unknown"
-    except (OSError, ValueError):
-        return "unknown"
+    whole, cut = pruning.parse(name)
+    folder, known = resolve(whole)
+    if not known:
+        try:
+            known = getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "_commit_hash", None)
+        except (OSError, ValueError):
+            known = None
+    return _cut_revision(known or "unknown", name) if cut else known or "unknown"
+
+
+def _cut_revision(revision: str, name: str) -> str:
+    """Of a pruned copy: other weights than the whole model's, and known where those are."""
+    return "unknown" if revision == "unknown" else f"{revision}@{name.rpartition('@')[2]}"
 
 
 def _first_line(error: Exception) -> str:

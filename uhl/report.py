@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from uhl import card, runs, stats, store, viz
+from uhl import card, pruning, runs, stats, store, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, UHLConfig
 from uhl.errors import UHLError
@@ -37,7 +37,9 @@ def cell_counts(cell: Path, arm: str, split: str, metric: str) -> np.ndarray:
     labels, gold, length = (stored[f"{arm}/{split}/{part}"] for part in ("labels", "gold", "length"))
     if metric != "f1":
         return stats.counts(labels, gold)
-    names = json.loads((cell / "manifest.json").read_text())["labels"]
+    manifest = cell / "manifest.json"
+    told = json.loads((manifest if manifest.is_file() else cell / "outcome.json").read_text())
+    names = told["labels"] if manifest.is_file() else told["about"]["labels"]
     cuts = np.cumsum(length)[:-1]
     return stats.counts(np.split(labels, cuts), np.split(gold, cuts), names)
 
@@ -145,6 +147,34 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
+def compressed(profile: str) -> pd.DataFrame:
+    """What notebook 10 measured on pruned copies of the source, over the seeds of each task: columns task, copy, part,
+    kept (share of the linear layers' weights), arm, score, low, high, seeds, n.
+
+    A copy's name is that of the source and what stays, :mod:`uhl.pruning`; ``part`` is empty for the source itself, and
+    `several` where more than one was cut.
+    """
+    found: dict[tuple[str, str, float, str], dict[int, np.ndarray]] = {}
+    for path in sorted((runs.root() / profile).glob("*-s*/compress/*/outcome.json")):
+        entry = json.loads(path.read_text())
+        for row in entry["rows"]:
+            key = (row["task"], row["target"], float(entry["about"]["kept"]), row["arm"])
+            counted = cell_counts(path.parent, row["arm"], row["split"], row["metric"])
+            found.setdefault(key, {})[int(row["seed"])] = counted
+    if not found:
+        raise UHLError(f"profile {profile} has no pruned copies; measure them first: make copies PROFILE={profile}")
+    known = stats.prior(stats.score_of(stack(cell).sum(1)) for cell in found.values())
+    rows = []
+    for (task, copy, kept, arm), cell in found.items():
+        made = stats.interval(stack(cell), groups_of(profile, task), known)
+        _, cut = pruning.parse(copy)
+        parts = [part for part in pruning.PARTS if cut and getattr(cut, part) is not None]
+        part = "several" if len(parts) > 1 else "".join(parts)
+        rows.append((task, copy, part, kept, arm, *made, len(cell), len(next(iter(cell.values())))))
+    columns = ["task", "copy", "part", "kept", "arm", "score", "low", "high", "seeds", "n"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 PAIRS = (
     ("source", "uhl-canonical", "source", "head"),
     ("source", "uhl-dimension", "source", "head"),
@@ -161,6 +191,7 @@ PAIRS = (
     ("zero-shot", "refresh", "zero-shot", "refresh-random"),
     ("tuned", "anchor", "tuned", "zero-atoms"),
     ("tuned", "anchor", "tuned", "random-p"),
+    ("tuned", "anchor", "tuned", "untrained"),
     ("tuned", "dimension", "tuned", "zero-atoms"),
     ("tuned", "anchor", "retrained", "lora-r8"),
     ("tuned", "anchor", "retrained", "sat-lora"),

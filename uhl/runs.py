@@ -94,6 +94,9 @@ class Settings(_Strict):
     arms: tuple[Arm, ...] = Field(ARMS, min_length=1, description="arms and controls that are ported")
     refresh_steps: int = Field(200, ge=1, description="label-free steps of the arms that refresh")
     attempts: tuple[str, ...] = Field(("head", "scale"), description="groups of notebook 07; uhl.attempts.GROUPS")
+    copies: tuple[str, ...] = Field(
+        ("layers=4", "heads=6", "neurons=768", "width=256"), description="pruned copies of the source; uhl.pruning"
+    )
     tune_steps: int = Field(500, ge=1)
     tune_batch: int = Field(16, ge=1)
     tune_rate: float = Field(1e-2, gt=0, description="learning rate of the task bias")

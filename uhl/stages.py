@@ -35,11 +35,11 @@ from uhl.tasks import Task
 from uhl.train import Classifier, Prediction, TrainLog, Watch, train
 
 NOT_OF_BASELINES = {
-    *("target", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts"),
+    *("target", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
     *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims"),
     *("tune_steps", "tune_batch", "tune_rate", "tune_head_rate"),
 }  # settings that no baseline depends on, beside the other methods' rates
-TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p")
+TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
 
 def load_data(settings: Settings) -> Task:
@@ -260,17 +260,21 @@ def check_labels(adapter: UHLAdapter, name: str, task: Task) -> None:
 def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome | None:
     """Tune the 4-bit task bias and the head on the target for ``tune_steps`` steps; None where an arm is undefined.
 
-    `zero-atoms` tunes the ported head alone. ``seen`` is what :func:`observe_target` returned. Scores are those of the
-    tuned adapter's file.
+    Two are controls: `zero-atoms` tunes the ported head alone; `untrained` has random atoms and routes where the
+    trained ones were, and is ported as `anchor` is. ``seen`` is what :func:`observe_target` returned. Scores are those
+    of the tuned adapter's file.
     """
     one_of(arm, TUNED_ARMS, "arm to tune")
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
     adapter, _ = adapter_for(settings, arm)
-    if why_not(adapter, target, arm, source):
+    rules = "anchor" if arm == "untrained" else arm
+    if why_not(adapter, target, rules, source):
         return None
     check_labels(adapter, settings.task_name, task)
-    ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen)
+    if arm == "untrained":
+        adapter.redraw(settings.seed)
+    ported = port(adapter, target, settings.task_name, rules, source, settings.seed, seen)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
     _say_where(settings, adapter, target, ported)

@@ -48,13 +48,14 @@ NAMES = {
     "shuffled": "shuffled anchors",
     "refresh": "anchor, refreshed",
     "refresh-random": "refreshed, random P",
+    "untrained": "ported head, untrained atoms",
 }
 ORDER = (
     *("no-adapter", "head", "uhl-dimension", "uhl-canonical"),
     *METHODS[1:],
-    *ARMS,
+    *(*ARMS, "untrained"),
 )
-CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled", "refresh-random")
+CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled", "refresh-random", "untrained")
 OURS, CONTROL, BASELINE = "#0b6e99", "#b0b0b0", "#d98032"
 WAYS = {"bare": "#404040", "LoRA r8": BASELINE, "dense": CONTROL, "gather": OURS, "reference": "#7a5195"}
 WAYS |= {"gather, compiled": "#3aa655"}  # of one weight's update
@@ -224,6 +225,41 @@ def attempt_changes(table: pd.DataFrame) -> Figure:
     ax.set(xlabel="", ylabel="", title="Decisions shared with the source on dev: points beside the port as it is")
     fig.tight_layout()
     return fig
+
+
+def compression(table: pd.DataFrame) -> Figure:
+    """Score over the share of the source's weights that a pruned copy keeps, a panel a task (row) and part that was cut
+    (column), from :func:`report.compressed`. The source itself begins every line.
+    """
+    parts = [part for part in dict.fromkeys(table["part"]) if part]
+    tasks = list(dict.fromkeys(table["task"]))
+    if not parts:
+        raise UHLError("no pruned copy was measured; set `copies`")
+    size = (3.1 * len(parts) + 2.2, 2.9 * len(tasks) + 0.3)
+    fig, axes = plt.subplots(len(tasks), len(parts), figsize=size, squeeze=False, sharey="row", sharex=True)
+    for i, task in enumerate(tasks):
+        for j, part in enumerate(parts):
+            cells = table[(table["task"] == task) & table["part"].isin(["", part])]
+            _compressed_lines(axes[i, j], cells.sort_values("kept", ascending=False, kind="stable"))
+            axes[i, j].set(title=f"{task}: {'narrower' if part == 'width' else f'fewer {part}'}")
+        axes[i, 0].set_ylabel("test score, %")
+    for ax in axes[-1]:
+        ax.set(xlabel="% of the linear weights kept", xlim=(105, 100 * table["kept"].min() - 5))
+    axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    fig.tight_layout()
+    return fig
+
+
+def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
+    looks = {"lineage": ("#3aa655", "-", "s"), "anchor": (OURS, "-", "o"), "zero-atoms": (CONTROL, "--", "o")}
+    looks |= {"random-p": (CONTROL, ":", "v"), "head": (BASELINE, "-", "^")}
+    label = NAMES | {"lineage": "lineage (the file as it is)", "head": "head fitted to labels"}
+    for place, (arm, rows) in enumerate(cells.groupby("arm", sort=False)):
+        colour, line, mark = looks[str(arm)]
+        error = np.abs([rows["score"] - rows["low"], rows["high"] - rows["score"]])
+        style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": mark, "label": label.get(str(arm), arm)}
+        apart = 100 * rows["kept"] + 0.7 * place  # so that bars do not hide one another
+        ax.errorbar(apart, rows["score"], yerr=error, markersize=4, elinewidth=1, **style)
 
 
 def gap_heat(table: pd.DataFrame) -> Figure:
