@@ -251,6 +251,34 @@ def test_shared_and_level_maps_and_the_last_levels_head(encoder, make_encoder):
     assert ports["shared"].frame.levels == (1, 2)
 
 
+def test_atoms_in_some_layers_and_directions_alone(encoder, make_encoder):
+    adapter, _ = trained(encoder)
+    target = make_encoder(layers=3, width=32, seed=0)
+    kept = {"scales": (1.0,)}
+    ways = {"all": Way(**kept), "last": Way(layers="last", **kept), "upper": Way(layers="upper", **kept)}
+    ways |= {"one": Way(rank=1, **kept), "whole": Way(rank=16, **kept)}
+    ports = {name: port(adapter, target, "mood", way=way) for name, way in ways.items()}
+    inputs = target.tokenizer(["good film was not dull"], return_tensors="pt")
+
+    def hidden(made=None):
+        if made is None:
+            return target.model(**inputs, output_hidden_states=True).hidden_states
+        with attach(target.model, adapter, "mood", made.frame, made.scale):
+            return target.model(**inputs, output_hidden_states=True).hidden_states
+
+    bare, found = hidden(), {name: hidden(made) for name, made in ports.items()}
+    changed = {name: [not torch.equal(a, b) for a, b in zip(bare, f, strict=True)] for name, f in found.items()}
+    assert changed["all"] == [False, True, True, True]
+    assert changed["last"] == [False, False, False, True]
+    assert changed["upper"] == [False, False, True, True]
+    read, write = next(iter(ports["one"].frame.slots.values()))
+    assert torch.linalg.matrix_rank(read) == torch.linalg.matrix_rank(write) == 1
+    whole, plain = ports["whole"], ports["all"]
+    for mine, usual in zip(whole.frame.slots.values(), plain.frame.slots.values(), strict=True):
+        for a, b in zip(mine, usual, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def permuted(encoder, order):
     """The same function with the residual stream's coordinates relabelled."""
     model = copy.deepcopy(encoder.model)

@@ -111,7 +111,7 @@ def test_a_copy_is_another_model_than_its_whole(encoder, tmp_path):
     assert copy.revision != whole.revision
 
 
-def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch):
+def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp_path):
     def load(name):
         _, cut = parse(name)
         made = make_encoder(3, 24)
@@ -147,6 +147,10 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch):
         report.compressed("u")
     with pytest.raises(UHLError, match="keep between"):
         compression.measure(settings.model_copy(update={"copies": ("layers=9",)}))
+    archive = runs.pack("t", tmp_path / "t.zip")
+    monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
+    assert [f.name for f in runs.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]
+    assert report.compressed("t").equals(table)
 
 
 def scores_of(outcome):

@@ -157,7 +157,9 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
         stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor",)}))
 
 
-@pytest.mark.parametrize("name", ["../evil/x/manifest.json", "a-s0/x/run.sh", "/a-s0/x/manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["../evil/x/manifest.json", "a-s0/x/run.sh", "/a-s0/x/manifest.json", "b/a-s0/x/manifest.json"]
+)
 def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
     import zipfile
 

@@ -29,7 +29,7 @@ from uhl.tasks import Task
 from uhl.train import Classifier, predict
 
 CHOICES = ("random", "k-means", "leverage", "determinantal")
-GROUPS = ("head", "maps", "scale", "texts", "dims", "bits", "choice")
+GROUPS = ("head", "maps", "layers", "rank", "scale", "texts", "dims", "bits", "choice")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     yield Attempt("head", "head on three levels, the coded texts alone", "zero-atoms", texts=anchors.coded, cuts=False)
     for maps in ("shared", "level"):
         yield Attempt("maps", f"{maps} maps, scale 1", way=Way(maps=maps, scales=(1.0,)))
+    for layers in ("upper", "last"):
+        yield Attempt("layers", f"atoms in the {layers} layers, scale chosen", way=Way(layers=layers))
+    for rank in (8, 32, 128):
+        yield Attempt("rank", f"{rank} canonical directions, scale chosen", way=Way(rank=rank))
     for scale in (0.5, 1.0, 2.0, 4.0):
         for arm in ("anchor", "random-p"):
             yield Attempt("scale", f"{arm}, scale {scale:g}", arm, Way(scales=(scale,)))

@@ -193,6 +193,10 @@ class Way(_Strict):
     reads: Literal["upper", "last"] = Field(
         "upper", description="levels that the head reads: of the upper half, or the last"
     )
+    layers: Literal["all", "upper", "last"] = Field("all", description="layers of the host where atoms act")
+    rank: int | None = Field(
+        None, ge=1, description="canonical directions that atoms read and write: those the host tells best; None: all"
+    )
     scales: tuple[float, ...] | None = Field(None, description="of the atoms, tried on the anchors; None: SCALES")
     refresh_steps: int = Field(200, ge=1, description="of the arms that refresh")
 
@@ -420,7 +424,7 @@ def _anchored(
         if scale == 0:
             units = sum(probe.units())
             return torch.cat([seen.units[i, :units] for i in basis.levels], -1)
-        with attach(target.model, adapter, task, basis.frame(slots), scale):
+        with attach(target.model, adapter, task, _acting(basis.frame(slots), slots, way), scale):
             return unit_states(target, probe, basis.levels)
 
     with untuned(adapter, task):
@@ -430,6 +434,7 @@ def _anchored(
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
             best = _head_fit(states(scale, anchors.probe), wanted, target.width)
     frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(slots)
+    frame = _acting(frame, slots, way)
     report: dict[str, object] = {
         "anchors": len(anchors.texts),
         "coded": anchors.coded,
@@ -442,6 +447,17 @@ def _anchored(
         if arm == "anchor" and "warning" in report:  # the controls are meant to be poor
             logger.warning("%s", report["warning"])
     return Port(arm, frame, scale, report)
+
+
+def _acting(frame: Frame, slots: Sequence[Slot], way: Way) -> Frame:
+    """A frame whose atoms do nothing in the lower layers, where the way says so."""
+    last = max(slot.layer for slot in slots)
+    first = {"all": 0, "upper": (last + 1) // 2, "last": last}[way.layers]
+    if not first:
+        return frame
+    read, write = next(iter(frame.slots.values()))
+    nothing = torch.zeros_like(read), torch.zeros_like(write)
+    return replace(frame, slots=frame.slots | {s.path: nothing for s in slots if s.layer < first})
 
 
 @dataclass(frozen=True)
@@ -569,7 +585,7 @@ def _stream_basis(anchors: Anchors, seen: Observed, order: Tensor, way: Way) -> 
     nearest = [min(range(len(tables)), key=lambda i: abs(anchors.depths[i] - n / last)) for n in range(last + 1)]
     codes = torch.stack([tables[i] for i in nearest])
     groups = [(states, codes)] if way.maps == "shared" else zip(states[:, None], codes[:, None], strict=True)
-    pairs = [_map_pair(h, z, width) for h, z in groups]
+    pairs = [_map_pair(h, z, width, way.rank) for h, z in groups]
     rms = tuple(float(h.double().pow(2).mean().sqrt()) for h in ([states] if way.maps == "shared" else states))
     levels = LAST if way.reads == "last" else upper_levels(last)
     unset = torch.zeros(width, len(levels) * states.shape[-1])
@@ -585,17 +601,23 @@ def upper_levels(last: int) -> tuple[int, ...]:
 
 
 def _map_pair(
-    states: Float[Tensor, "levels n D"], codes: Float[Tensor, "levels n R"], width: int
+    states: Float[Tensor, "levels n D"], codes: Float[Tensor, "levels n R"], width: int, rank: int | None
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Reader (C, D), writer (D, C), and what the reader explains of each level's codes, rows left out of their own fit;
-    coordinates beyond the R stored are zero.
+    coordinates beyond the R stored are zero. With ``rank`` both keep to the principal directions of the codes that the
+    reader predicts (reduced-rank regression: Izenman 1975).
     """
     there, back = states.flatten(0, 1), codes.flatten(0, 1)
     reader, writer = ridge(there, back, centre=False), ridge(back, there, False, each=False)
     miss = (codes.double() - reader.left_out.view_as(codes)).pow(2).sum((1, 2))
     fits = 1 - miss / codes.double().pow(2).sum((1, 2)).clamp_min(1e-12)
+    told, said = reader.matrix, writer.matrix
+    if rank is not None:
+        predicted = there.double() @ told.double()
+        kept = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:].float()
+        told, said = told @ kept @ kept.T, kept @ (kept.T @ said)
     more = width - codes.shape[-1]
-    read, write = nn.functional.pad(reader.matrix.T, (0, 0, 0, more)), nn.functional.pad(writer.matrix.T, (0, more))
+    read, write = nn.functional.pad(told.T, (0, 0, 0, more)), nn.functional.pad(said.T, (0, more))
     return read.contiguous(), write.contiguous(), fits.tolist()
 
 

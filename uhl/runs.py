@@ -270,19 +270,22 @@ def load_results(profile: str) -> pd.DataFrame:
 
 # --- archives: a profile's evidence in one file, without its adapters ------------------------------------------------
 
-ARCHIVED = ("manifest.json", "predictions.npz")
+PREDICTIONS = "predictions.npz"
+MARKS = ("*-s*/*/manifest.json", "*-s*/compress/*/outcome.json")  # written last, when what lies beside them is whole
 
 
 def pack(profile: str, path: str | Path) -> Path:
-    """Write the manifests and predictions of a profile's finished cells into one zip, the same bytes each time."""
+    """Write a profile's finished cells and pruned copies, what they say and predict, into one zip, the same bytes each
+    time.
+    """
     folder = root() / profile
-    cells = [m.parent for m in sorted(folder.glob("*-s*/*/manifest.json"))]
-    if not cells:
+    marks = [mark for pattern in MARKS for mark in sorted(folder.glob(pattern))]
+    if not marks:
         raise UHLError(f"profile {profile} has no finished cell in {folder}; run it first: make run PROFILE={profile}")
 
     def write(tmp: Path) -> None:
         with zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-            for file in (cell / name for cell in cells for name in ARCHIVED):
+            for file in (file for mark in marks for file in (mark, mark.parent / PREDICTIONS)):
                 entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
                 entry.compress_type = zipfile.ZIP_DEFLATED
                 archive.writestr(entry, file.read_bytes())
@@ -291,7 +294,7 @@ def pack(profile: str, path: str | Path) -> Path:
 
 
 def restore(path: str | Path) -> list[Path]:
-    """Put an archive's cells back under :func:`root` and return their folders; cells that are there already stay.
+    """Put back under :func:`root` what :func:`pack` wrote and return the folders; cells that are there already stay.
 
     Tables and figures can then be made again, and a batch goes on with the cells that are missing. Raises
     :class:`UHLError` for a file that is no such archive, before anything is written.
@@ -300,10 +303,11 @@ def restore(path: str | Path) -> list[Path]:
     try:
         with zipfile.ZipFile(path) as archive:
             files = {PurePosixPath(name): archive.read(name) for name in archive.namelist()}
-        manifests = {n.parent: json.loads(data) for n, data in files.items() if n.name == "manifest.json"}
-        (profile,) = {entry["parameters"]["profile"] for entry in manifests.values()}
-        expected = {cell / name for cell in manifests for name in ARCHIVED}
-        sane = all(len(n.parts) == 3 and ".." not in n.parts and not n.is_absolute() for n in files)
+        marks = [n for n in files if any(n.match(p) and len(n.parts) == p.count("/") + 1 for p in MARKS)]
+        manifests = [json.loads(files[n]) for n in marks if n.name == "manifest.json"]
+        (profile,) = {entry["parameters"]["profile"] for entry in manifests}
+        expected = {file for mark in marks for file in (mark, mark.parent / PREDICTIONS)}
+        sane = not any(".." in n.parts or n.is_absolute() for n in files)
         if set(files) != expected or not sane or "/" in profile or ".." in profile:
             raise UHLError(f"{path} holds other files than cells' manifests and predictions; pack it again")
     except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
@@ -311,13 +315,13 @@ def restore(path: str | Path) -> list[Path]:
             raise
         raise UHLError(f"{path} is not an archive of runs ({error}); make one with: python -m uhl pack") from error
     made = []
-    for cell in sorted(manifests):
-        folder = root() / profile / cell
-        if not (folder / "manifest.json").is_file():
-            for name in reversed(ARCHIVED):  # the manifest last: it says that the cell is done
-                data = files[cell / name]
-                write_atomic(folder / name, lambda tmp, data=data: tmp.write_bytes(data))  # type: ignore[misc]
-            made.append(folder)
+    for mark in sorted(marks):
+        target = root() / profile / mark
+        if not target.is_file():
+            for name in (mark.parent / PREDICTIONS, mark):
+                data = files[name]
+                write_atomic(root() / profile / name, lambda tmp, data=data: tmp.write_bytes(data))  # type: ignore[misc]
+            made.append(target.parent)
     update_results(profile)
     return made
 
