@@ -154,6 +154,7 @@ rule compress:
         f"{CELL}/pretrain-canonical/manifest.json",
         SETTINGS,
         own_task,
+        f"params/{GRID.profile}/copies.yaml",
     output:
         f"{CELL}/compress/compression.csv",
     log:
@@ -161,7 +162,7 @@ rule compress:
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
-        papermill("10_compress")
+        papermill("10_compress", [f"params/{GRID.profile}/copies.yaml"])
 
 
 # Not of the batch: the adapter on pruned copies of its source (`make copies`).

@@ -1,11 +1,14 @@
 """Pruned copies: what is cut, what stays as it was, names and errors, and an adapter on them."""
 
+import json
+import shutil
 from copy import deepcopy
 
+import pandas as pd
 import pytest
 import torch
 
-from uhl import compression, report, runs, stages
+from uhl import compression, report, runs, stages, viz
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import load_encoder, revision
@@ -38,6 +41,22 @@ def test_heads_and_neurons_that_do_nothing_go_first_and_without_a_trace(encoder)
     assert sizes(cut)["Q", False] == (18, 24)
     assert sizes(cut)["FFN", True] == (24, 24)
     assert not torch.allclose(states(encoder, prune(deepcopy(cut), Cut(heads=2))), before, atol=1e-3)
+
+
+def test_heads_and_neurons_go_by_both_of_their_sides(encoder):
+    layer = encoder.model.encoder.layer[0]
+    attention, out = layer.attention.self, layer.attention.output.dense
+    out.weight.fill_(1.0)
+    attention.value.weight.fill_(1.0)
+    out.weight[:, :6] = 3.0  # large on one side, small on the other: 3 x 0.1
+    attention.value.weight[:6] = 0.1
+    attention.value.weight[6:12] = 0.5  # 1 x 0.5
+    layer.intermediate.dense.weight.fill_(1.0)
+    layer.output.dense.weight.fill_(1.0)
+    layer.output.dense.weight[:, 0], layer.intermediate.dense.weight[0] = 3.0, 0.1
+    cut = prune(deepcopy(encoder.model), Cut(heads=3, neurons=47)).encoder.layer[0]
+    assert torch.equal(cut.attention.self.value.weight, attention.value.weight[6:])
+    assert torch.equal(cut.output.dense.weight, layer.output.dense.weight[:, 1:])
 
 
 @pytest.mark.parametrize(("count", "kept"), [(1, [4]), (2, [0, 4]), (3, [0, 2, 4]), (4, [0, 1, 3, 4])])
@@ -91,6 +110,21 @@ def test_names():
     for name in ("m@depth=4", "m@layers=4,layers=3"):
         with pytest.raises(UHLError, match="parts are layers, heads, neurons, width"):
             parse(name)
+    for name in ("m@layers=4@heads=6", "m@layers=4, heads=6", "m@layers 4", "m@heads=6,", "m@width"):
+        with pytest.raises(UHLError, match="write a cut as in"):
+            parse(name)
+    with pytest.raises(UHLError, match=r"copies.*'layer' cannot be cut"):
+        runs.Settings(copies=("layer=4",))
+    with pytest.raises(UHLError, match="'four layers' is no cut"):
+        runs.Settings(copies=("four layers",))
+
+
+def test_a_folder_is_taken_by_its_whole_name(encoder, tmp_path):
+    folder = tmp_path / "run@step=1000"
+    encoder.model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    assert load_encoder(str(folder)).layers == 3
+    assert load_encoder(f"{folder}@heads=2,layers=2").revision == load_encoder(f"{folder}@layers=02,heads=2").revision
 
 
 def test_what_cannot_be_cut(encoder):
@@ -129,16 +163,27 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     outcomes = compression.measure(settings, told.append)
     assert told == ["big", "big@layers=2", "big@width=16"]
     own = scores_of(outcomes[0])
-    assert own["lineage"] == own["anchor"]  # the file's own score
     stored = runs.load_results("t").set_index(["arm", "split"])["score"]
-    assert own["lineage"] == pytest.approx(stored["uhl-canonical", "test"], abs=1e-3)
+    assert own["lineage"] == pytest.approx(stored["uhl-canonical", "test"], abs=1e-3)  # the file's own score
+    assert outcomes[0].details["scales"].keys() == {"lineage", "anchor", "zero-atoms", "random-p"}
     assert set(scores_of(outcomes[1])) == {"lineage", "anchor", "zero-atoms", "random-p", "head"}
     assert set(scores_of(outcomes[2])) == {"anchor", "zero-atoms", "random-p", "head"}  # of another width
     told.clear()
     again = compression.measure(settings, told.append)
     assert told == []
     assert [scores_of(o) for o in again] == [scores_of(o) for o in outcomes]
+    for change in ({"max_length": 32}, {"anchors": 39}):
+        told.clear()
+        compression.measure(settings.model_copy(update={**change, "copies": ()}), told.append)
+        assert told == ["big"], change
+    compression.measure(settings)
     table = report.compressed("t")
+    shown = ["copy", "arm", "scale", "score"]
+    pd.testing.assert_frame_equal(table[shown], compression.table(outcomes)[shown])
+    fig = viz.compression(table)
+    assert [ax.get_title() for ax in fig.axes] == ["mood: fewer layers", "mood: narrower"]
+    with pytest.raises(UHLError, match="no pruned copy"):
+        viz.compression(table[table["part"] == ""])
     assert table["part"].tolist() == [""] * 5 + ["layers"] * 5 + ["width"] * 4
     assert table[table["part"] == "layers"]["kept"].tolist() == pytest.approx([2 / 3] * 5)
     assert table.set_index(["copy", "arm"])["score"]["big", "anchor"] == pytest.approx(own["anchor"])
@@ -147,10 +192,25 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
         report.compressed("u")
     with pytest.raises(UHLError, match="keep between"):
         compression.measure(settings.model_copy(update={"copies": ("layers=9",)}))
+    other = runs.cell_dir(settings.model_copy(update={"seed": 1}), "compress")
+    shutil.copytree(runs.cell_dir(settings, "compress"), other)
+    for file in other.glob("*/outcome.json"):
+        entry = json.loads(file.read_text())
+        entry["rows"] = [row | {"seed": 1} for row in entry["rows"]]
+        file.write_text(json.dumps(entry))
+    assert set(report.compressed("t")["seeds"]) == {2}
+    shutil.rmtree(other / "big@width=16")
+    with pytest.raises(UHLError, match="on big@width=16 .* lacks seeds"):
+        report.compressed("t")
+    shutil.rmtree(other)
     archive = runs.pack("t", tmp_path / "t.zip")
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
     assert [f.name for f in runs.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]
     assert report.compressed("t").equals(table)
+    path = runs.cell_dir(settings, "pretrain-canonical") / "adapter.safetensors"
+    path.write_bytes(b"of another training")
+    with pytest.raises(UHLError, match="measured with another adapter"):
+        report.compressed("t")
 
 
 def scores_of(outcome):

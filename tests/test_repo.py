@@ -86,10 +86,13 @@ def test_nbval_fails_on_a_changed_output(tmp_path):
     assert "1 failed" in said["129"].stdout
 
 
-@pytest.mark.parametrize("profile", ["offline", "offline-full", "paper"])
+@pytest.mark.parametrize("profile", ["offline", "offline-full", "local", "paper"])
 def test_profiles_override_every_stored_parameter(profile):
     """A notebook's stored parameters are those of a small demonstration; none may leak into a profile's run."""
-    values = yaml.safe_load((ROOT / "params" / profile / "settings.yaml").read_text())
+    folder = ROOT / "params" / profile
+    values = {}
+    for name in ("settings.yaml", "copies.yaml"):
+        values |= yaml.safe_load((folder / name).read_text())
     given = set(values) | ({"refresh_steps"} if "refresh" not in values.get("arms", ["refresh"]) else set())
     per_cell = {"target", "task", "seed", "hosts", "projectors"}
     for path in NOTEBOOKS:
@@ -130,7 +133,7 @@ def test_snakemake_plans_the_whole_grid(tmp_path, where):
     assert counts["pretrain"] == "12"
     assert counts["port"] == counts["tune"] == "12"
     assert counts["baselines"] == "18"
-    assert "attempts" not in counts  # by `make attempts` alone
+    assert not {"attempts", "compress"} & set(counts)  # by `make attempts` and `make copies` alone
     assert ("cpus_per_task=2" in done.stdout + done.stderr) == ("profiles/slurm" in where)
 
 

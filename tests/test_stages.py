@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import sentences
+from datasets import Dataset, DatasetDict
 
 from uhl import attempts, budget, report, runs, search, stages, store, viz
 from uhl.adapter import UHLAdapter
@@ -376,18 +377,20 @@ def test_the_untrained_control_keeps_nothing_of_the_dictionary_but_its_sizes(tin
     stages.pretrain(tiny_world, "canonical")
     before = store.load(runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors")
     after = store.load(stages.tune(tiny_world, "untrained").paths[0])
-    rows = [(a.dictionary.u, a.dictionary.v, a.router.weight) for a in (before, after)]
-    for learned, drawn in zip(*rows, strict=True):
-        used = learned.norm(dim=1) > 0
-        assert used.any()
+    new = UHLAdapter(before.config)
+    one, other = ((a.dictionary.u, a.dictionary.v, a.router.weight) for a in (before, after))
+    for learned, drawn in zip(one, other, strict=True):
+        assert learned.abs().max() > 0
         torch.testing.assert_close(drawn.norm(dim=1), learned.norm(dim=1), rtol=0.02, atol=1e-6)
-        same = torch.nn.functional.cosine_similarity(drawn[used], learned[used])
-        assert same.mean().abs() < 4 / (used.sum() * learned.shape[1]) ** 0.5
+        for known in (*one, new.dictionary.v, new.router.weight):  # nor what an adapter of this seed begins with
+            same = torch.nn.functional.cosine_similarity(drawn, known)
+            assert same.mean().abs() < 4 / known.numel() ** 0.5
+    assert after.info["redrawn"] == tiny_world.seed
     assert torch.equal(before.mixer.first, after.mixer.first)
     assert after.task("mood").bias.abs().max() > 0
 
 
-@pytest.mark.parametrize("arm", ["anchor", "random-p", "zero-atoms"])
+@pytest.mark.parametrize("arm", ["anchor", "random-p", "zero-atoms", "untrained"])
 def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monkeypatch):
     from uhl.porting import port
 
@@ -395,10 +398,11 @@ def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monk
     stages.pretrain(tiny_world, "canonical")
     outcome = stages.tune(tiny_world, arm)
     found = store.load(outcome.paths[0])
-    assert found.info["arm"] == arm
+    ported_as = "anchor" if arm == "untrained" else arm
+    assert found.info["arm"] == ported_as
     assert arm == "zero-atoms" or found.task("mood").bias.abs().max() > 0
     target, data = stages.freeze(stages.load_encoder("small")), stages.load_data(tiny_world)
-    ported = port(found, target, "mood", arm, seed=found.info["port_seed"])
+    ported = port(found, target, "mood", ported_as, seed=found.info["port_seed"])
     assert ported.scale == found.info["scale"]
     scored = outcome.predictions[f"{arm}/test"]
     if arm == "zero-atoms":
@@ -494,7 +498,7 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     assert (adapter.anchors.coded, len(adapter.anchors.texts)) == (30, 40)
     whole = adapter.anchors
     hosts = [stages.freeze(stages.load_encoder(name)) for name in ("big", "small")]
-    listed = attempts.attempts(whole, ["head", "maps", "dims", "bits"])
+    listed = attempts.attempts(whole, ["head", "maps", "dims", "bits", "taught"])
     listed.append(attempts.Attempt("texts", "20 coded", coded=20, texts=20))
     listed += [attempts.Attempt("choice", c, "zero-atoms", coded=20, texts=20, choice=c) for c in attempts.CHOICES]
     table = attempts.measure(settings, adapter, *hosts, task, listed)
@@ -527,6 +531,27 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert "scale: anchor, scale chosen without labels" in rows
     assert len(rows) == len(table)
+
+
+@pytest.mark.parametrize("method", attempts.TAUGHT.values())
+def test_what_is_taught_by_the_source_sees_no_label(tiny_world, task, method):
+    settings = Settings(**tiny_world.model_dump() | {"epochs": 4, "anchor_cuts": 1})
+    anchors = stages.pretrain(settings, "canonical")[0].anchors
+    decided = anchors.decided()
+    assert len(decided) > len(anchors.texts)  # fragments too
+    leans = (decided[:, 0] - decided[:, 1]).quantile(torch.tensor([0.2, 0.8]))
+    few, many = (replace(anchors, bias=anchors.bias + torch.tensor([-lean, 0.0])) for lean in leans)
+    flip = {"label": [1 - label for label in task.data["dev"]["label"]]}
+    dev = Dataset.from_dict(task.data["dev"].to_dict() | flip)
+    flipped = replace(task, data=DatasetDict(task.data | {"dev": dev}))
+
+    def told(taught, seen):
+        return attempts.taught(settings, taught, stages.load_encoder("small"), seen, method)
+
+    one, other, third = told(few, task), told(few, flipped), told(many, task)
+    assert one.labels == other.labels
+    assert one.score + other.score == pytest.approx(100)
+    assert sum(one.labels) < sum(third.labels)  # it says more often what it was told more often
 
 
 @pytest.mark.parametrize("choice", attempts.CHOICES)

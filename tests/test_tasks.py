@@ -117,6 +117,19 @@ def test_settings_describe_an_own_task(tmp_path):
         Settings(task="movies", labels=("a", "b")).task_spec()
 
 
+def test_a_task_below_a_folder_that_the_environment_names(tmp_path, monkeypatch):
+    (tmp_path / "reviews").mkdir()
+    rows = [{"text": f"text {i}", "label": i % 2} for i in range(40)]
+    (tmp_path / "reviews" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = Settings(task="${UHL_DATA}/reviews", kind="sentence")
+    assert settings.task_name == "reviews"
+    monkeypatch.setenv("UHL_DATA", str(tmp_path))
+    assert len(load_task(settings.task_spec()).data["train"]) > 20
+    monkeypatch.delenv("UHL_DATA")
+    with pytest.raises(UHLError, match="set UHL_DATA in the environment"):
+        settings.task_spec()
+
+
 def test_unknown_label(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "test.jsonl", [{"sentence": "x", "label": 7}])

@@ -11,12 +11,12 @@ import json
 import sys
 from pathlib import Path
 
-from uhl import pruning, report, runs, store, viz
+from uhl import report, runs, store, viz
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import Header, read_either
 from uhl.grid import PARAMS, Grid, target_of
-from uhl.models import OFFLINE, load_encoder, resolve
+from uhl.models import OFFLINE, cut_of, load_encoder, resolve
 from uhl.porting import port, predict_texts
 from uhl.runs import Settings, read_yaml
 from uhl.tasks import OFFLINE as OFFLINE_TASKS
@@ -29,7 +29,7 @@ def fetch(options: argparse.Namespace) -> None:
     grid = Grid.read(options.profile)
     targets = [options.model] if options.model else grid.targets
     for name in (grid.source, *(target_of(options.profile, t) for t in targets)):
-        whole, _ = pruning.parse(name)
+        whole, _ = cut_of(name)
         if whole in OFFLINE or Path(whole).is_dir():
             resolve(whole)
     if set(grid.tasks) & set(OFFLINE_TASKS):

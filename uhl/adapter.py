@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from uhl.anchors import Anchors
 
 
+REDRAWN = 1_000_003  # added to a seed, so that what is redrawn is not what an adapter of that seed begins with
 TASK_BITS = {"bias": 4, "embedding": 8, "head": 8, "head_bias": 16}  # that a task's parameters are stored with
 
 
@@ -149,8 +150,11 @@ class UHLAdapter(nn.Module):
 
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
-        """Random atoms and routes in place of the learned ones, row by row of the same length: a control's."""
-        generator = torch.Generator().manual_seed(seed)
+        """Random atoms and routes in place of the learned ones, row by row of the same length, for a control. The mixer
+        and the tasks' parts stay.
+        """
+        generator = torch.Generator().manual_seed(seed + REDRAWN)
+        self.info["redrawn"] = seed
         learned = [self.dictionary.u, self.dictionary.v, *([self.router.weight] if self.router else [])]
         for rows in learned:
             drawn = torch.randn(rows.shape, generator=generator).to(rows)

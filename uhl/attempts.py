@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+from datasets import Dataset, DatasetDict
 from jaxtyping import Float
 from sklearn.cluster import KMeans
 from torch import Tensor
@@ -19,6 +22,8 @@ from torch import Tensor
 from uhl import budget
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Probe, final_means, observe
+from uhl.baselines import RATES, run_baseline, start
+from uhl.config import PAIR, Method
 from uhl.errors import UHLError, one_of
 from uhl.host import find_slots
 from uhl.models import Encoder
@@ -26,16 +31,18 @@ from uhl.porting import Way, at_work, port, source_basis
 from uhl.runs import Settings
 from uhl.stages import agreement, anchor_pool, make_anchors
 from uhl.tasks import Task
-from uhl.train import Classifier, predict
+from uhl.train import Classifier, Prediction, predict
 
 CHOICES = ("random", "k-means", "leverage", "determinantal")
-GROUPS = ("head", "maps", "layers", "rank", "scale", "texts", "dims", "bits", "choice")
+GROUPS = ("head", "maps", "layers", "rank", "scale", "taught", "texts", "dims", "bits", "choice")
+TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights": "full"}
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One way to port. ``coded``, ``texts``, ``dims``, ``bits`` and ``cuts`` are those of :meth:`Anchors.cut`;
-    ``choice`` draws the coded texts anew from the source's unlabelled text.
+    ``choice`` draws the coded texts anew from the source's unlabelled text. ``taught`` ports nothing: a baseline is
+    trained on the target with the source's decisions on the anchors in place of labels.
     """
 
     group: str
@@ -48,6 +55,7 @@ class Attempt:
     bits: int = 8
     cuts: bool = True
     choice: str | None = None
+    taught: Method | None = None
 
 
 def attempts(anchors: Anchors, groups: Sequence[str] = GROUPS) -> list[Attempt]:
@@ -74,6 +82,9 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
         for arm in ("anchor", "random-p"):
             yield Attempt("scale", f"{arm}, scale {scale:g}", arm, Way(scales=(scale,)))
     yield Attempt("scale", "anchor, scale chosen without labels")
+    if anchors.kind != "token":
+        for what, method in TAUGHT.items():
+            yield Attempt("taught", f"{what} trained on the source's decisions", taught=method)
     counts = [n for n in (64, 128, 256, 512, 1024) if n <= anchors.coded]
     for count in counts:
         yield Attempt("texts", f"{count} coded texts alone", coded=count, texts=count, cuts=False)
@@ -101,9 +112,15 @@ def measure(
     if whole is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
     seen = observe(target, whole.probe)
-    rows = []
+    rows: list[tuple[object, ...]] = []
     try:
         for a in tried:
+            if a.taught:
+                size = budget.anchor_bytes(whole)
+                found = taught(settings, whole, deepcopy(target), task, a.taught)
+                same = 100 * agreement(settings, found, "dev")
+                rows.append((a.group, a.name, size, len(whole.texts), *3 * (float("nan"),), same, found.score))
+                continue
             anchors = whole.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
             if a.choice:
                 anchors = chosen(settings, adapter, source, task, a.choice, anchors.coded)
@@ -122,6 +139,32 @@ def measure(
         adapter.anchors = whole
     columns = ["group", "attempt", "bytes", "texts", "scale", "explained", "agreement", "same", "dev"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def taught(settings: Settings, anchors: Anchors, target: Encoder, task: Task, method: Method) -> Prediction:
+    """Train a baseline on ``target`` (which changes) with the source's decisions on the anchors, and predict dev.
+
+    No label of the task is seen: a fifth of the task's own texts, with the source's decisions, stands in for dev. What
+    it reaches is what the anchors can teach a host at all, without any atom.
+    """
+    probe, decided = anchors.probe, anchors.decided().argmax(1).tolist()
+    own = len(anchors.texts) if anchors.own is None else anchors.own
+    held = set(random.Random(settings.seed).sample(range(own), max(1, own // 5)))
+    rows: dict[str, list[dict[str, object]]] = {"train": [], "dev": []}
+    for row, (text, label, origin) in enumerate(zip(probe.observed, decided, probe.origins, strict=True)):
+        first, _, second = text.partition(PAIR)
+        made = {"text": first, "label": label} | ({"text_pair": second} if task.kind == "pair" else {})
+        if origin not in held:
+            rows["train"].append(made)
+        elif row < own:  # fragments of what is held out are left out
+            rows["dev"].append(made)
+    data = {split: Dataset.from_list(found) for split, found in rows.items()}
+    pseudo = replace(task, data=DatasetDict(data | {"test": task.data["dev"]}))
+    begin = start(target, pseudo, replace(probe.first(), words=0), settings.max_length)
+    config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
+    with TemporaryDirectory() as folder:
+        trained = run_baseline(method, target, pseudo, begin, config, folder)
+    return predict(trained.classifier, target, pseudo, "test", max_length=settings.max_length)
 
 
 def chosen(settings: Settings, adapter: UHLAdapter, source: Encoder, task: Task, choice: str, count: int) -> Anchors:

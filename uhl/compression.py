@@ -6,23 +6,23 @@ the labels on the bare copy, says what the copy itself still knows. Notebook 10 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from uhl import baselines, runs, stages
+import pandas as pd
+
+from uhl import baselines, pruning, runs, stages
+from uhl.adapter import UHLAdapter
 from uhl.anchors import observe
 from uhl.config import Arm
-from uhl.errors import UHLError
 from uhl.files import sha256
 from uhl.frame import Basis
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.outcome import Outcome
-from uhl.porting import Port, port, source_basis
-from uhl.pruning import kept_share
+from uhl.porting import RULES, Port, port, source_basis
 from uhl.runs import Settings
 from uhl.tasks import Task
-from uhl.train import Classifier
 
 ARMS: tuple[Arm, ...] = ("anchor", "zero-atoms", "random-p")
 Told = Callable[[str], None]  # hears what is about to be measured
@@ -31,58 +31,85 @@ Told = Callable[[str], None]  # hears what is about to be measured
 def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
     """Score the canonical adapter's file on test, on the source and on its pruned copies (the settings' ``copies``): by
     `lineage` where the width is the source's, by :data:`ARMS`, and a head fitted to labels (`head`). Rows go by the
-    copy's name as ``target``.
+    copy's name as ``target``; ``details`` hold the share of weights ``kept`` and the ``scales`` of the atoms.
 
-    A copy that was measured before with the same file and data is read back. Raises :class:`UHLError` for a cut that
-    the source does not allow.
+    The source is ported to as if it were a stranger, so that its own point is made as those of its copies are. A copy
+    that was measured before with the same file and data is read back. Raises :class:`UHLError` for a cut that the
+    source does not allow.
     """
     settings = settings.model_copy(update={"splits": ("test",)})
     task, whole = stages.load_data(settings), stages.freeze(stages.load_encoder(settings.source))
     adapter, path = stages.adapter_for(settings, "anchor")
     stages.check_labels(adapter, settings.task_name, task)
     names = [settings.source, *(f"{settings.source}@{cut}" for cut in settings.copies)]
-    copies = [stages.freeze(stages.load_encoder(name)) for name in names]  # wrong cuts fail before any work
-    shared = {"adapter": sha256(path), "data": stages.digest(task), "labels": list(task.labels), "seed": settings.seed}
+    for cut in filter(None, (pruning.parse(name)[1] for name in names)):  # before any work
+        pruning.check(whole.model.config, cut)
+    shared = {"adapter": sha256(path), "seed": settings.seed, "labels": list(task.labels), "rules": RULES}
+    shared |= {"data": stages.digest(task, _probe(settings, task).texts), "max_length": settings.max_length}
     basis: Basis | None = None
     outcomes = []
-    for copy in copies:
-        folder = runs.cell_dir(settings, "compress") / runs.slug(copy.name)
-        about = shared | {"copy": copy.name, "revision": copy.revision, "kept": kept_share(copy.model, whole.model)}
+    for name in names:
+        folder = runs.cell_dir(settings, "compress") / runs.slug(name)
+        about = shared | {"copy": name, "source": whole.revision, "arms": list(ARMS)}
         outcome = Outcome.kept(settings, task, folder, about)
         if outcome is None:
             if told:
-                told(copy.name)
+                told(name)
             basis = basis or source_basis(adapter, whole)
-            outcome = _measured(settings, task, copy, basis)
+            copy = stages.freeze(stages.load_encoder(name))
+            kept, scales = pruning.kept_share(copy.model, whole.model), dict[str, float]()
+            outcome = Outcome(settings, task, details={"kept": kept, "scales": scales})
+            for ported in _ports(settings, adapter, replace(copy, revision="unknown"), basis):
+                scales[ported.arm] = ported.scale
+                known = {"arm": ported.arm, "phase": "zero-shot", "trainable_params": 0}
+                known["seconds"] = ported.report.get("seconds", 0.0)
+                outcome.score_adapter(adapter, path, copy, ported.frame, ported.scale, **known)
+            _score_head(settings, task, copy, outcome)
             outcome.keep(folder, about)
-        outcome.details["kept"] = about["kept"]
         outcomes.append(outcome)
     return outcomes
 
 
-def _measured(settings: Settings, task: Task, copy: Encoder, basis: Basis) -> Outcome:
-    """All arms on one copy, then the fitted head."""
-    outcome = Outcome(settings, task)
-    adapter, path = stages.adapter_for(settings, "anchor")
-    free = {"phase": "zero-shot", "trainable_params": 0}
-    for ported in _ports(settings, copy, basis):
-        known = free | {"arm": ported.arm, "seconds": ported.report.get("seconds", 0.0)}
-        outcome.score_adapter(adapter, path, copy, ported.frame, ported.scale, **known)
-    probe = replace(stages.probe(settings, task).first(), words=0)
-    begin = baselines.start(copy, task, probe, settings.max_length)
-    size = baselines.head_size(begin.part, begin.frame)
-    known = {"arm": "head", "phase": "retrained", "adapter_bytes": size, "extra_flops_pct": 0.0}
-    known |= {"trainable_params": begin.part.head.numel() + begin.part.head_bias.numel(), "seconds": begin.seconds}
-    outcome.score(Classifier(copy.model, begin.part, begin.frame), copy, **known)
-    return outcome
+def _probe(settings: Settings, task: Task) -> stages.Probe:
+    """What the fitted head's coordinates are taken from, as those of the baselines are."""
+    return replace(stages.probe(settings, task).first(), words=0)
 
 
-def _ports(settings: Settings, copy: Encoder, basis: Basis) -> Iterator[Port]:
-    adapter, _ = stages.adapter_for(settings, "anchor")
-    if adapter.anchors is None:
-        raise UHLError("the adapter has no anchors; pre-train a canonical one")
+def _ports(settings: Settings, adapter: UHLAdapter, copy: Encoder, basis: Basis) -> Iterator[Port]:
+    """The file as it is on the source, where the width allows; then the ports to a host of which nothing is known."""
     if basis.read[0].shape[1] == copy.width:
         yield Port("lineage", basis.frame(find_slots(copy.model, adapter.config.types)), 1.0)
+    assert adapter.anchors is not None
     seen = observe(copy, adapter.anchors.probe)
     for arm in ARMS:
         yield port(adapter, copy, settings.task_name, arm, seed=settings.seed, seen=seen)
+
+
+def _score_head(settings: Settings, task: Task, copy: Encoder, outcome: Outcome) -> None:
+    begin = baselines.start(copy, task, _probe(settings, task), settings.max_length)
+    made = baselines.run_baseline("head", copy, task, begin, settings.train_config(), ".")
+    sizes = {"adapter_bytes": made.bytes, "extra_flops_pct": made.extra_flops_pct}
+    outcome.score(made.classifier, copy, arm="head", phase="retrained", **sizes, **made.log.costs())
+
+
+COLUMNS = ("task", "copy", "part", "kept", "arm", "scale", "score", "low", "high", "seeds", "n")
+
+
+def described(copy: str, details: dict[str, float]) -> dict[str, object]:
+    """Columns of a copy: its name, the ``part`` that was cut (`several` where it is more than one; empty for the source
+    itself), and the share of the linear layers' weights ``kept``.
+    """
+    _, cut = pruning.parse(copy)
+    parts = list(cut.parts()) if cut else []
+    return {"copy": copy, "part": "several" if len(parts) > 1 else "".join(parts), "kept": details["kept"]}
+
+
+def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
+    """What one cell measured, in the columns of :func:`uhl.report.compressed`; intervals are over examples alone."""
+    parts = []
+    for outcome in outcomes:
+        found = outcome.table()
+        about = described(str(found["target"][0]), outcome.details)
+        scales = found["arm"].map(outcome.details["scales"].get)
+        parts.append(found.assign(scale=scales, seeds=1, **about))  # type: ignore[arg-type]
+    return pd.concat(parts, ignore_index=True)[list(COLUMNS)]

@@ -182,9 +182,11 @@ class Folds:
             return dimension_frame(self.adapter.projector, self.slots, self.width).to(device)
         if torch.compiler.is_compiling():
             return self.given.to(device)
-        if cache.placed is None or cache.placed[0] is not self.given or cache.placed[1] != device:
-            cache.placed = self.given, device, self.given.to(device)
-        return cache.placed[2]
+        placed = cache.placed
+        if placed is None or placed[0] is not self.given or placed[1] != device:
+            with torch.inference_mode(False):
+                placed = cache.placed = self.given, device, self.given.to(device)
+        return placed[2]
 
     def _moving(self) -> list[nn.Parameter]:
         """Parameters that V~ and U~ depend on."""

@@ -69,13 +69,13 @@ class Encoder:
 def load_encoder(name: str, attention: str | None = None) -> Encoder:
     """Load an encoder in float32 and evaluation mode.
 
-    ``name`` is one of :data:`OFFLINE`, a folder that ``save_pretrained`` wrote, or a hub id; any of them with a cut
-    (:func:`uhl.pruning.parse`). ``attention`` is handed
+    ``name`` is one of :data:`OFFLINE`, a folder that ``save_pretrained`` wrote, or a hub id; any of them with what a
+    pruned copy keeps (:func:`uhl.pruning.parse`). ``attention`` is handed
     to transformers (``eager`` for exact FLOP counts; by default the best that the architecture has). Raises
     :class:`UHLError` for a name that is none of these, for weights whose hash is wrong, and for a hub id that cannot be
     reached.
     """
-    whole, cut = pruning.parse(name)
+    whole, cut = cut_of(name)
     folder, revision = resolve(whole)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -102,7 +102,7 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
         ) from error
     revision = revision or getattr(config, "_commit_hash", None) or "unknown"
     if cut:
-        model, revision = pruning.prune(model, cut), _cut_revision(revision, name)
+        model, revision = pruning.prune(model, cut), _cut_revision(revision, cut)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Encoder(name, model.eval().to(device), tokenizer, revision)
 
@@ -127,19 +127,24 @@ def resolve(name: str) -> tuple[str, str | None]:
 
 def revision(name: str) -> str:
     """What a manifest records of a model: the sha256 of its weights, or the hub's commit where the hub gave it."""
-    whole, cut = pruning.parse(name)
+    whole, cut = cut_of(name)
     folder, known = resolve(whole)
     if not known:
         try:
             known = getattr(AutoConfig.from_pretrained(folder, local_files_only=True), "_commit_hash", None)
         except (OSError, ValueError):
             known = None
-    return _cut_revision(known or "unknown", name) if cut else known or "unknown"
+    return _cut_revision(known or "unknown", cut) if cut else known or "unknown"
 
 
-def _cut_revision(revision: str, name: str) -> str:
+def cut_of(name: str) -> tuple[str, pruning.Cut | None]:
+    """A model's own name, and what a copy of it keeps; a folder that is there is taken by its whole name."""
+    return (name, None) if Path(name).expanduser().is_dir() else pruning.parse(name)
+
+
+def _cut_revision(revision: str, cut: pruning.Cut) -> str:
     """Of a pruned copy: other weights than the whole model's, and known where those are."""
-    return "unknown" if revision == "unknown" else f"{revision}@{name.rpartition('@')[2]}"
+    return "unknown" if revision == "unknown" else f"{revision}@{cut}"
 
 
 def _first_line(error: Exception) -> str:

@@ -115,12 +115,15 @@ class Outcome:
         return runs.write_manifest(self.settings, stage, self.rows, written + self.paths, **extra)
 
     def keep(self, folder: Path, about: Mapping[str, object]) -> None:
-        """Write rows, predictions and curves into a folder of their own, for :meth:`kept`; ``about`` says what ran."""
+        """Write rows, predictions, curves and details into a folder of their own, for :meth:`kept`; ``about`` says what
+        ran.
+        """
         (folder / "outcome.json").unlink(missing_ok=True)  # it says that the predictions are those of its run
         self._save_predictions(folder / "predictions.npz")
         self.hardware = {runs.hardware()}
         where = {"commit": runs.commit(), "hardware": runs.hardware()}
         entry = {"about": about, **where, "rows": self.rows, "curves": self.curves}
+        entry["details"] = self.details
         write_text(folder / "outcome.json", json.dumps(entry, indent=1))
 
     @classmethod
@@ -132,7 +135,7 @@ class Outcome:
                 return None
             curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
             found = cls(settings, task, entry["rows"], curves=curves, commits={entry["commit"]})
-            found.hardware = {entry["hardware"]}
+            found.hardware, found.details = {entry["hardware"]}, entry.get("details", {})
             with np.load(folder / "predictions.npz") as arrays:
                 for row in found.rows:
                     name = f"{row['arm']}/{row['split']}"

@@ -1,20 +1,21 @@
 """Compressed copies of an encoder: structured pruning of BERT, without data and without training afterwards.
 
-| what is cut   | what stays                                                                                          |
-|---------------|-----------------------------------------------------------------------------------------------------|
-| ``layers``    | evenly spread ones, the first and the last among them                                               |
-| ``heads``     | of each layer those with the largest ||W_O|| ||W_V||                                                |
-| ``neurons``   | of each feed-forward block those with the largest ||w_out|| ||w_in||                                |
-| ``width``     | coordinates of the residual stream with the largest gain^2 + bias^2, summed over the layer norms     |
+| what is cut   | what stays                                                                                         |
+|---------------|----------------------------------------------------------------------------------------------------|
+| ``layers``    | evenly spread ones, the first and the last among them (a single one: the last)                     |
+| ``heads``     | of each layer those with the largest ||W_O|| ||W_V||                                               |
+| ``neurons``   | of each feed-forward block those with the largest ||w_out|| ||w_in||                               |
+| ``width``     | coordinates of the residual stream with the largest gain^2 + bias^2, summed over the layer norms   |
 
-A copy is named after its model: ``minilm-l6@layers=4``, ``minilm-l6@heads=6,neurons=768``. It is what an adapter meets
-when its source is shrunk for deployment, and how far it may be shrunk is a question that notebook 10 asks.
+A copy is named after its model: ``minilm-l6@layers=4``, ``minilm-l6@heads=6,neurons=768``. It lives in memory: BERT's
+configuration has no place for a number of heads or a width that do not divide, so `save_pretrained` would write a
+folder that cannot be loaded. What an adapter makes of such copies is notebook 10's question.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from uhl.errors import UHLError
 from uhl.host import find_slots, linear_flops
 
 PARTS = ("layers", "heads", "neurons", "width")
-_NAME = re.compile(r"^(.+)@((?:[a-z]+=[0-9]+)(?:,[a-z]+=[0-9]+)*)$")
+_NAME = re.compile(r"^(.+?)@((?:[a-z]+=[0-9]+)(?:,[a-z]+=[0-9]+)*)$")
+_ALMOST = re.compile(rf"@\s*({'|'.join(PARTS)})\b")
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,20 @@ class Cut:
     neurons: int | None = None
     width: int | None = None
 
+    def parts(self) -> dict[str, int]:
+        """What is cut, in the order of :data:`PARTS`."""
+        return {part: count for part, count in asdict(self).items() if count is not None}
+
+    def __str__(self) -> str:
+        return ",".join(f"{part}={count}" for part, count in self.parts().items())
+
 
 def parse(name: str) -> tuple[str, Cut | None]:
     """A model's name without what is cut from it, and the cut; None where nothing is. Raises :class:`UHLError`."""
     match = _NAME.match(name)
-    if not match:
+    if not match or _ALMOST.search(match[1]):
+        if _ALMOST.search(name):
+            raise UHLError(f"model {name!r}: write a cut as in minilm-l6@layers=4,heads=6, without blanks, once")
         return name, None
     pairs = [pair.split("=") for pair in match[2].split(",")]
     names = [part for part, _ in pairs]
@@ -50,20 +61,21 @@ def parse(name: str) -> tuple[str, Cut | None]:
     return match[1], Cut(**{part: int(count) for part, count in pairs})
 
 
-@torch.no_grad()
-def prune(model: nn.Module, cut: Cut) -> nn.Module:
-    """Cut a BERT model in place and return it. Raises :class:`UHLError` for another architecture, and for more than
-    there is.
-    """
-    config: Any = model.config
+def check(config: Any, cut: Cut) -> None:
+    """Raise :class:`UHLError` for another architecture than BERT, and for a cut that keeps nothing or more than all."""
     if config.model_type != "bert":
         raise UHLError(f"only BERT encoders can be pruned here; this is {config.model_type!r}")
     whole = {"layers": config.num_hidden_layers, "heads": config.num_attention_heads}
     whole |= {"neurons": config.intermediate_size, "width": config.hidden_size}
-    for part, count in whole.items():
-        kept = getattr(cut, part)
-        if kept is not None and not 1 <= kept <= count:
-            raise UHLError(f"{part}={kept}: the model has {count}; keep between 1 and all of them")
+    for part, kept in cut.parts().items():
+        if not 1 <= kept <= whole[part]:
+            raise UHLError(f"{part}={kept}: the model has {whole[part]}; keep between 1 and all of them")
+
+
+@torch.no_grad()
+def prune(model: nn.Module, cut: Cut) -> nn.Module:
+    """Cut a BERT model in place and return it, when :func:`check` has nothing against it."""
+    check(model.config, cut)
     if cut.layers is not None:
         _cut_layers(model, cut.layers)
     for layer in _layers(model):
@@ -73,8 +85,9 @@ def prune(model: nn.Module, cut: Cut) -> nn.Module:
             _cut_neurons(layer, cut.neurons)
     if cut.width is not None:
         _cut_width(model, cut.width)
-    config.num_attention_heads = cut.heads or whole["heads"]
-    config.intermediate_size = cut.neurons or whole["neurons"]
+    config: Any = model.config
+    config.num_attention_heads = cut.heads or config.num_attention_heads
+    config.intermediate_size = cut.neurons or config.intermediate_size
     return model
 
 

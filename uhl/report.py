@@ -13,7 +13,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from uhl import card, pruning, runs, stats, store, viz
+from uhl import card, compression, runs, stats, store, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, UHLConfig
 from uhl.errors import UHLError
@@ -25,8 +25,12 @@ STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-"
 START, END = "<!-- results: made by make table -->", "<!-- end of results -->"
 
 
-@lru_cache(maxsize=256)
 def _predictions(path: Path) -> dict[str, np.ndarray]:
+    return _read_predictions(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _read_predictions(path: Path, _changed: int) -> dict[str, np.ndarray]:
     with np.load(path) as stored:
         return {name: stored[name] for name in stored.files}
 
@@ -148,31 +152,44 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
 
 
 def compressed(profile: str) -> pd.DataFrame:
-    """What notebook 10 measured on pruned copies of the source, over the seeds of each task: columns task, copy, part,
-    kept (share of the linear layers' weights), arm, score, low, high, seeds, n.
+    """What notebook 10 measured on pruned copies of the source, over the seeds of each task; the columns are those of
+    :func:`uhl.compression.table`, ``scale`` the mean of the seeds'.
 
-    A copy's name is that of the source and what stays, :mod:`uhl.pruning`; ``part`` is empty for the source itself, and
-    `several` where more than one was cut.
+    Raises :class:`UHLError` where there is nothing, or where a copy was not measured as the source was: with fewer
+    seeds, other examples, or an adapter that was trained again since.
     """
-    found: dict[tuple[str, str, float, str], dict[int, np.ndarray]] = {}
+    cells: dict[tuple[str, str, str], dict[int, tuple[np.ndarray, float | None]]] = {}
+    about: dict[str, dict[str, object]] = {}
     for path in sorted((runs.root() / profile).glob("*-s*/compress/*/outcome.json")):
         entry = json.loads(path.read_text())
+        file = path.parents[2] / "pretrain-canonical" / "adapter.safetensors"
+        if file.is_file() and sha256(file) != entry["about"]["adapter"]:
+            raise UHLError(f"{path.parent} was measured with another adapter; run again: make copies PROFILE={profile}")
         for row in entry["rows"]:
-            key = (row["task"], row["target"], float(entry["about"]["kept"]), row["arm"])
             counted = cell_counts(path.parent, row["arm"], row["split"], row["metric"])
-            found.setdefault(key, {})[int(row["seed"])] = counted
-    if not found:
+            key = (row["task"], row["target"], row["arm"])
+            cells.setdefault(key, {})[int(row["seed"])] = counted, entry["details"]["scales"].get(row["arm"])
+            about[row["target"]] = compression.described(row["target"], entry["details"])
+    if not cells:
         raise UHLError(f"profile {profile} has no pruned copies; measure them first: make copies PROFILE={profile}")
-    known = stats.prior(stats.score_of(stack(cell).sum(1)) for cell in found.values())
+    tables = {key: {seed: counted for seed, (counted, _) in cell.items()} for key, cell in cells.items()}
+    whole = {task: {s: len(c) for s, c in cell.items()} for (task, copy, _), cell in tables.items() if "@" not in copy}
+    for (task, copy, arm), cell in tables.items():
+        if {seed: len(counted) for seed, counted in cell.items()} != whole.get(task):
+            raise UHLError(
+                f"{arm} on {copy} ({task}) lacks seeds that the source has, or has other examples; delete the folders "
+                f"{profile}/{task}-s*/compress and run again: make copies PROFILE={profile}"
+            )
+    known = stats.prior(stats.score_of(stack(cell).sum(1)) for cell in tables.values())
     rows = []
-    for (task, copy, kept, arm), cell in found.items():
+    for (task, copy, arm), cell in tables.items():
         made = stats.interval(stack(cell), groups_of(profile, task), known)
-        _, cut = pruning.parse(copy)
-        parts = [part for part in pruning.PARTS if cut and getattr(cut, part) is not None]
-        part = "several" if len(parts) > 1 else "".join(parts)
-        rows.append((task, copy, part, kept, arm, *made, len(cell), len(next(iter(cell.values())))))
-    columns = ["task", "copy", "part", "kept", "arm", "score", "low", "high", "seeds", "n"]
-    return pd.DataFrame(rows, columns=columns)
+        scales = [scale for _, scale in cells[task, copy, arm].values()]
+        scale = None if None in scales else float(np.mean(scales))  # type: ignore[arg-type]
+        seeds = {"seeds": len(cell), "n": len(next(iter(cell.values())))}
+        score = dict(zip(("score", "low", "high"), made, strict=True))
+        rows.append({"task": task, "arm": arm, "scale": scale} | about[copy] | score | seeds)
+    return pd.DataFrame(rows)[list(compression.COLUMNS)]
 
 
 PAIRS = (

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import platform
+import re
 import subprocess
 import warnings
 import zipfile
@@ -27,8 +28,9 @@ import pandas as pd
 import torch
 import transformers
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from uhl import pruning
 from uhl.config import ARMS, Arm, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_text
@@ -56,7 +58,7 @@ class Settings(_Strict):
     target: str = Field("minilm-l3", description="model that the adapter is ported to")
     hosts: tuple[Literal["source", "target"], ...] = Field(("source",), description="where the baselines run")
     projectors: tuple[ProjectorKind, ...] = Field(("canonical", "dimension"), description="adapters to pre-train")
-    task: str = Field("movies", description="task, by name, hub id or path")
+    task: str = Field("movies", description="task, by name, hub id or path ($VARIABLES too)")
     kind: Kind | None = Field(None, description="of a task by hub id or path: sentence, pair or token")
     columns: dict[str, str] = Field({}, description="of such a task: our column names to its own")
     labels: tuple[str, ...] = Field((), description="of such a task: its classes in order; none: sorted")
@@ -102,18 +104,31 @@ class Settings(_Strict):
     tune_rate: float = Field(1e-2, gt=0, description="learning rate of the task bias")
     tune_head_rate: float = Field(5e-3, gt=0, description="learning rate of the head while tuning")
 
+    @field_validator("copies")
+    @classmethod
+    def _cuts(cls, copies: tuple[str, ...]) -> tuple[str, ...]:
+        for cut in copies:
+            if pruning.parse(f"model@{cut}")[1] is None:
+                raise ValueError(f"{cut!r} is no cut; write it as layers=4, or heads=6,neurons=768")
+        return copies
+
     @property
     def task_name(self) -> str:
         """What adapters, cells and result rows call the task: the last part of its name, without a suffix."""
         return slug(self.task).split(".")[0]
 
     def task_spec(self) -> str | TaskSpec:
-        """What :func:`uhl.tasks.load_task` takes."""
+        """What :func:`uhl.tasks.load_task` takes. Environment variables in the task's path are filled in; one that is
+        not set is a :class:`UHLError`.
+        """
+        path = os.path.expandvars(self.task)
+        if unset := re.search(r"\$\{?(\w+)", path):
+            raise UHLError(f"task {self.task}: set {unset[1]} in the environment, to the folder that holds the data")
         if self.kind is not None:
-            return TaskSpec(self.task, self.kind, self.columns, self.labels)
+            return TaskSpec(path, self.kind, self.columns, self.labels)
         if self.columns or self.labels:
             raise UHLError("`columns` and `labels` describe a task by hub id or path; set `kind` too")
-        return self.task
+        return path
 
     def adapter_config(self, projector: str) -> Sizes:
         """Sizes of an adapter trained under these settings."""

@@ -261,8 +261,8 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
     """Tune the 4-bit task bias and the head on the target for ``tune_steps`` steps; None where an arm is undefined.
 
     Two are controls: `zero-atoms` tunes the ported head alone; `untrained` has random atoms and routes where the
-    trained ones were, and is ported as `anchor` is. ``seen`` is what :func:`observe_target` returned. Scores are those
-    of the tuned adapter's file.
+    trained ones were (mixer and head stay), and is ported as `anchor` is, its scale chosen anew. ``seen`` is what
+    :func:`observe_target` returned. Scores are those of the tuned adapter's file.
     """
     one_of(arm, TUNED_ARMS, "arm to tune")
     task, target = load_data(settings), freeze(load_encoder(settings.target))

@@ -241,7 +241,8 @@ def compression(table: pd.DataFrame) -> Figure:
         for j, part in enumerate(parts):
             cells = table[(table["task"] == task) & table["part"].isin(["", part])]
             _compressed_lines(axes[i, j], cells.sort_values("kept", ascending=False, kind="stable"))
-            axes[i, j].set(title=f"{task}: {'narrower' if part == 'width' else f'fewer {part}'}")
+            cut = {"width": "narrower", "several": "several parts"}.get(part, f"fewer {part}")
+            axes[i, j].set(title=f"{task}: {cut}")
         axes[i, 0].set_ylabel("test score, %")
     for ax in axes[-1]:
         ax.set(xlabel="% of the linear weights kept", xlim=(105, 100 * table["kept"].min() - 5))
@@ -257,6 +258,7 @@ def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
     for place, (arm, rows) in enumerate(cells.groupby("arm", sort=False)):
         colour, line, mark = looks[str(arm)]
         error = np.abs([rows["score"] - rows["low"], rows["high"] - rows["score"]])
+        line = "" if "several" in set(rows["part"]) else line  # cuts of several parts are no series
         style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": mark, "label": label.get(str(arm), arm)}
         apart = 100 * rows["kept"] + 0.7 * place  # so that bars do not hide one another
         ax.errorbar(apart, rows["score"], yerr=error, markersize=4, elinewidth=1, **style)
