@@ -195,6 +195,22 @@ def test_hub_without_a_network(monkeypatch):
         load_task("sst2")
 
 
+def test_a_hub_data_set_with_withheld_labels_and_one_without_a_train_split(monkeypatch, caplog):
+    from datasets import Dataset, DatasetDict
+
+    rows = Dataset.from_list(ROWS)
+    withheld = rows.map(lambda row: {"label": -1})
+    found = DatasetDict({"train": rows, "validation": rows.select(range(8)), "test": withheld})
+    monkeypatch.setattr(readers, "load_dataset", lambda *a, **k: found)
+    with caplog.at_level("WARNING", logger="uhl"):
+        task = load_task("sst2")
+    assert (len(task.data["test"]), len(task.data["dev"])) == (8, 4)
+    assert "labels of test are withheld" in caplog.text
+    del found["train"]
+    with pytest.raises(UHLError, match="no split train; it has validation, test"):
+        load_task("sst2")
+
+
 @pytest.mark.parametrize("name", ["movies", "amazon"])
 def test_offline_tasks_keep_reviews_apart(name):
     task = load_task(name)

@@ -29,7 +29,7 @@ from uhl import baselines, models, ops, runs, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Probe
 from uhl.config import Sizes, UHLConfig, _Strict
-from uhl.files import write_atomic
+from uhl.files import write_csv
 from uhl.frame import Basis, Frame, dimension_frame
 from uhl.host import Slot, find_slots
 from uhl.peft_method import LOG
@@ -302,9 +302,9 @@ def _resumed(
         if part.empty:
             LOG.info("%d of %d: %s", number, len(keys), ", ".join(f"{k} {v}" for k, v in key.items()))
             part = measure(**key).assign(**columns)
-            rows = kept = pd.concat([kept, part], ignore_index=True)
+            kept = pd.concat([kept, part], ignore_index=True)
             if file is not None:
-                write_atomic(Path(file), lambda tmp, rows=rows: rows.to_csv(tmp, index=False))  # type: ignore[misc]
+                write_csv(file, kept, digits=17)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 

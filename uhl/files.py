@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pandas as pd
 from safetensors import SafetensorError
 
 from uhl.errors import UHLError
@@ -57,6 +58,11 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
 def write_text(path: str | Path, text: str) -> Path:
     """Write UTF-8 text through :func:`write_atomic`."""
     return write_atomic(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+
+
+def write_csv(path: str | Path, table: pd.DataFrame, digits: int = 6) -> Path:
+    """Write a table through :func:`write_atomic`, its numbers with so many significant digits."""
+    return write_atomic(path, lambda tmp: table.to_csv(tmp, index=False, float_format=f"%.{digits}g"))
 
 
 @contextmanager

@@ -58,7 +58,11 @@ def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], 
     ``instead`` are names that the error offers when a hub cannot be reached. Raises :class:`UHLError` for files that
     cannot be read, a missing column, an unknown label and an empty split.
     """
-    tables = _checked(spec, _tables(spec, instead))
+    found = _tables(spec, instead)
+    for split in [name for name in found if _hidden(found[name], found["train"], spec)]:
+        LOG.warning("%s: the labels of %s are withheld; what is reported is dev, or a part of train", spec.path, split)
+        del found[split]
+    tables = _checked(spec, found)
     labels, convert = _label_map(spec, tables)
     return labels, DatasetDict({split: Dataset.from_list(convert(split, table)) for split, table in tables.items()})
 
@@ -75,9 +79,6 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
                 found[split] = _read_file(file, spec)
         if "train" not in found:
             raise UHLError(f"{path} holds no train file; expected train{'|'.join(SUFFIXES)}, gzip allowed")
-        if "test" in found and _hidden(found["test"], found["train"], spec):
-            LOG.warning("%s: the labels of test are withheld; what is reported is dev, or a part of train", path)
-            del found["test"]
         return found
     try:
         loaded = load_dataset(spec.path, spec.config, revision=spec.revision)
@@ -88,7 +89,9 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
             f"({type(error).__name__}: {reason}); without a network use {', '.join([*instead, 'a local folder'])}"
         ) from error
     tables = {ALIASES[str(split)]: rows.to_pandas() for split, rows in loaded.items() if str(split) in ALIASES}
-    return {split: rows for split, rows in tables.items() if not _hidden(rows, tables.get("train", rows), spec)}
+    if "train" not in tables:
+        raise UHLError(f"task {spec.path!r} has no split train; it has {', '.join(map(str, loaded))}")
+    return tables
 
 
 def _hidden(rows: pd.DataFrame, train: pd.DataFrame, spec: TaskSpec) -> bool:

@@ -17,7 +17,7 @@ from uhl import card, compression, runs, stats, store, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, UHLConfig
 from uhl.errors import UHLError
-from uhl.files import sha256, write_atomic, write_text
+from uhl.files import sha256, write_csv, write_text
 from uhl.grid import PARAMS, Grid
 from uhl.viz import CONTROLS, NAMES, ORDER
 
@@ -316,10 +316,7 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
     for name, (fig, data) in figures.items():
         viz.save_fig(fig, folder / name, data)
     for name, data in tables.items():
-        write_atomic(  # digits that no machine rounds its own way
-            folder / f"{name}.csv",
-            lambda tmp, data=data: data.to_csv(tmp, index=False, float_format="%.10g"),  # type: ignore[misc]
-        )
+        write_csv(folder / f"{name}.csv", data, digits=10)  # none that another machine rounds its own way
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.glob("*.*"))}
     entry = {"stage": "analysis", "profile": profile, "commit": runs.commit(), "artefacts": files}
     return write_text(folder / "manifest.json", json.dumps(entry, indent=1))

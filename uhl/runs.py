@@ -33,7 +33,7 @@ from pydantic import Field, field_validator
 from uhl import pruning
 from uhl.config import ARMS, Arm, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
-from uhl.files import sha256, write_atomic, write_text
+from uhl.files import sha256, write_atomic, write_csv, write_text
 from uhl.progress import batch as batch
 from uhl.readers import TaskSpec
 
@@ -264,7 +264,7 @@ def update_results(profile: str) -> Path:
     with locked(folder / ".results.lock"):
         rows = [r for m in sorted(folder.glob("*/*/manifest.json")) for r in json.loads(m.read_text())["rows"]]
         frame = pd.DataFrame(rows, columns=list(COLUMNS))
-        return write_atomic(folder / "results.csv", lambda tmp: frame.to_csv(tmp, index=False, float_format="%.6g"))
+        return write_csv(folder / "results.csv", frame)
 
 
 def load_results(profile: str) -> pd.DataFrame:

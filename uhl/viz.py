@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from uhl.config import ARMS, METHODS, WEIGHT_TYPES
 from uhl.errors import UHLError
-from uhl.files import write_atomic
+from uhl.files import write_atomic, write_csv
 from uhl.mixer import type_features
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def save_fig(fig: Figure, path: str | Path, data: pd.DataFrame) -> Path:
     """Write ``path`` as PNG and its numbers as CSV beside it."""
     path = Path(path).with_suffix(".png")
     write_atomic(path, lambda tmp: fig.savefig(tmp, bbox_inches="tight"))
-    write_atomic(path.with_suffix(".csv"), lambda tmp: data.to_csv(tmp, index=False, float_format="%.6g"))
+    write_csv(path.with_suffix(".csv"), data)
     return path
 
 
