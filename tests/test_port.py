@@ -22,7 +22,7 @@ from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
-from uhl.porting import PENALTIES, Port, Rows, Way, basis_of, port, predict_texts, ridge, upper_levels, why_not
+from uhl.porting import PENALTIES, Port, Rows, Shared, Way, basis_of, port, predict_texts, ridge, upper_levels, why_not
 from uhl.refresh import refresh
 from uhl.stages import make_anchors
 
@@ -176,7 +176,7 @@ def test_a_file_with_fragments_ports_as_before_it_was_written(encoder, make_enco
         found.anchors = adapter.anchors.cut(**cut)
         count = cut.get("texts", len(texts))
         assert len(found.anchors.logits.table()) == count + (0 if "cuts" in cut else 2 * min(60, count))
-        fewer = port(found, target, seen=seen.cut(adapter.anchors.probe, found.anchors.probe))
+        fewer = port(found, target, shared=Shared(seen.cut(adapter.anchors.probe, found.anchors.probe)))
         own = port(found, target)
         torch.testing.assert_close(fewer.frame.head, own.frame.head, rtol=1e-3, atol=1e-4)
         assert len(store.load(store.save(found, path)).anchors.texts) == count
@@ -487,6 +487,34 @@ def test_refreshing_moves_the_bias_alone_and_keeps_the_best(encoder, make_encode
     start.anchors.reads = None
     with pytest.raises(UHLError, match="hold the source's decisions"):
         port(start, target, "mood", "refresh")
+
+
+def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, monkeypatch):
+    import uhl.porting
+
+    monkeypatch.setattr("uhl.porting.FEWEST_SHARED", 16)
+    target, shared, way = make_encoder(layers=2, width=24, seed=0), Shared(), Way(refresh_steps=10)
+    arms = [arm for arm in ARMS if arm != "dimension"]
+    watched = []
+    for name in ("observe", "_anchored"):
+        does = getattr(uhl.porting, name)
+        monkeypatch.setattr(uhl.porting, name, lambda *a, does=does, name=name: watched.append(name) or does(*a))
+    for arm in (*arms, *reversed(arms)):
+        adapters = [trained(encoder)[0] for _ in range(2)]  # refreshing changes the bias
+        alone = port(adapters[0], target, "mood", arm, encoder, way=way)
+        watched.clear()
+        together = port(adapters[1], target, "mood", arm, encoder, shared=shared, way=way)
+        first = watched.copy()
+        assert (alone.scale, set(alone.report)) == (together.scale, set(together.report))
+        assert torch.equal(alone.frame.head, together.frame.head)
+        for a, b in zip(alone.frame.slots.values(), together.frame.slots.values(), strict=True):
+            assert torch.equal(a[0], b[0])
+        assert torch.equal(adapters[0].task("mood").bias, adapters[1].task("mood").bias)
+        if arm in {"refresh", "refresh-random"}:
+            assert first == []  # anchor and random-p were ported before
+    other = port(trained(encoder)[0], target, "mood", "refresh", seed=1, shared=shared, way=way)
+    assert watched == ["_anchored"]
+    assert other.report["arm"] == "refresh"
 
 
 def test_embeddings_align_models_that_share_a_vocabulary(encoder, make_encoder, monkeypatch):

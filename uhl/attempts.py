@@ -27,7 +27,7 @@ from uhl.config import PAIR, Method
 from uhl.errors import UHLError, one_of
 from uhl.host import find_slots
 from uhl.models import Encoder
-from uhl.porting import Way, at_work, port, source_basis
+from uhl.porting import Shared, Way, at_work, port, source_basis
 from uhl.runs import Settings
 from uhl.stages import agreement, anchor_pool, make_anchors
 from uhl.tasks import Task
@@ -126,7 +126,7 @@ def measure(
                 anchors = chosen(settings, adapter, source, task, a.choice, anchors.coded)
             adapter.anchors = anchors
             own = observe(target, anchors.probe) if a.choice else seen.cut(whole.probe, anchors.probe)
-            made = port(adapter, target, settings.task_name, a.arm, seed=settings.seed, seen=own, way=a.way)
+            made = port(adapter, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(own), way=a.way)
             with at_work(adapter, target, settings.task_name, a.arm, made.frame, made.scale) as attached:
                 classifier = Classifier(target.model, adapter.task(settings.task_name), made.frame, attached)
                 found = predict(classifier, target, task, "dev", max_length=settings.max_length)

@@ -13,14 +13,13 @@ import pandas as pd
 
 from uhl import baselines, pruning, runs, stages
 from uhl.adapter import UHLAdapter
-from uhl.anchors import observe
 from uhl.config import Arm
 from uhl.files import sha256
 from uhl.frame import Basis
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.outcome import Outcome
-from uhl.porting import RULES, Port, port, source_basis
+from uhl.porting import RULES, Port, Shared, port, source_basis
 from uhl.runs import Settings
 from uhl.tasks import Task
 
@@ -79,10 +78,9 @@ def _ports(settings: Settings, adapter: UHLAdapter, copy: Encoder, basis: Basis)
     """The file as it is on the source, where the width allows; then the ports to a host of which nothing is known."""
     if basis.read[0].shape[1] == copy.width:
         yield Port("lineage", basis.frame(find_slots(copy.model, adapter.config.types)), 1.0)
-    assert adapter.anchors is not None
-    seen = observe(copy, adapter.anchors.probe)
+    shared = Shared()
     for arm in ARMS:
-        yield port(adapter, copy, settings.task_name, arm, seed=settings.seed, seen=seen)
+        yield port(adapter, copy, settings.task_name, arm, seed=settings.seed, shared=shared)
 
 
 def _score_head(settings: Settings, task: Task, copy: Encoder, outcome: Outcome) -> None:

@@ -56,7 +56,7 @@ logger = logging.getLogger("uhl")
 
 SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
 RULES = 2  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
-REFRESHED = ("refresh", "refresh-random")
+REFRESHED = {"refresh": "anchor", "refresh-random": "random-p"}  # arms that refresh, and the port that each starts from
 FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
 DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebook 06
@@ -211,6 +211,17 @@ class Port:
     report: dict[str, object] = field(default_factory=dict)
 
 
+@dataclass
+class Shared:
+    """What ports of one file to one host have in common, kept from one arm to the next: the host on the anchors, the
+    source's basis, and the ports that refreshing starts from.
+    """
+
+    seen: Observed | None = None
+    basis: Basis | None = None
+    ports: dict[tuple[object, ...], Port] = field(default_factory=dict)
+
+
 def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | None = None) -> str | None:
     """Why a cell is not defined, or None when it is."""
     one_of(arm, ARMS, "arm")
@@ -247,7 +258,7 @@ def port(
     arm: str = "anchor",
     source: Encoder | None = None,
     seed: int = 0,
-    seen: Observed | None = None,
+    shared: Shared | None = None,
     way: Way | None = None,
 ) -> Port:
     """The target's frame for ``adapter``. No labels are used. Raises :class:`UHLError` for an undefined cell.
@@ -256,14 +267,14 @@ def port(
     of the atoms were tried, and how often the target will decide as the source did, with a ``warning`` (also logged)
     where that is poor.
 
-    ``source`` is needed by `lineage` and `embedding` alone; ``seed`` draws the controls; ``seen`` spares observing the
-    target again when several arms are ported with the same anchors (its seconds are counted all the same). `refresh`
-    sets the task's bias in ``adapter``.
+    ``source`` is needed by `lineage` and `embedding` alone; ``seed`` draws the controls; ``shared`` spares what other
+    ports of the same file to the same host have done (its seconds are counted all the same). `refresh` sets the task's
+    bias in ``adapter``.
     """
     reason = why_not(adapter, target, arm, source)
     if reason:
         raise UHLError(reason)
-    begun, task, way = time.time(), task or _only_task(adapter), way or Way()
+    begun, task, way, shared = time.time(), task or _only_task(adapter), way or Way(), shared or Shared()
     if adapter.info.get("tuned_on") and adapter.info.get("port_rules") != RULES and arm not in FIXED:
         logger.warning(
             "tuned on %s behind another release's port, which may differ from this one; its scores may not repeat",
@@ -273,28 +284,46 @@ def port(
     if arm == "dimension":
         with torch.no_grad():
             done = Port(arm, dimension_frame(adapter.projector, slots, target.width), 1.0)
-    elif arm == "lineage":
+    elif arm in {"lineage", "embedding"}:
         assert source is not None
-        done = Port(arm, source_basis(adapter, source).frame(slots), 1.0)
-    elif arm == "embedding":
-        assert source is not None
-        basis, explained = _embedding_basis(source_basis(adapter, source), source, target)
-        done = Port(arm, basis.frame(slots), 1.0, {"stream_fit": [round(explained, 4)]})
+        shared.basis = shared.basis or source_basis(adapter, source)
+        done = Port(arm, shared.basis.frame(slots), 1.0)
+        if arm == "embedding":
+            basis, explained = _embedding_basis(shared.basis, source, target)
+            done = Port(arm, basis.frame(slots), 1.0, {"stream_fit": [round(explained, 4)]})
+    elif arm in REFRESHED:
+        done, spent = _start(adapter, target, task, arm, seed, shared, way)
+        done.report |= refresh(adapter, target, task, done.frame, done.scale, seed, way.refresh_steps)
+        begun -= spent
     else:
         assert adapter.anchors is not None
-        again = seen
-        seen = seen or observe(target, adapter.anchors.probe)
+        if shared.seen is None:
+            shared.seen = observe(target, adapter.anchors.probe)
+        else:
+            begun -= shared.seen.seconds
         own = target.revision != "unknown" and target.revision == adapter.info.get("revision")
-        if own and arm in {"anchor", "zero-atoms", "refresh"}:  # the source itself: its own basis, no regression
-            frame = basis_of(seen, adapter.config.width).frame(slots)
+        if own and arm in {"anchor", "zero-atoms"}:  # the source itself: its own basis, no regression
+            frame = basis_of(shared.seen, adapter.config.width).frame(slots)
             done = Port(arm, frame, float(arm != "zero-atoms"))
         else:
-            done = _anchored(adapter, target, task, arm, slots, seed, seen, way)
-        if arm in REFRESHED:
-            done.report |= refresh(adapter, target, task, done.frame, done.scale, seed, way.refresh_steps)
-        begun -= seen.seconds if again else 0.0
+            done = _anchored(adapter, target, task, arm, slots, seed, shared.seen, way)
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
+    shared.ports[arm, task, seed, way] = done
     return done
+
+
+def _start(
+    adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way
+) -> tuple[Port, float]:
+    """The port that an arm refreshes, without what it foresaw, which refreshing changes; and the seconds that it took
+    when it was made before.
+    """
+    first = REFRESHED[arm]
+    made = shared.ports.get((first, task, seed, way))
+    spent = 0.0 if made is None else float(str(made.report["seconds"]))
+    made = made or port(adapter, target, task, first, seed=seed, shared=shared, way=way)
+    told = {key: value for key, value in made.report.items() if key not in {"agreement", "kappa", "warning"}}
+    return Port(arm, made.frame, made.scale, told), spent
 
 
 def _only_task(adapter: UHLAdapter) -> str:
@@ -413,7 +442,7 @@ def _anchored(
     wanted = _Wanted.of(anchors, generator if arm == "shuffled" else None)
     basis, fits = _stream_basis(anchors, seen, wanted.order, way)
     few_units = sum(anchors.probe.first().units())
-    if arm in {"random-p", "refresh-random"}:
+    if arm == "random-p":
         basis = _random_basis(basis, generator)
     layers = adapter.info.get("layers")
     ratio = layers / target.layers if isinstance(layers, int) and layers > 0 else 1.0
@@ -442,7 +471,7 @@ def _anchored(
         "head_fit": {round(s, 4): round(f.explained, 4) for s, f in tried.items()},
         "final_fit": round(best.explained, 4),
     }
-    if anchors.judges(task) and arm not in REFRESHED:  # what refreshing changes was not foreseen
+    if anchors.judges(task):
         report |= _agreement(best, anchors, few_units)
         if arm == "anchor" and "warning" in report:  # the controls are meant to be poor
             logger.warning("%s", report["warning"])

@@ -28,7 +28,7 @@ from uhl.host import find_slots
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
-from uhl.porting import REFRESHED, RULES, Port, Way, at_work, basis_of, port, why_not
+from uhl.porting import REFRESHED, RULES, Port, Shared, Way, at_work, basis_of, port, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
@@ -202,7 +202,7 @@ def zero_shot(settings: Settings) -> Outcome:
     source = freeze(load_encoder(settings.source))
     outcome = Outcome(settings, task, details={"reports": {}, "undefined": {}})
     outcome.score_majority(target)
-    seen: Observed | None = None
+    shared = Shared()
     for arm in settings.arms:
         adapter, path = adapter_for(settings, arm)
         reason = why_not(adapter, target, arm, source)
@@ -210,10 +210,8 @@ def zero_shot(settings: Settings) -> Outcome:
             outcome.details["undefined"][arm] = reason
             continue
         check_labels(adapter, settings.task_name, task)
-        if adapter.anchors and seen is None:
-            seen = observe(target, adapter.anchors.probe)
         way = Way(refresh_steps=settings.refresh_steps)
-        ported = port(adapter, target, settings.task_name, arm, source, settings.seed, seen, way)
+        ported = port(adapter, target, settings.task_name, arm, source, settings.seed, shared, way)
         outcome.details["reports"][arm] = ported.report
         if arm in REFRESHED:
             _say_where(settings, adapter, target, ported)
@@ -257,11 +255,11 @@ def check_labels(adapter: UHLAdapter, name: str, task: Task) -> None:
         )
 
 
-def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome | None:
+def tune(settings: Settings, arm: str, shared: Shared | None = None) -> Outcome | None:
     """Tune the 4-bit task bias and the head on the target for ``tune_steps`` steps; None where an arm is undefined.
 
     Two are controls: `zero-atoms` tunes the ported head alone; `untrained` has random atoms and routes where the
-    trained ones were (mixer and head stay), and is ported as `anchor` is, its scale chosen anew. ``seen`` is what
+    trained ones were (mixer and head stay), and is ported as `anchor` is, its scale chosen anew. ``shared`` is what
     :func:`observe_target` returned. Scores are those of the tuned adapter's file.
     """
     one_of(arm, TUNED_ARMS, "arm to tune")
@@ -274,7 +272,7 @@ def tune(settings: Settings, arm: str, seen: Observed | None = None) -> Outcome 
     check_labels(adapter, settings.task_name, task)
     if arm == "untrained":
         adapter.redraw(settings.seed)
-    ported = port(adapter, target, settings.task_name, rules, source, settings.seed, seen)
+    ported = port(adapter, target, settings.task_name, rules, source, settings.seed, shared)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
     _say_where(settings, adapter, target, ported)
@@ -292,12 +290,12 @@ def _say_where(settings: Settings, adapter: UHLAdapter, target: Encoder, ported:
     adapter.info["port_rules"] = RULES
 
 
-def observe_target(settings: Settings) -> Observed:
+def observe_target(settings: Settings) -> Shared:
     """The target on the canonical adapter's anchors, once for all arms."""
     adapter, _ = adapter_for(settings, "anchor")
     if adapter.anchors is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    return observe(load_encoder(settings.target), adapter.anchors.probe)
+    return Shared(observe(load_encoder(settings.target), adapter.anchors.probe))
 
 
 def tune_task(
