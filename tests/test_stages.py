@@ -129,6 +129,10 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     run = judged["claim"].str.startswith("3") & (judged["verdict"] == "not decidable") & (judged["seeds"] == 0)
     assert run.any() == (kind != "sentence")  # LoRA at 1 MB ran there alone, and the others say so
     assert set(judged["verdict"]) <= {"held", "refuted", "not decidable"}
+    told = claims.markdown("t").splitlines()
+    assert sum(line.startswith("| 1 ") for line in told) == len(ours)
+    assert all(" of 1 |" in line for line in told if line.startswith(("| 1 ", "| 2 tuned", "| 3 ")))
+    assert ("| not run |" in "".join(told)) == (kind != "sentence")
     board = report.leaderboard(table)
     assert {"anchor", "sat-lora", "full"} <= set(board["method"])
     assert (board[board["method"] == "anchor"]["zero-shot"] > 0).all()

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from uhl import report, runs, store, viz
+from uhl import claims, report, runs, store, viz
 from uhl.config import ARMS
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import Header, read_either
@@ -64,7 +64,8 @@ def table(options: argparse.Namespace) -> None:
     print(f"results    {folder / 'results.csv'}\nfigures    {folder / 'analysis'}")
     print(f"notebooks  {folder}/*/*/notebook.ipynb")
     if options.readme:
-        report.update_readme(options.profile, HERE / "README.md", HERE / "figures", options.partial)
+        verdicts = claims.markdown(options.profile)
+        report.update_readme(options.profile, HERE / "README.md", HERE / "figures", verdicts, options.partial)
 
 
 def attempts(options: argparse.Namespace) -> None:

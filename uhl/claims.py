@@ -21,7 +21,7 @@ import pandas as pd
 from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS
-from uhl.report import Cells, prior_of, stack
+from uhl.report import Cells, gather, groups_of, prior_of, stack, summary
 from uhl.viz import CONTROLS
 
 PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
@@ -132,3 +132,23 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """Counts of each verdict by claim and arm, of :func:`judge`."""
     counts = judged.groupby(["claim", "arm"], sort=False)["verdict"].value_counts().unstack(fill_value=0)
     return counts.reindex(columns=["held", "refuted", "not decidable"], fill_value=0).reset_index()
+
+
+def markdown(profile: str) -> str:
+    """The verdicts on a profile's runs, as Markdown: a row a claim and arm, the claims about budgets in one row each.
+
+    The verdicts are counts over tasks and targets, the effects the range of these.
+    """
+    tables = gather(profile)
+    groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
+    judged = judge(summary(profile), tables, groups)
+    said = "The claims of the hypothesis, over tasks and targets (intervals: [figures/claims.csv](figures/claims.csv)):"
+    lines = [said, "", "| claim | arm | effect | verdict |", "|---|---|---|---|"]
+    arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "all")
+    for (claim, arm), rows in judged.groupby(["claim", arms], sort=False):
+        counts = ", ".join(f"{verdict} in {count}" for verdict, count in rows["verdict"].value_counts().items())
+        known = rows["effect"].dropna()
+        form = "{:,.0f}" if known.abs().max() > 1000 else "{:.1f}"
+        ends = dict.fromkeys(form.format(end) for end in (known.min(), known.max())) if len(known) else ("not run",)
+        lines.append(f"| {claim} | {arm} | {' to '.join(ends)} | {counts} of {len(rows)} |")
+    return "\n".join(lines)

@@ -422,8 +422,9 @@ def _list(values: Iterable[object]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
-def update_readme(profile: str, readme: Path, figures: Path, partial: bool = False) -> None:
-    """Put the table into the README between its two marks, and the profile's figures with their CSVs into figures/.
+def update_readme(profile: str, readme: Path, figures: Path, verdicts: str = "", partial: bool = False) -> None:
+    """Put the table and, below it, the ``verdicts`` on the claims into the README between its two marks; and the
+    profile's figures with their CSVs into figures/.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -434,7 +435,7 @@ def update_readme(profile: str, readme: Path, figures: Path, partial: bool = Fal
     if START not in text or END not in text:
         raise UHLError(f"{readme.name} has no place for the table; expected the lines {START} and {END}")
     before, after = text.split(START)[0], text.split(END)[1]
-    write_text(readme, f"{before}{START}\n\n{markdown(profile)}\n{END}{after}")
+    write_text(readme, f"{before}{START}\n\n{markdown(profile)}\n{verdicts}\n\n{END}{after}")
     figures.mkdir(exist_ok=True)
     for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
         if file.suffix in {".png", ".csv"}:
