@@ -165,7 +165,9 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     own = scores_of(outcomes[0])
     stored = runs.load_results("t").set_index(["arm", "split"])["score"]
     assert own["lineage"] == pytest.approx(stored["uhl-canonical", "test"], abs=1e-3)  # the file's own score
-    assert outcomes[0].details["scales"].keys() == {"lineage", "anchor", "zero-atoms", "random-p"}
+    assert outcomes[0].details["ports"].keys() == {"lineage", "anchor", "zero-atoms", "random-p"}
+    assert outcomes[0].details["ports"]["lineage"]["measured"] == 1  # its own decisions
+    assert 0 <= outcomes[1].details["ports"]["anchor"]["predicted"] <= 1
     assert set(scores_of(outcomes[1])) == {"lineage", "anchor", "zero-atoms", "random-p", "head"}
     assert set(scores_of(outcomes[2])) == {"anchor", "zero-atoms", "random-p", "head"}  # of another width
     told.clear()
@@ -178,10 +180,14 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
         assert told == ["big"], change
     compression.measure(settings)
     table = report.compressed("t")
-    shown = ["copy", "arm", "scale", "score"]
+    shown = ["copy", "part", "kept", "arm", *compression.PORT, "score"]
     pd.testing.assert_frame_equal(table[shown], compression.table(outcomes)[shown])
     fig = viz.compression(table)
     assert [ax.get_title() for ax in fig.axes] == ["mood: fewer layers", "mood: narrower"]
+    fig = viz.losses(table, 0.4)
+    (points,) = (c for c in fig.axes[0].collections if len(c.get_offsets()) == 3)
+    lost = own["lineage"] - table[table["arm"] == "anchor"]["score"]
+    assert sorted(points.get_offsets()[:, 1]) == pytest.approx(sorted(lost))
     with pytest.raises(UHLError, match="no pruned copy"):
         viz.compression(table[table["part"] == ""])
     assert table["part"].tolist() == [""] * 5 + ["layers"] * 5 + ["width"] * 4

@@ -17,7 +17,7 @@ from uhl.errors import UHLError, one_of
 from uhl.fileformat import Header, read_either
 from uhl.grid import PARAMS, Grid, target_of
 from uhl.models import OFFLINE, cut_of, load_encoder, resolve
-from uhl.porting import port, predict_texts
+from uhl.porting import DOUBTFUL, port, predict_texts
 from uhl.runs import Settings, read_yaml
 from uhl.tasks import OFFLINE as OFFLINE_TASKS
 
@@ -78,6 +78,7 @@ def attempts(options: argparse.Namespace) -> None:
 def copies(options: argparse.Namespace) -> None:
     """Gather what notebook 10 measured on pruned copies of the source into figures/compression.csv, and draw it."""
     found = report.compressed(options.profile)
+    viz.save_fig(viz.losses(found, DOUBTFUL), HERE / "figures" / "compression_losses", found)
     path = viz.save_fig(viz.compression(found), HERE / "figures" / "compression", found)
     print(f"{path.relative_to(HERE)}: {found['copy'].nunique()} models, seeds {found['seeds'].max()}")
 

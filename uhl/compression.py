@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pandas as pd
 
@@ -30,7 +31,7 @@ Told = Callable[[str], None]  # hears what is about to be measured
 def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
     """Score the canonical adapter's file on test, on the source and on its pruned copies (the settings' ``copies``): by
     `lineage` where the width is the source's, by :data:`ARMS`, and a head fitted to labels (`head`). Rows go by the
-    copy's name as ``target``; ``details`` hold the share of weights ``kept`` and the ``scales`` of the atoms.
+    copy's name as ``target``; ``details`` hold the share of weights ``kept`` and what each port said of itself.
 
     The source is ported to as if it were a stranger, so that its own point is made as those of its copies are. A copy
     that was measured before with the same file and data is read back. Raises :class:`UHLError` for a cut that the
@@ -56,13 +57,21 @@ def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
                 told(name)
             basis = basis or source_basis(adapter, whole)
             copy = stages.freeze(stages.load_encoder(name))
-            kept, scales = pruning.kept_share(copy.model, whole.model), dict[str, float]()
-            outcome = Outcome(settings, task, details={"kept": kept, "scales": scales})
+            ports: dict[str, dict[str, object]] = {}
+            kept = pruning.kept_share(copy.model, whole.model)
+            outcome = Outcome(settings, task, details={"kept": kept, "ports": ports})
             for ported in _ports(settings, adapter, replace(copy, revision="unknown"), basis):
-                scales[ported.arm] = ported.scale
+                said = ported.report
                 known = {"arm": ported.arm, "phase": "zero-shot", "trainable_params": 0}
-                known["seconds"] = ported.report.get("seconds", 0.0)
+                known["seconds"] = said.get("seconds", 0.0)
                 outcome.score_adapter(adapter, path, copy, ported.frame, ported.scale, **known)
+                same = stages.agreement(settings, outcome.predictions[f"{ported.arm}/test"])
+                ports[ported.arm] = {
+                    "scale": ported.scale,
+                    "predicted": said.get("agreement"),
+                    "kappa": said.get("kappa"),
+                }
+                ports[ported.arm]["measured"] = same
             _score_head(settings, task, copy, outcome)
             outcome.keep(folder, about)
         outcomes.append(outcome)
@@ -90,24 +99,28 @@ def _score_head(settings: Settings, task: Task, copy: Encoder, outcome: Outcome)
     outcome.score(made.classifier, copy, arm="head", phase="retrained", **sizes, **made.log.costs())
 
 
-COLUMNS = ("task", "copy", "part", "kept", "arm", "scale", "score", "low", "high", "seeds", "n")
+PORT = ("scale", "predicted", "kappa", "measured")
+COLUMNS = ("task", "copy", "part", "kept", "arm", *PORT, "score", "low", "high", "seeds", "n")
 
 
-def described(copy: str, details: dict[str, float]) -> dict[str, object]:
-    """Columns of a copy: its name, the ``part`` that was cut (`several` where it is more than one; empty for the source
-    itself), and the share of the linear layers' weights ``kept``.
+def described(copy: str, kept: float, ports: Sequence[dict[str, Any]]) -> dict[str, object]:
+    """Columns of a copy and an arm: the copy's name, the ``part`` that was cut (`several` where it is more than one;
+    empty for the source itself), the share of the linear layers' weights ``kept``; and, of the arm's ports, the means
+    of the atoms' ``scale``, of the share of decisions shared with the source that the port ``predicted`` and that was
+    ``measured`` on test, and of the predicted one's Cohen's ``kappa``.
     """
     _, cut = pruning.parse(copy)
     parts = list(cut.parts()) if cut else []
-    return {"copy": copy, "part": "several" if len(parts) > 1 else "".join(parts), "kept": details["kept"]}
+    about: dict[str, object] = {"copy": copy, "part": "several" if len(parts) > 1 else "".join(parts), "kept": kept}
+    known = {name: [p[name] for p in ports if p.get(name) is not None] for name in PORT}
+    return about | {name: sum(values) / len(values) if values else None for name, values in known.items()}
 
 
 def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """What one cell measured, in the columns of :func:`uhl.report.compressed`; intervals are over examples alone."""
-    parts = []
+    rows = []
     for outcome in outcomes:
-        found = outcome.table()
-        about = described(str(found["target"][0]), outcome.details)
-        scales = found["arm"].map(outcome.details["scales"].get)
-        parts.append(found.assign(scale=scales, seeds=1, **about))  # type: ignore[arg-type]
-    return pd.concat(parts, ignore_index=True)[list(COLUMNS)]
+        kept, ports = outcome.details["kept"], outcome.details["ports"]
+        for row in outcome.table().to_dict("records"):
+            rows.append(row | {"seeds": 1} | described(row["target"], kept, [ports.get(row["arm"], {})]))
+    return pd.DataFrame(rows)[list(COLUMNS)]

@@ -153,29 +153,30 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
 
 def compressed(profile: str) -> pd.DataFrame:
     """What notebook 10 measured on pruned copies of the source, over the seeds of each task; the columns are those of
-    :func:`uhl.compression.table`, ``scale`` the mean of the seeds'.
+    :func:`uhl.compression.table`.
 
     Raises :class:`UHLError` where there is nothing, or where a copy was not measured as the source was: with fewer
     seeds, other examples, or an adapter that was trained again since.
     """
-    cells: dict[tuple[str, str, str], dict[int, tuple[np.ndarray, float | None]]] = {}
-    about: dict[str, dict[str, object]] = {}
+    tables: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
+    ports: dict[tuple[str, str, str], list[dict[str, object]]] = {}
+    kept: dict[str, float] = {}
     for path in sorted((runs.root() / profile).glob("*-s*/compress/*/outcome.json")):
         entry = json.loads(path.read_text())
         file = path.parents[2] / "pretrain-canonical" / "adapter.safetensors"
         if file.is_file() and sha256(file) != entry["about"]["adapter"]:
             raise UHLError(f"{path.parent} was measured with another adapter; run again: make copies PROFILE={profile}")
         for row in entry["rows"]:
+            key, details = (row["task"], row["target"], row["arm"]), entry["details"]
             counted = cell_counts(path.parent, row["arm"], row["split"], row["metric"])
-            key = (row["task"], row["target"], row["arm"])
-            cells.setdefault(key, {})[int(row["seed"])] = counted, entry["details"]["scales"].get(row["arm"])
-            about[row["target"]] = compression.described(row["target"], entry["details"])
-    if not cells:
+            tables.setdefault(key, {})[int(row["seed"])] = counted
+            ports.setdefault(key, []).append(details["ports"].get(row["arm"], {}))
+            kept[row["target"]] = details["kept"]
+    if not tables:
         raise UHLError(f"profile {profile} has no pruned copies; measure them first: make copies PROFILE={profile}")
-    tables = {key: {seed: counted for seed, (counted, _) in cell.items()} for key, cell in cells.items()}
     whole = {task: {s: len(c) for s, c in cell.items()} for (task, copy, _), cell in tables.items() if "@" not in copy}
     for (task, copy, arm), cell in tables.items():
-        if {seed: len(counted) for seed, counted in cell.items()} != whole.get(task):
+        if {seed: len(c) for seed, c in cell.items()} != whole.get(task):
             raise UHLError(
                 f"{arm} on {copy} ({task}) lacks seeds that the source has, or has other examples; delete the folders "
                 f"{profile}/{task}-s*/compress and run again: make copies PROFILE={profile}"
@@ -184,11 +185,9 @@ def compressed(profile: str) -> pd.DataFrame:
     rows = []
     for (task, copy, arm), cell in tables.items():
         made = stats.interval(stack(cell), groups_of(profile, task), known)
-        scales = [scale for _, scale in cells[task, copy, arm].values()]
-        scale = None if None in scales else float(np.mean(scales))  # type: ignore[arg-type]
-        seeds = {"seeds": len(cell), "n": len(next(iter(cell.values())))}
-        score = dict(zip(("score", "low", "high"), made, strict=True))
-        rows.append({"task": task, "arm": arm, "scale": scale} | about[copy] | score | seeds)
+        about = compression.described(copy, kept[copy], ports[task, copy, arm])
+        about |= {"task": task, "arm": arm, "seeds": len(cell), "n": len(next(iter(cell.values())))}
+        rows.append(about | dict(zip(("score", "low", "high"), made, strict=True)))
     return pd.DataFrame(rows)[list(compression.COLUMNS)]
 
 

@@ -251,6 +251,24 @@ def compression(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def losses(table: pd.DataFrame, doubtful: float) -> Figure:
+    """Points lost against the source over the Cohen's kappa that each anchored port predicted of itself, from
+    :func:`report.compressed`; below ``doubtful`` a port warns. A point a copy, a colour a part that was cut.
+    """
+    own = table[(table["part"] == "") & (table["arm"] == "lineage")].set_index("task")["score"]
+    shown = table[table["arm"] == "anchor"]
+    lost = shown["task"].map(own) - shown["score"]
+    shown = shown.assign(lost=lost, part=shown["part"].replace("", "nothing"))
+    fig, ax = plt.subplots(figsize=(5.2, 3.6))
+    sns.scatterplot(shown, x="kappa", y="lost", hue="part", style="task", s=60, ax=ax)
+    ax.axvspan(min(0.0, float(shown["kappa"].min())), doubtful, color=CONTROL, alpha=0.25, linewidth=0)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set(title="Does a port know when it fails?", xlabel="Cohen's kappa with the source, predicted at the port")
+    ax.set(ylabel="points lost against the source")
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    return fig
+
+
 def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
     looks = {"lineage": ("#3aa655", "-", "s"), "anchor": (OURS, "-", "o"), "zero-atoms": (CONTROL, "--", "o")}
     looks |= {"random-p": (CONTROL, ":", "v"), "head": (BASELINE, "-", "^")}
