@@ -58,7 +58,7 @@ def test_porting_is_measured_with_and_without_fragments():
     assert (bare["anchors"], bare["with fragments"]) == (32, 32)
     assert cut["with fragments"] > 64
     assert cut["with fragments"] % 3 == 32 % 3  # whole texts, and three of some
-    assert bare["host MB"] == pytest.approx(sum(p.numel() for p in bench.bert("tiny").parameters()) * 4e-6)
+    assert bare["host MB"] == pytest.approx(sum(p.numel() for p in bench.bert("tiny").parameters()) * 4e-6, abs=0.05)
     assert all(0 < row["seconds"] < 60 and 0 <= row["peak MB"] < 500 for row in (bare, cut))
 
 
