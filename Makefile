@@ -2,7 +2,7 @@
 # make test                    set up, lint, types, unit tests, PEFT's own tests, notebooks
 # make port TARGET=minilm-l3   one target: pre-train if needed, port
 # make attempts                ways to port, compared on dev (notebook 07 for every task and target); writes figures/attempts.*
-# make copies                  the adapter on pruned copies of its source (notebook 10); writes figures/compression.*
+# make copies                  the adapter on pruned copies of its source (notebook 10); writes figures/compression*
 # make bench                   times and memory of the layers on this machine
 # make lab                     JupyterLab on notebooks/
 

@@ -15,6 +15,8 @@ GRID = Grid.read(config["profile"])
 RUNS = os.path.abspath(os.environ["UHL_RUNS"]) if os.environ.get("UHL_RUNS") else "runs"
 if os.environ.get("UHL_RUNS"):
     os.environ["UHL_RUNS"] = RUNS  # notebooks run in their own folder
+if os.environ.get("UHL_DATA"):
+    os.environ["UHL_DATA"] = os.path.abspath(os.environ["UHL_DATA"])
 CELL = f"{RUNS}/{GRID.profile}/{{task}}-s{{seed}}"
 SETTINGS = f"params/{GRID.profile}/settings.yaml"
 TARGET = f"params/{GRID.profile}/{{target}}.yaml"
@@ -36,6 +38,12 @@ def own_task(w):
     """The parameter file of a task of the user's own; none for a task by name."""
     path = task_file(GRID.profile, w.task)
     return [str(path)] if path else []
+
+
+def own_list(name):
+    """The parameter file of a notebook outside of the batch; none where a profile leaves it at its stored values."""
+    path = f"params/{GRID.profile}/{name}.yaml"
+    return [path] if os.path.exists(path) else []
 
 
 def task(w):
@@ -133,6 +141,7 @@ rule attempts:
         SETTINGS,
         own_task,
         TARGET,
+        own_list("attempts"),
     output:
         f"{CELL}/attempts-{{target}}/attempts.csv",
     log:
@@ -140,7 +149,7 @@ rule attempts:
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
-        papermill("07_what_moves", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+        papermill("07_what_moves", [*own_list("attempts"), f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
 
 
 # Not of the batch: ways to port, compared on dev with the first seed (`make attempts`).
@@ -154,7 +163,7 @@ rule compress:
         f"{CELL}/pretrain-canonical/manifest.json",
         SETTINGS,
         own_task,
-        f"params/{GRID.profile}/copies.yaml",
+        own_list("copies"),
     output:
         f"{CELL}/compress/compression.csv",
     log:
@@ -162,7 +171,7 @@ rule compress:
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
-        papermill("10_compress", [f"params/{GRID.profile}/copies.yaml"])
+        papermill("10_compress", own_list("copies"))
 
 
 # Not of the batch: the adapter on pruned copies of its source (`make copies`).

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -273,6 +274,11 @@ def test_atoms_in_some_layers_and_directions_alone(encoder, make_encoder):
     assert changed["upper"] == [False, False, True, True]
     read, write = next(iter(ports["one"].frame.slots.values()))
     assert torch.linalg.matrix_rank(read) == torch.linalg.matrix_rank(write) == 1
+    few = next(iter(port(adapter, target, "mood", way=Way(rank=8, **kept)).frame.slots.values()))[0]
+    all_of_it = next(iter(ports["all"].frame.slots.values()))[0]
+    states = observe(target, adapter.anchors.probe).words.flatten(0, 1)
+    told = [(states @ r.T).pow(2).sum() for r in (few, all_of_it)]
+    assert 0.8 * told[1] < told[0] <= told[1]  # half of the directions say most of it
     whole, plain = ports["whole"], ports["all"]
     for mine, usual in zip(whole.frame.slots.values(), plain.frame.slots.values(), strict=True):
         for a, b in zip(mine, usual, strict=True):
@@ -509,12 +515,27 @@ def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, m
         assert torch.equal(alone.frame.head, together.frame.head)
         for a, b in zip(alone.frame.slots.values(), together.frame.slots.values(), strict=True):
             assert torch.equal(a[0], b[0])
+            assert torch.equal(a[1], b[1])
         assert torch.equal(adapters[0].task("mood").bias, adapters[1].task("mood").bias)
         if arm in {"refresh", "refresh-random"}:
             assert first == []  # anchor and random-p were ported before
-    other = port(trained(encoder)[0], target, "mood", "refresh", seed=1, shared=shared, way=way)
-    assert watched == ["_anchored"]
-    assert other.report["arm"] == "refresh"
+    changed = trained(encoder)[0]
+    changed.redraw(0)
+    for adapter, seed, chosen in [
+        (trained(encoder)[0], 1, way),
+        (trained(encoder)[0], 0, Way(refresh_steps=10, scales=(1.0,))),
+        (changed, 0, way),
+    ]:
+        watched.clear()
+        port(adapter, target, "mood", "refresh", seed=seed, shared=shared, way=chosen)
+        assert watched == ["_anchored"]
+    begun = time.time()
+    made = port(trained(encoder)[0], target, "mood", "anchor", shared=Shared(replace(shared.seen, seconds=7.0)))
+    assert 6.9 <= float(made.report["seconds"]) <= 7.1 + time.time() - begun
+    late = Shared(replace(shared.seen, seconds=7.0))
+    for _ in range(2):  # refresh alone, and from a port that was made before
+        again = port(trained(encoder)[0], target, "mood", "refresh", shared=late, way=way)
+        assert float(again.report["seconds"]) >= 7
 
 
 def test_embeddings_align_models_that_share_a_vocabulary(encoder, make_encoder, monkeypatch):

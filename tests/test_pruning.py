@@ -188,6 +188,7 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     (points,) = (c for c in fig.axes[0].collections if len(c.get_offsets()) == 3)
     lost = own["lineage"] - table[table["arm"] == "anchor"]["score"]
     assert sorted(points.get_offsets()[:, 1]) == pytest.approx(sorted(lost))
+    assert sorted(points.get_offsets()[:, 0]) == pytest.approx(sorted(table[table["arm"] == "anchor"]["kappa"]))
     with pytest.raises(UHLError, match="no pruned copy"):
         viz.compression(table[table["part"] == ""])
     assert table["part"].tolist() == [""] * 5 + ["layers"] * 5 + ["width"] * 4
@@ -209,13 +210,17 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     with pytest.raises(UHLError, match="on big@width=16 .* lacks seeds"):
         report.compressed("t")
     shutil.rmtree(other)
+    compression.measure(settings.model_copy(update={"max_length": 32, "copies": ()}))
+    with pytest.raises(UHLError, match="measured otherwise than the others"):
+        report.compressed("t")
+    compression.measure(settings)
     archive = runs.pack("t", tmp_path / "t.zip")
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
     assert [f.name for f in runs.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]
     assert report.compressed("t").equals(table)
     path = runs.cell_dir(settings, "pretrain-canonical") / "adapter.safetensors"
     path.write_bytes(b"of another training")
-    with pytest.raises(UHLError, match="measured with another adapter"):
+    with pytest.raises(UHLError, match="or with another adapter"):
         report.compressed("t")
 
 

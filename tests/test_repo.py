@@ -91,7 +91,7 @@ def test_profiles_override_every_stored_parameter(profile):
     """A notebook's stored parameters are those of a small demonstration; none may leak into a profile's run."""
     folder = ROOT / "params" / profile
     values = {}
-    for name in ("settings.yaml", "copies.yaml"):
+    for name in ("settings.yaml", "attempts.yaml", "copies.yaml"):
         values |= yaml.safe_load((folder / name).read_text())
     given = set(values) | ({"refresh_steps"} if "refresh" not in values.get("arms", ["refresh"]) else set())
     per_cell = {"target", "task", "seed", "hosts", "projectors"}

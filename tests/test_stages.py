@@ -545,9 +545,12 @@ def test_what_is_taught_by_the_source_sees_no_label(tiny_world, task, method):
     assert len(decided) > len(anchors.texts)  # fragments too
     leans = (decided[:, 0] - decided[:, 1]).quantile(torch.tensor([0.2, 0.8]))
     few, many = (replace(anchors, bias=anchors.bias + torch.tensor([-lean, 0.0])) for lean in leans)
-    flip = {"label": [1 - label for label in task.data["dev"]["label"]]}
-    dev = Dataset.from_dict(task.data["dev"].to_dict() | flip)
-    flipped = replace(task, data=DatasetDict(task.data | {"dev": dev}))
+
+    def flip(rows):
+        return Dataset.from_dict(rows.to_dict() | {"label": [1 - label for label in rows["label"]]})
+
+    other = {split: flip(task.data[split]) for split in ("train", "dev", "test")}
+    flipped = replace(task, data=DatasetDict(task.data | other))
 
     def told(taught, seen):
         return attempts.taught(settings, taught, stages.load_encoder("small"), seen, method)
@@ -556,6 +559,9 @@ def test_what_is_taught_by_the_source_sees_no_label(tiny_world, task, method):
     assert one.labels == other.labels
     assert one.score + other.score == pytest.approx(100)
     assert sum(one.labels) < sum(third.labels)  # it says more often what it was told more often
+    always = told(replace(anchors, bias=anchors.bias + torch.tensor([99.0, 0.0])), task)
+    assert set(always.labels) == {0}
+    assert always.score == pytest.approx(100 * task.data["dev"]["label"].count(0) / len(task.data["dev"]))
 
 
 @pytest.mark.parametrize("choice", attempts.CHOICES)

@@ -141,8 +141,8 @@ def folding(shape: str = "bert-large", frames: Sequence[str] = ("dimension", "re
 def _port_cost(shape: str, count: int, cuts: int, threads: int) -> dict[str, object]:
     """Seconds of an anchored port on ``count`` texts and their fragments, and how far the peak of memory rises.
 
-    The texts are real, the codes random. The scales are those that need a pass each, so that no luck spares one: with
-    fragments the last pass over everything is among them.
+    The texts are real, the codes random. The scales are those that need a pass over the coded texts each (0 needs none,
+    but a regression), so that no luck spares one: with fragments the last pass over everything is among them.
     """
     torch.set_num_threads(threads)
     texts = random.Random(0).sample(sorted(set(tasks.generic_text())), count)

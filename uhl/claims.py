@@ -134,21 +134,25 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     return counts.reindex(columns=["held", "refuted", "not decidable"], fill_value=0).reset_index()
 
 
+UNITS = {"2 with": " %", "4 at most 1 MB": " bytes", "4 at most 10": " %", "4 at most two": " atoms"}
+
+
 def markdown(profile: str) -> str:
     """The verdicts on a profile's runs, as Markdown: a row a claim and arm, the claims about budgets in one row each.
 
-    The verdicts are counts over tasks and targets, the effects the range of these.
+    The verdicts are counts over tasks and targets, of the claims about budgets over arms; the effects are their range.
     """
     tables = gather(profile)
     groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
     judged = judge(summary(profile), tables, groups)
     said = "The claims of the hypothesis, over tasks and targets (intervals: [figures/claims.csv](figures/claims.csv)):"
     lines = [said, "", "| claim | arm | effect | verdict |", "|---|---|---|---|"]
-    arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "all")
+    arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
     for (claim, arm), rows in judged.groupby(["claim", arms], sort=False):
         counts = ", ".join(f"{verdict} in {count}" for verdict, count in rows["verdict"].value_counts().items())
+        unit = next((unit for start, unit in UNITS.items() if str(claim).startswith(start)), " points")
         known = rows["effect"].dropna()
-        form = "{:,.0f}" if known.abs().max() > 1000 else "{:.1f}"
-        ends = dict.fromkeys(form.format(end) for end in (known.min(), known.max())) if len(known) else ("not run",)
-        lines.append(f"| {claim} | {arm} | {' to '.join(ends)} | {counts} of {len(rows)} |")
+        form = "{:,.0f}" if known.abs().max() > 1000 else "{:.1f}" if unit != " points" else "{:+.1f}"
+        ends = " to ".join(dict.fromkeys(form.format(end) for end in (known.min(), known.max())))
+        lines.append(f"| {claim} | {arm} | {ends + unit if len(known) else 'not run'} | {counts} of {len(rows)} |")
     return "\n".join(lines)

@@ -41,14 +41,14 @@ def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
     task, whole = stages.load_data(settings), stages.freeze(stages.load_encoder(settings.source))
     adapter, path = stages.adapter_for(settings, "anchor")
     stages.check_labels(adapter, settings.task_name, task)
-    names = [settings.source, *(f"{settings.source}@{cut}" for cut in settings.copies)]
-    for cut in filter(None, (pruning.parse(name)[1] for name in names)):  # before any work
+    cuts = {f"{settings.source}@{text}": pruning.Cut.of(text) for text in settings.copies}
+    for cut in cuts.values():  # before any work
         pruning.check(whole.model.config, cut)
     shared = {"adapter": sha256(path), "seed": settings.seed, "labels": list(task.labels), "rules": RULES}
     shared |= {"data": stages.digest(task, _probe(settings, task).texts), "max_length": settings.max_length}
     basis: Basis | None = None
     outcomes = []
-    for name in names:
+    for name, cut in [(settings.source, pruning.Cut()), *cuts.items()]:
         folder = runs.cell_dir(settings, "compress") / runs.slug(name)
         about = shared | {"copy": name, "source": whole.revision, "arms": list(ARMS)}
         outcome = Outcome.kept(settings, task, folder, about)
@@ -59,7 +59,7 @@ def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
             copy = stages.freeze(stages.load_encoder(name))
             ports: dict[str, dict[str, object]] = {}
             kept = pruning.kept_share(copy.model, whole.model)
-            outcome = Outcome(settings, task, details={"kept": kept, "ports": ports})
+            outcome = Outcome(settings, task, details={"part": cut.part, "kept": kept, "ports": ports})
             for ported in _ports(settings, adapter, replace(copy, revision="unknown"), basis):
                 said = ported.report
                 known = {"arm": ported.arm, "phase": "zero-shot", "trainable_params": 0}
@@ -103,24 +103,22 @@ PORT = ("scale", "predicted", "kappa", "measured")
 COLUMNS = ("task", "copy", "part", "kept", "arm", *PORT, "score", "low", "high", "seeds", "n")
 
 
-def described(copy: str, kept: float, ports: Sequence[dict[str, Any]]) -> dict[str, object]:
+def described(copy: str, details: dict[str, Any], ports: Sequence[dict[str, Any]]) -> dict[str, object]:
     """Columns of a copy and an arm: the copy's name, the ``part`` that was cut (`several` where it is more than one;
     empty for the source itself), the share of the linear layers' weights ``kept``; and, of the arm's ports, the means
     of the atoms' ``scale``, of the share of decisions shared with the source that the port ``predicted`` and that was
     ``measured`` on test, and of the predicted one's Cohen's ``kappa``.
     """
-    _, cut = pruning.parse(copy)
-    parts = list(cut.parts()) if cut else []
-    about: dict[str, object] = {"copy": copy, "part": "several" if len(parts) > 1 else "".join(parts), "kept": kept}
     known = {name: [p[name] for p in ports if p.get(name) is not None] for name in PORT}
-    return about | {name: sum(values) / len(values) if values else None for name, values in known.items()}
+    means = {name: sum(values) / len(values) if values else None for name, values in known.items()}
+    return {"copy": copy, "part": details["part"], "kept": details["kept"]} | means
 
 
 def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """What one cell measured, in the columns of :func:`uhl.report.compressed`; intervals are over examples alone."""
     rows = []
     for outcome in outcomes:
-        kept, ports = outcome.details["kept"], outcome.details["ports"]
         for row in outcome.table().to_dict("records"):
-            rows.append(row | {"seeds": 1} | described(row["target"], kept, [ports.get(row["arm"], {})]))
+            made = [outcome.details["ports"].get(row["arm"], {})]
+            rows.append(row | {"seeds": 1} | described(row["target"], outcome.details, made))
     return pd.DataFrame(rows)[list(COLUMNS)]

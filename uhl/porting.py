@@ -195,7 +195,9 @@ class Way(_Strict):
     )
     layers: Literal["all", "upper", "last"] = Field("all", description="layers of the host where atoms act")
     rank: int | None = Field(
-        None, ge=1, description="canonical directions that atoms read and write: those the host tells best; None: all"
+        None,
+        ge=1,
+        description="directions that atoms read and write: principal ones of the predicted codes",
     )
     scales: tuple[float, ...] | None = Field(None, description="of the atoms, tried on the anchors; None: SCALES")
     refresh_steps: int = Field(200, ge=1, description="of the arms that refresh")
@@ -219,6 +221,7 @@ class Shared:
 
     seen: Observed | None = None
     basis: Basis | None = None
+    basis_seconds: float = 0.0
     ports: dict[tuple[object, ...], Port] = field(default_factory=dict)
 
 
@@ -286,15 +289,19 @@ def port(
             done = Port(arm, dimension_frame(adapter.projector, slots, target.width), 1.0)
     elif arm in {"lineage", "embedding"}:
         assert source is not None
-        shared.basis = shared.basis or source_basis(adapter, source)
+        if shared.basis is None:
+            shared.basis = source_basis(adapter, source)
+            shared.basis_seconds = time.time() - begun
+        else:
+            begun -= shared.basis_seconds
         done = Port(arm, shared.basis.frame(slots), 1.0)
         if arm == "embedding":
             basis, explained = _embedding_basis(shared.basis, source, target)
             done = Port(arm, basis.frame(slots), 1.0, {"stream_fit": [round(explained, 4)]})
     elif arm in REFRESHED:
-        done, spent = _start(adapter, target, task, arm, seed, shared, way)
+        done = _start(adapter, target, task, arm, seed, shared, way)
+        begun = time.time() - float(str(done.report["seconds"]))
         done.report |= refresh(adapter, target, task, done.frame, done.scale, seed, way.refresh_steps)
-        begun -= spent
     else:
         assert adapter.anchors is not None
         if shared.seen is None:
@@ -308,22 +315,23 @@ def port(
         else:
             done = _anchored(adapter, target, task, arm, slots, seed, shared.seen, way)
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
-    shared.ports[arm, task, seed, way] = done
+    if arm in REFRESHED.values():
+        shared.ports[_mark(adapter), arm, task, seed, way] = done
     return done
 
 
-def _start(
-    adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way
-) -> tuple[Port, float]:
-    """The port that an arm refreshes, without what it foresaw, which refreshing changes; and the seconds that it took
-    when it was made before.
-    """
+def _mark(adapter: UHLAdapter) -> tuple[float, ...]:
+    """What tells one adapter from another, as loaded again and again from one file."""
+    return tuple(float(rows.detach().double().sum()) for rows in adapter.dictionary.parameters())
+
+
+def _start(adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way) -> Port:
+    """The port that an arm refreshes, made now or before, without what it foresaw, which refreshing changes."""
     first = REFRESHED[arm]
-    made = shared.ports.get((first, task, seed, way))
-    spent = 0.0 if made is None else float(str(made.report["seconds"]))
+    made = shared.ports.get((_mark(adapter), first, task, seed, way))
     made = made or port(adapter, target, task, first, seed=seed, shared=shared, way=way)
     told = {key: value for key, value in made.report.items() if key not in {"agreement", "kappa", "warning"}}
-    return Port(arm, made.frame, made.scale, told), spent
+    return Port(arm, made.frame, made.scale, told)
 
 
 def _only_task(adapter: UHLAdapter) -> str:

@@ -7,9 +7,10 @@
 | ``neurons``   | of each feed-forward block those with the largest ||w_out|| ||w_in||                               |
 | ``width``     | coordinates of the residual stream with the largest gain^2 + bias^2, summed over the layer norms   |
 
-A copy is named after its model: ``minilm-l6@layers=4``, ``minilm-l6@heads=6,neurons=768``. It lives in memory: BERT's
-configuration has no place for a number of heads or a width that do not divide, so `save_pretrained` would write a
-folder that cannot be loaded. What an adapter makes of such copies is notebook 10's question.
+A copy is named after its model: ``minilm-l6@layers=4``, ``minilm-l6@heads=6,neurons=768``. It lives in memory:
+BERT's configuration derives the size of a head from the width and the number of heads, so what `save_pretrained` wrote
+of a copy with fewer heads or another width could not be loaded. What an adapter makes of such copies is notebook 10's
+question.
 """
 
 from __future__ import annotations
@@ -38,6 +39,19 @@ class Cut:
     heads: int | None = None
     neurons: int | None = None
     width: int | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Cut:
+        """From ``layers=4,heads=6``. Raises :class:`UHLError` for anything else."""
+        _, cut = parse(f"model@{text}")
+        if cut is None:
+            raise UHLError(f"{text!r} is no cut; write it as layers=4, or heads=6,neurons=768")
+        return cut
+
+    @property
+    def part(self) -> str:
+        """The part that is cut; `several`, or empty where nothing is."""
+        return "several" if len(self.parts()) > 1 else "".join(self.parts())
 
     def parts(self) -> dict[str, int]:
         """What is cut, in the order of :data:`PARTS`."""

@@ -59,8 +59,8 @@ def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], 
     cannot be read, a missing column, an unknown label and an empty split.
     """
     found = _tables(spec, instead)
-    for split in [name for name in found if _hidden(found[name], found["train"], spec)]:
-        LOG.warning("%s: the labels of %s are withheld; what is reported is dev, or a part of train", spec.path, split)
+    for split in [name for name in found if name != "train" and _hidden(found[name], found["train"], spec)]:
+        LOG.warning("%s: the labels of %s are withheld; other splits, or a part of train, stand in", spec.path, split)
         del found[split]
     tables = _checked(spec, found)
     labels, convert = _label_map(spec, tables)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -160,34 +161,35 @@ def compressed(profile: str) -> pd.DataFrame:
     """
     tables: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
     ports: dict[tuple[str, str, str], list[dict[str, object]]] = {}
-    kept: dict[str, float] = {}
+    about: dict[str, dict[str, Any]] = {}
+    remedy = f"delete the folders {profile}/*/compress and run again: make copies PROFILE={profile}"
+    setups: dict[Path, set[str]] = {}
     for path in sorted((runs.root() / profile).glob("*-s*/compress/*/outcome.json")):
-        entry = json.loads(path.read_text())
-        file = path.parents[2] / "pretrain-canonical" / "adapter.safetensors"
-        if file.is_file() and sha256(file) != entry["about"]["adapter"]:
-            raise UHLError(f"{path.parent} was measured with another adapter; run again: make copies PROFILE={profile}")
+        entry, place = json.loads(path.read_text()), path.parents[2]
+        file = place / "pretrain-canonical" / "adapter.safetensors"
+        setup = {name: value for name, value in entry["about"].items() if name != "copy"}
+        setups.setdefault(place, set()).add(json.dumps(setup, sort_keys=True))
+        if len(setups[place]) > 1 or (file.is_file() and sha256(file) != setup["adapter"]):
+            raise UHLError(f"{path.parent} was measured otherwise than the others, or with another adapter; {remedy}")
         for row in entry["rows"]:
             key, details = (row["task"], row["target"], row["arm"]), entry["details"]
             counted = cell_counts(path.parent, row["arm"], row["split"], row["metric"])
             tables.setdefault(key, {})[int(row["seed"])] = counted
             ports.setdefault(key, []).append(details["ports"].get(row["arm"], {}))
-            kept[row["target"]] = details["kept"]
+            about[row["target"]] = details
     if not tables:
         raise UHLError(f"profile {profile} has no pruned copies; measure them first: make copies PROFILE={profile}")
-    whole = {task: {s: len(c) for s, c in cell.items()} for (task, copy, _), cell in tables.items() if "@" not in copy}
+    whole = {k[0]: {s: len(c) for s, c in cell.items()} for k, cell in tables.items() if not about[k[1]]["part"]}
     for (task, copy, arm), cell in tables.items():
         if {seed: len(c) for seed, c in cell.items()} != whole.get(task):
-            raise UHLError(
-                f"{arm} on {copy} ({task}) lacks seeds that the source has, or has other examples; delete the folders "
-                f"{profile}/{task}-s*/compress and run again: make copies PROFILE={profile}"
-            )
+            raise UHLError(f"{arm} on {copy} ({task}) lacks seeds that the source has, or has other examples; {remedy}")
     known = stats.prior(stats.score_of(stack(cell).sum(1)) for cell in tables.values())
     rows = []
     for (task, copy, arm), cell in tables.items():
         made = stats.interval(stack(cell), groups_of(profile, task), known)
-        about = compression.described(copy, kept[copy], ports[task, copy, arm])
-        about |= {"task": task, "arm": arm, "seeds": len(cell), "n": len(next(iter(cell.values())))}
-        rows.append(about | dict(zip(("score", "low", "high"), made, strict=True)))
+        row = compression.described(copy, about[copy], ports[task, copy, arm])
+        row |= {"task": task, "arm": arm, "seeds": len(cell), "n": len(next(iter(cell.values())))}
+        rows.append(row | dict(zip(("score", "low", "high"), made, strict=True)))
     return pd.DataFrame(rows)[list(compression.COLUMNS)]
 
 

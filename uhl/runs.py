@@ -108,8 +108,7 @@ class Settings(_Strict):
     @classmethod
     def _cuts(cls, copies: tuple[str, ...]) -> tuple[str, ...]:
         for cut in copies:
-            if pruning.parse(f"model@{cut}")[1] is None:
-                raise ValueError(f"{cut!r} is no cut; write it as layers=4, or heads=6,neurons=768")
+            pruning.Cut.of(cut)
         return copies
 
     @property
@@ -295,7 +294,7 @@ def pack(profile: str, path: str | Path) -> Path:
     """
     folder = root() / profile
     marks = [mark for pattern in MARKS for mark in sorted(folder.glob(pattern))]
-    if not marks:
+    if not any(mark.name == "manifest.json" for mark in marks):
         raise UHLError(f"profile {profile} has no finished cell in {folder}; run it first: make run PROFILE={profile}")
 
     def write(tmp: Path) -> None:
@@ -319,8 +318,8 @@ def restore(path: str | Path) -> list[Path]:
         with zipfile.ZipFile(path) as archive:
             files = {PurePosixPath(name): archive.read(name) for name in archive.namelist()}
         marks = [n for n in files if any(n.match(p) and len(n.parts) == p.count("/") + 1 for p in MARKS)]
-        manifests = [json.loads(files[n]) for n in marks if n.name == "manifest.json"]
-        (profile,) = {entry["parameters"]["profile"] for entry in manifests}
+        told = {n: json.loads(files[n]) for n in marks}
+        (profile,) = {entry["parameters"]["profile"] for n, entry in told.items() if n.name == "manifest.json"}
         expected = {file for mark in marks for file in (mark, mark.parent / PREDICTIONS)}
         sane = not any(".." in n.parts or n.is_absolute() for n in files)
         if set(files) != expected or not sane or "/" in profile or ".." in profile:

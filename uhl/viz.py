@@ -150,6 +150,10 @@ def calibration(table: pd.DataFrame) -> Figure:
     return fig
 
 
+def _attempt_colour(name: str, group: str) -> str:
+    return BASELINE if group == "taught" else CONTROL if name.startswith("random-p") else OURS
+
+
 def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
     """Dev scores of the attempts of notebook 07, by group; the band is one standard error about the best of a group."""
     groups = list(dict.fromkeys(table["group"]))
@@ -166,9 +170,7 @@ def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
         rows = table[table["group"] == group]
         y = np.arange(len(rows))[::-1]
         ax.axvspan(rows["dev"].max() - error, rows["dev"].max(), color=CONTROL, alpha=0.3, linewidth=0)
-        ax.scatter(
-            rows["dev"], y, color=[CONTROL if a.startswith("random-p") else OURS for a in rows["attempt"]], zorder=3
-        )
+        ax.scatter(rows["dev"], y, color=[_attempt_colour(a, group) for a in rows["attempt"]], zorder=3)
         ax.set_yticks(y, rows["attempt"], fontsize=8)
         ax.set(title=group, ylim=(-0.7, len(rows) - 0.3))
     axes[-1, 0].set_xlabel("dev score, %")
