@@ -61,17 +61,12 @@ def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
             kept = pruning.kept_share(copy.model, whole.model)
             outcome = Outcome(settings, task, details={"part": cut.part, "kept": kept, "ports": ports})
             for ported in _ports(settings, adapter, replace(copy, revision="unknown"), basis):
-                said = ported.report
-                known = {"arm": ported.arm, "phase": "zero-shot", "trainable_params": 0}
+                said, known = ported.report, {"arm": ported.arm, "phase": "zero-shot", "trainable_params": 0}
                 known["seconds"] = said.get("seconds", 0.0)
                 outcome.score_adapter(adapter, path, copy, ported.frame, ported.scale, **known)
                 same = stages.agreement(settings, outcome.predictions[f"{ported.arm}/test"])
-                ports[ported.arm] = {
-                    "scale": ported.scale,
-                    "predicted": said.get("agreement"),
-                    "kappa": said.get("kappa"),
-                }
-                ports[ported.arm]["measured"] = same
+                told_by = {"predicted": said.get("agreement"), "kappa": said.get("kappa"), "measured": same}
+                ports[ported.arm] = {"scale": ported.scale, **told_by}
             _score_head(settings, task, copy, outcome)
             outcome.keep(folder, about)
         outcomes.append(outcome)

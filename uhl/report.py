@@ -42,9 +42,10 @@ def cell_counts(cell: Path, arm: str, split: str, metric: str) -> np.ndarray:
     labels, gold, length = (stored[f"{arm}/{split}/{part}"] for part in ("labels", "gold", "length"))
     if metric != "f1":
         return stats.counts(labels, gold)
-    manifest = cell / "manifest.json"
-    told = json.loads((manifest if manifest.is_file() else cell / "outcome.json").read_text())
-    names = told["labels"] if manifest.is_file() else told["about"]["labels"]
+    if (cell / "manifest.json").is_file():
+        names = json.loads((cell / "manifest.json").read_text())["labels"]
+    else:  # a pruned copy's
+        names = json.loads((cell / "outcome.json").read_text())["about"]["labels"]
     cuts = np.cumsum(length)[:-1]
     return stats.counts(np.split(labels, cuts), np.split(gold, cuts), names)
 
