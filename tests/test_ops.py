@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uhl import ops
+from uhl import ops, router
 from uhl.errors import UHLError
 from uhl.router import ByAtom, Route
 
@@ -251,3 +251,44 @@ def test_choice():
     assert ops.choose("cpu", ops.LAUNCH, 1, 1, 0) == "gather"
     with pytest.raises(UHLError, match="choose one of: reference, dense, gather, fused"):
         ops.get("fast")
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if GPU else [])])
+def test_the_router_in_one_kernel_decides_as_the_equation(device):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if GPU and device == "cpu":
+        pytest.skip("the kernels run on the GPU")
+    from uhl.ops import fused
+
+    g, gates = torch.Generator().manual_seed(0), []
+    for tokens, width, atoms, k in ((5, 6, 7, 2), (33, 130, 128, 1), (3, 1100, 20, 4), (2, 8, 3, 3), (0, 8, 3, 1)):
+        hidden = 3 * torch.randn(2, tokens, width, generator=g).to(device)
+        folded = torch.randn(atoms, width, generator=g).to(device) / width**0.5
+        task = torch.randn(atoms, generator=g).to(device) - 1.5
+        wanted = router.route(hidden, folded, task, k)
+        found = fused.route(hidden, folded, task, k)
+        assert torch.equal(found.index, wanted.index)
+        assert torch.equal(found.gate, wanted.gate)
+        gates.append(found.gate.flatten())
+        leaves = [z.clone().requires_grad_() for z in (hidden, folded, task)]
+        weights = torch.randn(found.gate.shape, generator=g).to(device)
+        slopes = []
+        for way in (router.route, fused.route):
+            slopes.append(torch.autograd.grad((way(*leaves, k).gate * weights).sum(), leaves))
+        for a, b in zip(*slopes, strict=True):
+            assert not tokens or a.abs().max() > 1e-3
+            torch.testing.assert_close(a, b)
+    assert 0 < torch.cat(gates).mean() < 1
+
+
+def test_kernels_see_their_own_module():
+    """Where types are checked, a checker wraps each function, and Triton must be given what is inside."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from uhl.ops import fused
+
+    assert fused._rows.fn.__globals__ is vars(fused)
+
+
+def test_rounds_of_the_best_are_topk():
+    scores = torch.randn(4, 9, 12)
+    assert torch.equal(router._rounds(scores, 3), scores.topk(3).indices)

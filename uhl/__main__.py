@@ -132,7 +132,15 @@ def export(options: argparse.Namespace) -> None:
 
 
 def bench(options: argparse.Namespace) -> None:
-    """Measure loading an adapter into a host of a known shape, beside rank-8 LoRA; print CSV."""
+    """Measure loading an adapter into a host of a known shape, beside rank-8 LoRA; print CSV. With --gpu: the kernels,
+    weights and hosts on a CUDA device, kept in figures/.
+    """
+    if options.gpu:
+        from uhl import gpu
+
+        for file in gpu.measure(options.into):
+            print(file)
+        return
     from uhl.bench import loading
 
     print(loading(options.shape).to_csv(index=False), end="")
@@ -219,6 +227,8 @@ def main() -> None:
     command.set_defaults(run=export)
     command = commands.add_parser("bench", help=bench.__doc__)
     command.add_argument("--shape", choices=("bert-base", "bert-large"), default="bert-large")
+    command.add_argument("--gpu", action="store_true", help="the layers' times on a CUDA device")
+    command.add_argument("--into", type=Path, default=HERE / "figures", help="with --gpu: folder of the tables")
     command.set_defaults(run=bench)
     three = commands.add_parser("search", help=search.__doc__)
     three.add_argument("--profile", default="offline-full")

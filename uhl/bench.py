@@ -23,7 +23,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
 
 from uhl import baselines, models, ops, runs, tasks
 from uhl.adapter import UHLAdapter
@@ -42,7 +42,9 @@ SHAPES = {
     "bert-base": (12, 768, 3072, 12),
     "bert-large": (24, 1024, 4096, 16),
 }  # layers, width, inner, heads
+DECODERS = {"llama-tiny": (2, 256, 512, 4), "llama-7b": (32, 4096, 11008, 32)}  # likewise
 SIX = ["query", "key", "value", "output.dense", "intermediate.dense"]  # names of a BERT layer's six weights
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a Llama layer
 
 
 class Settings(_Strict):
@@ -62,6 +64,32 @@ def bert(shape: str) -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig(num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads)
     return BertModel(config, add_pooling_layer=False).eval()
+
+
+def decoder(shape: str) -> nn.Module:
+    """A Llama of that shape with random weights, in evaluation mode."""
+    layers, width, inner, heads = DECODERS[shape]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        use_cache=False,
+    )
+    return LlamaModel(config).eval()
+
+
+def _host(shape: str, device: str, dtype: torch.dtype) -> nn.Module:
+    """A frozen host with random weights, made where and as it is wanted: the large ones fit nowhere else."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return (decoder if shape in DECODERS else bert)(shape).requires_grad_(False)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _configs() -> dict[str, PeftConfig]:
@@ -316,35 +344,40 @@ def stream_frame(slots: Sequence[Slot], width: int, canonical: int) -> Frame:
     return Basis((read,), (read.T.contiguous(),), read, read[:, 0], (1.0,)).frame(slots)
 
 
-def _methods(shape: str, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The host of that shape with each method on the same six weights a layer; "bare" is the frozen host.
+def _methods(
+    shape: str, names: Sequence[str], device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, nn.Module]:
+    """The host of that shape with each method on the same weights, all of a layer; "bare" is the frozen host.
 
     "UHL" works in a residual frame, as a trained or ported adapter does, "UHL dimension" in the hypothesis's.
     """
     config = UHLConfig(seed=0, init_weights=False)
-    configs = baselines.peft_methods(SIX) | {"UHL": config, "UHL dimension": config}
+    configs = baselines.peft_methods(SEVEN if shape in DECODERS else SIX)
+    configs |= {"UHL": config, "UHL dimension": config}
+    width = (SHAPES | DECODERS)[shape][1]
     made: dict[str, Any] = {}
     for name in names:
-        host = bert(shape).requires_grad_(False)
+        host = _host(shape, device, dtype)
         made[name] = host if name == "bare" else get_peft_model(host, configs[name])  # type: ignore[arg-type]
         if name == "UHL":
             tuner = made[name].base_model
             attached = tuner.attached()
-            attached.set_frame(stream_frame(attached.slots, SHAPES[shape][1], config.width))
+            attached.set_frame(stream_frame(attached.slots, width, config.width))
             tuner.uhl_adapters["default"].projector.requires_grad_(False)  # a residual frame has no use for it
     return made
 
 
 def host_step(model: nn.Module, batch: int, length: int, train: bool) -> Step:
     """A forward pass of random tokens, or a training step: forward, backward, AdamW."""
-    ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(0))
+    where = next(model.parameters()).device
+    ids = torch.randint(5, 1000, (batch, length), generator=torch.Generator().manual_seed(0)).to(where)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-6) if train and learned else None
 
     def step() -> None:
         with torch.set_grad_enabled(optimizer is not None):
-            loss = model(**inputs).last_hidden_state.pow(2).mean()
+            loss = model(**inputs).last_hidden_state.float().pow(2).mean()
         if optimizer is not None:
             loss.backward()
             optimizer.step()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from uhl.adapter import Folded, UHLAdapter, Vectors
@@ -48,6 +49,7 @@ class Fold:
     spent: _Spent | None = None
     tensors: list[Tensor] = field(default_factory=list)  # each once, where compiled hosts hold them
     copies: dict[torch.dtype, Folded] = field(default_factory=dict)  # of :attr:`folded`
+    read: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # by :meth:`reads`
 
     def like(self, dtype: torch.dtype) -> Folded:
         """What was folded, in a half-precision host's dtype, so that its activations need not be cast; made once."""
@@ -57,6 +59,21 @@ class Fold:
             with torch.inference_mode(False), torch.no_grad():
                 self.copies[dtype] = self.folded.like(dtype)
         return self.copies[dtype]
+
+    def reads(self, path: str, bias: Float[Tensor, " d_out"]) -> Float[Tensor, " A"]:
+        """What a weight's atoms read in its bias, in float32, as the dots that it is subtracted from."""
+        moving = self.learning or bias.requires_grad or torch.compiler.is_compiling() or bias.is_inference()
+        kept = self.read.get(path)
+        if not moving and kept is not None and kept[0] is bias and kept[1] == bias._version:
+            return kept[2]
+        reader = self.folded.atoms[path][0]
+        with torch.autocast(reader.device.type, enabled=False):
+            if moving:
+                return reader @ bias.to(reader)
+            with torch.inference_mode(False), torch.no_grad():
+                made = reader @ bias.to(reader)
+        self.read[path] = bias, bias._version, made
+        return made
 
 
 def _distinct(fold: Fold) -> list[Tensor]:
@@ -119,6 +136,9 @@ class _Cache:
         return _Cache, ()
 
 
+_OWNERS: weakref.WeakValueDictionary[int, Folds] = weakref.WeakValueDictionary()  # by what compiled hosts know
+
+
 class Folds:
     """The folds of one adapter in one host, which has the weights ``slots`` and a residual stream of ``width``.
 
@@ -136,11 +156,16 @@ class Folds:
     ) -> None:
         self.adapter, self.task, self.slots, self.width = adapter, task, slots, width
         self.given, self.scale = given, scale
-        self._cache = _Cache()
+        self.forget()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)  # of a copy, whose cache is its own
+        _OWNERS[self._cache.key] = self
 
     def forget(self) -> None:
         """Make everything anew when it is next asked for."""
         self._cache = _Cache()
+        _OWNERS[self._cache.key] = self
 
     def begin(self, inside: bool) -> None:
         """A forward pass begins; ``inside``: the host's own, which has one fold for all of it."""
@@ -232,7 +257,7 @@ class Folds:
         if atoms_train:
             frame, vectors = self.frame, None
         else:
-            _prepare(self)
+            _prepare(self._cache.key)
             kept = self._cache.compiled
             assert kept is not None
             refresh(kept.tensors, self._cache.key)
@@ -249,7 +274,6 @@ class Folds:
         if self._cache.compiled is None:
             self._cache.compiled = fold = self._new_fold(False, self._state())
             fold.tensors = _distinct(fold)
-            _OWNERS[self._cache.key] = self
 
     def refresh_compiled(self, tensors: Sequence[Tensor]) -> None:
         """Write anew what compiled hosts hold, where a parameter has changed since."""
@@ -291,16 +315,18 @@ class Folds:
         return kept[1], kept[2]
 
 
-_OWNERS: weakref.WeakValueDictionary[int, Folds] = weakref.WeakValueDictionary()  # of what compiled hosts hold
-
-
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(folds: Folds) -> None:
+def _prepare(key: int) -> None:
     """Runs once, while the host is compiled."""
-    folds.prepare_compiled()
+    _OWNERS[key].prepare_compiled()
 
 
-@torch.library.custom_op("uhl::refresh", mutates_args=("tensors",), schema="(Tensor(a!)[] tensors, int key) -> ()")
+@torch.library.custom_op(
+    "uhl::refresh",
+    mutates_args=("tensors",),
+    schema="(Tensor(a!)[] tensors, int key) -> ()",
+    tags=(torch.Tag.cudagraph_unsafe,),  # it asks each time: nothing that a recorded graph could repeat
+)
 def refresh(tensors: list[Tensor], key: int) -> None:
     """The first thing that a compiled host does: have its folds written anew if a parameter has changed."""
     owner = _OWNERS.get(key)

@@ -25,7 +25,7 @@ from uhl.errors import UHLError
 from uhl.folding import Fold, Folds, in_backward
 from uhl.frame import LAST, Frame, Times
 from uhl.host import Slot, first_layers, shape, stream_width, weight
-from uhl.router import Route, choose, route
+from uhl.router import Route, choose
 
 
 class Held(NamedTuple):
@@ -283,11 +283,7 @@ class Attached:
             chosen = self._route(read, self._own_reader(slot, fold.frame, folded), folded.embedding)
             if self.adapter.config.routing == "weight" and not (slot.twice and layer and not _same(x, layer[1])):
                 self.routes[slot.path] = chosen
-        offset = None
-        if bias is not None:
-            reader = fold.folded.atoms[slot.path][0]  # in float32, as the dots that it is subtracted from
-            with torch.autocast(x.device.type, enabled=False):
-                offset = reader @ bias.to(reader)
+        offset = None if bias is None else fold.reads(slot.path, bias)
         halves = ops.halves(path) if inside and bias is None else None
         if halves is None or x.is_inference():  # whether those were written to since cannot be seen
             return ops.get(path)(y, x, v, u, strength, chosen, offset)
@@ -332,7 +328,7 @@ class Attached:
     def _route(self, hidden: Tensor, reader: Tensor | None, embedding: Float[Tensor, " A"]) -> Route:
         top_k = self.adapter.config.top_k
         if reader is not None:
-            return route(hidden.to(reader.dtype), reader, embedding, top_k)
+            return ops.route(hidden.to(reader.dtype), reader, embedding, top_k)
         one = choose(embedding, top_k)
         shape = (*hidden.shape[:-1], one.index.shape[-1])
         return Route(one.index.expand(shape), one.gate.expand(shape))
@@ -438,7 +434,7 @@ class UHLLinear(nn.Module, BaseTunerLayer):
             given = attached.before_weight(slot, given, x)
         result = y = self.base_layer(given, *args, **kwargs)
         for attached, slot in active:
-            result = attached.after_weight(slot, result, y, x, self.base.bias)
+            result = attached.after_weight(slot, result, y, x, self.base.bias if slot.writer else None)
         return result
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:

@@ -104,19 +104,38 @@ class Router(nn.Module):
 def route(
     hidden: Float[Tensor, "*b T D"], folded: Float[Tensor, "A D"], task: Float[Tensor, " A"], top_k: int
 ) -> Route:
-    """Choose atoms for every token. ``folded`` is R P_in, so no canonical coordinates are ever formed.
+    """Choose atoms for every token. ``folded`` is R P_in, so no canonical coordinates are ever formed."""
+    return choose(scores(hidden, folded, task), top_k)
 
-    ``hidden`` and ``folded`` may have half precision; the scores have ``task``'s, float32.
-    """
+
+def scores(
+    hidden: Float[Tensor, "*b T D"], folded: Float[Tensor, "A D"], task: Float[Tensor, " A"]
+) -> Float[Tensor, "*b T A"]:
+    """Each atom's score. ``hidden`` and ``folded`` may have half precision; the scores have ``task``'s, float32."""
     size = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=task.dtype)
     rms = (size / hidden.shape[-1] ** 0.5).clamp_min(1e-6)
-    scores = (hidden @ folded.T).to(task.dtype) / rms + task  # (..., T, A)
-    return choose(scores, top_k)
+    return (hidden @ folded.T).to(task.dtype) / rms + task
 
 
-def choose(scores: Float[Tensor, "*b A"], top_k: int) -> Route:
-    """Straight-through gates of the best ``top_k`` scores."""
-    top, index = scores.topk(min(top_k, scores.shape[-1]), dim=-1)
+def choose(scores: Float[Tensor, "*b A"], top_k: int, index: Int64[Tensor, "*b K"] | None = None) -> Route:
+    """Straight-through gates of the best ``top_k`` scores; ``index``: where they are, if that is known."""
+    k = min(top_k, scores.shape[-1])
+    if index is None and scores.is_cuda and torch.compiler.is_compiling():
+        index = _rounds(scores.detach(), k)
+    if index is None:
+        top, index = scores.topk(k, dim=-1)
+    else:
+        top = scores.gather(-1, index)
     soft = torch.sigmoid(top)
     hard = (soft > 0.5).to(soft.dtype)
     return Route(index, hard + (soft - soft.detach()) if soft.requires_grad else hard)
+
+
+def _rounds(scores: Float[Tensor, "*b A"], k: int) -> Int64[Tensor, "*b K"]:
+    """Where the best k are, by k searches for the best: compilers for GPUs fuse these, but not `topk`."""
+    found: list[Tensor] = []
+    every = torch.arange(scores.shape[-1], device=scores.device)
+    for _ in range(k):
+        found.append(scores.argmax(-1, keepdim=True))
+        scores = torch.where(every == found[-1], -torch.inf, scores)
+    return torch.cat(found, -1)

@@ -362,10 +362,12 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, `-dirty` where files differ, or `unknown` outside a checkout."""
+    """Short hash of the checked-out commit, `-dirty` where files differ. Outside a checkout (a copy on another machine)
+    what UHL_COMMIT says, or `unknown`.
+    """
     call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() or os.environ.get("UHL_COMMIT", "unknown")
 
 
 def quiet() -> None:

@@ -12,10 +12,13 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
+from uhl import router
 from uhl.errors import UHLError, one_of
 from uhl.ops import dense, gather, reference
+from uhl.router import Route
 
 PATHS = ("reference", "dense", "gather", "fused")
 LAUNCH = 1_500_000  # multiply-adds of two matrix products in the time that gathering needs to start (notebook 08)
@@ -38,6 +41,17 @@ def choose(device: str, tokens: int, atoms: int, d_in: int, d_out: int) -> str:
 @cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
+
+
+def route(
+    hidden: Float[Tensor, "*b T D"], folded: Float[Tensor, "A D"], task: Float[Tensor, " A"], top_k: int
+) -> Route:
+    """:func:`uhl.router.route`, on CUDA devices in fewer kernels where Triton is installed."""
+    if not torch.compiler.is_compiling() and hidden.is_cuda and _has_triton():
+        from uhl.ops import fused
+
+        return fused.route(hidden, folded, task, top_k)
+    return router.route(hidden, folded, task, top_k)
 
 
 def get(name: str) -> Callable[..., Tensor]:

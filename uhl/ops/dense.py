@@ -41,4 +41,4 @@ def write(
 ) -> Float[Tensor, "*b T d_out"]:
     """``y`` plus what the chosen atoms write for what they have read."""
     mask = dots.new_zeros(dots.shape).scatter(-1, chosen.index, chosen.gate.to(dots.dtype))
-    return ((dots * mask * strength) @ u).to(y.dtype).add_(y)
+    return ((dots * mask * strength).to(u.dtype) @ u).to(y.dtype).add_(y)

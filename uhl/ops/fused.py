@@ -1,12 +1,15 @@
-"""The two operations of :mod:`uhl.ops.gather` as Triton kernels: x is read once and y written once.
+"""The operations of :mod:`uhl.ops.gather` as Triton kernels, and the router's choice: x is read once, y written once.
 
-``_rows`` takes a block of tokens through both steps, dots and sum, with the dots in registers; ``_sums`` gives each
-atom and block of columns to one program, which adds the atom's tokens in their order. Nothing is added atomically, so
-every run gives the same bits. Products are formed in float32 whatever the tensors' dtype.
+``_rows`` takes some tokens through both steps, dots and sum, with the dots in registers; ``_sums`` gives each atom and
+block of columns to one program, which adds the atom's tokens in their order. Nothing is added atomically, so every run
+gives the same bits. Products are formed in float32 whatever the tensors' dtype.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,10 +19,17 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from uhl.ops.gather import take
+from uhl import router
 from uhl.router import ByAtom, Places, Route
 
-TOKENS, COLUMNS = 16, 128  # of a block
+NUMBERS = 2048  # of a block: tokens x atoms x columns (measured on an H200: notebook 08)
+COLUMNS = 1024  # of a block, at most
+SUMMED = 16, 128  # tokens and columns of a block of an atom's sum
+
+
+def _jit(kernel: Callable[..., Any]) -> Any:
+    """`triton.jit` of the function itself, where a checker of types has wrapped it: Triton reads its globals."""
+    return triton.jit(inspect.unwrap(kernel))
 
 
 def update(
@@ -37,17 +47,34 @@ def update(
     """
     places = chosen.places()
     index = places.index
-    scale = chosen.gate.reshape(index.shape).float() * take(strength.float(), index, places)
-    flat = y.reshape(-1, y.shape[-1])
-    out: Tensor = _Update.apply(flat, x.reshape(-1, x.shape[-1]), v, u, scale, offset, index, places)
-    return out.reshape(y.shape)
+    gate = chosen.gate.reshape(index.shape)
+    given = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), v, u, strength, gate
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *([] if offset is None else [offset]))):
+        out: Tensor = _Update.apply(*given, offset, index, places)
+    elif not index.numel():
+        out = given[0].clone()
+    else:
+        out, _ = rows(*given[1:], index, given[0], offset, keep=False)
+    return out.view(y.shape)
 
 
-@triton.jit
+def route(
+    hidden: Float[Tensor, "*b T D"], folded: Float[Tensor, "A D"], task: Float[Tensor, " A"], top_k: int
+) -> Route:
+    """Same decisions as :func:`uhl.router.route`; of equal scores the first is taken."""
+    k = min(top_k, len(task))
+    if torch.is_grad_enabled() and (hidden.requires_grad or folded.requires_grad or task.requires_grad):
+        scores = router.scores(hidden, folded, task)
+        return router.choose(scores, k, best(scores.detach(), k)[0])
+    return Route(*best(hidden @ folded.T, k, hidden, task))
+
+
+@_jit
 def _rows(  # type: ignore[no-untyped-def]
-    x_ptr, v_ptr, u_ptr, scale_ptr, index_ptr, y_ptr, offset_ptr, out_ptr, dots_ptr,
+    x_ptr, v_ptr, u_ptr, strength_ptr, gate_ptr, index_ptr, y_ptr, offset_ptr, read_ptr,
+    out_ptr, dots_ptr, for_gate_ptr,
     count, d_in, d_out,
-    ADD: tl.constexpr, LESS: tl.constexpr,
+    ADD: tl.constexpr, LESS: tl.constexpr, KEEP: tl.constexpr, BACK: tl.constexpr,
     K: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
@@ -55,24 +82,33 @@ def _rows(  # type: ignore[no-untyped-def]
     live = t < count
     chosen = live[:, None] & (k < K)[None, :]
     places = t[:, None] * K + k[None, :]
-    atom = tl.load(index_ptr + places, mask=chosen, other=0)
-    scale = tl.load(scale_ptr + places, mask=chosen, other=0.0)
-    dots = tl.zeros((TOKENS, WIDE), tl.float32)
+    gate = tl.load(gate_ptr + places, mask=chosen, other=0.0).to(tl.float32)
+    wanted = chosen  # places whose atoms are read
+    if not KEEP:
+        wanted = chosen & (gate != 0.0)
+    atom = tl.load(index_ptr + places, mask=wanted, other=0)
+    strength = tl.load(strength_ptr + atom, mask=wanted, other=0.0).to(tl.float32)
+    parts = tl.zeros((TOKENS, WIDE, COLUMNS), tl.float32)
     for start in range(0, d_in, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
         inside = d < d_in
         x = tl.load(x_ptr + t[:, None] * d_in + d[None, :], mask=live[:, None] & inside[None, :], other=0.0)
-        where = chosen[:, :, None] & inside[None, None, :]
+        where = wanted[:, :, None] & inside[None, None, :]
         v = tl.load(v_ptr + atom[:, :, None] * d_in + d[None, None, :], mask=where, other=0.0)
-        dots += tl.sum(x.to(tl.float32)[:, None, :] * v.to(tl.float32), axis=2)
+        parts += x.to(tl.float32)[:, None, :] * v.to(tl.float32)
+    dots = tl.sum(parts, axis=2)
     if LESS:
-        dots -= tl.load(offset_ptr + atom, mask=chosen, other=0.0).to(tl.float32)
-    tl.store(dots_ptr + places, dots, mask=chosen)
-    s = dots * scale
+        dots -= tl.load(offset_ptr + atom, mask=wanted, other=0.0).to(tl.float32)
+    if KEEP:
+        tl.store(dots_ptr + places, dots, mask=chosen)
+    if BACK:  # x is a gradient: what the atoms had read, times this, is the gates'
+        read = tl.load(read_ptr + places, mask=chosen, other=0.0)
+        tl.store(for_gate_ptr + places, dots * read * strength, mask=chosen)
+    s = dots * gate * strength
     for start in range(0, d_out, COLUMNS):
         d = start + tl.arange(0, COLUMNS)
         inside = d < d_out
-        where = chosen[:, :, None] & inside[None, None, :]
+        where = wanted[:, :, None] & inside[None, None, :]
         u = tl.load(u_ptr + atom[:, :, None] * d_out + d[None, None, :], mask=where, other=0.0)
         out = tl.sum(s[:, :, None] * u.to(tl.float32), axis=1)
         tile = t[:, None] * d_out + d[None, :]
@@ -82,58 +118,171 @@ def _rows(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + tile, out.to(out_ptr.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@_jit
 def _sums(  # type: ignore[no-untyped-def]
-    s_ptr, x_ptr, order_ptr, starts_ptr, out_ptr,
-    width,
-    K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, g_ptr, strength_ptr, gate_ptr, dots_ptr, back_ptr, order_ptr, starts_ptr,
+    for_v_ptr, for_u_ptr, for_strength_ptr, for_offset_ptr,
+    atoms, places, d_in, d_out,
+    V: tl.constexpr, U: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     atom = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = d < width
-    total = tl.zeros((COLUMNS,), tl.float32)
-    end = tl.load(starts_ptr + atom + 1)
+    read, written = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
+    whole, plain = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
+    end = tl.load(starts_ptr + atom + 1, mask=atom + 1 < atoms, other=places)
     for first in range(tl.load(starts_ptr + atom), end, TOKENS):
         at = first + tl.arange(0, TOKENS)
         here = at < end
         place = tl.load(order_ptr + at, mask=here, other=0)
-        s = tl.load(s_ptr + place, mask=here, other=0.0)
         token = place // K
-        x = tl.load(x_ptr + token[:, None] * width + d[None, :], mask=here[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(s[:, None] * x.to(tl.float32), axis=0)
-    tl.store(out_ptr + atom * width + d, total.to(out_ptr.dtype.element_ty), mask=inside)
+        gate = tl.load(gate_ptr + place, mask=here, other=0.0).to(tl.float32)
+        dots = gate * tl.load(dots_ptr + place, mask=here, other=0.0)
+        back = tl.load(back_ptr + place, mask=here, other=0.0)
+        whole += dots * back
+        plain += gate * back
+        if V:
+            x = tl.load(x_ptr + token[:, None] * d_in + d[None, :], mask=here[:, None] & (d < d_in)[None, :], other=0.0)
+            read += tl.sum((gate * back)[:, None] * x.to(tl.float32), axis=0)
+        if U:
+            inside = here[:, None] & (d < d_out)[None, :]
+            g = tl.load(g_ptr + token[:, None] * d_out + d[None, :], mask=inside, other=0.0)
+            written += tl.sum(dots[:, None] * g.to(tl.float32), axis=0)
+    strength = tl.load(strength_ptr + atom).to(tl.float32)
+    if V:
+        tl.store(for_v_ptr + atom * d_in + d, (strength * read).to(for_v_ptr.dtype.element_ty), mask=d < d_in)
+    if U:
+        tl.store(for_u_ptr + atom * d_out + d, (strength * written).to(for_u_ptr.dtype.element_ty), mask=d < d_out)
+    if tl.program_id(1) == 0:
+        tl.store(for_strength_ptr + atom, tl.sum(whole, axis=0).to(for_strength_ptr.dtype.element_ty))
+        tl.store(for_offset_ptr + atom, (-strength * tl.sum(plain, axis=0)).to(for_offset_ptr.dtype.element_ty))
+
+
+@_jit
+def _best(  # type: ignore[no-untyped-def]
+    scores_ptr, hidden_ptr, task_ptr, index_ptr, gate_ptr,
+    count, width, atoms,
+    RAW: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, ATOMS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    t = (tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    live = t < count
+    a = tl.arange(0, ATOMS)  # atoms rounded up to a power of two
+    known = live[:, None] & (a < atoms)[None, :]
+    scores = tl.load(scores_ptr + t[:, None] * atoms + a[None, :], mask=known, other=0.0).to(tl.float32)
+    if RAW:
+        squares = tl.zeros((TOKENS, COLUMNS), tl.float32)
+        for start in range(0, width, COLUMNS):
+            d = start + tl.arange(0, COLUMNS)
+            here = live[:, None] & (d < width)[None, :]
+            h = tl.load(hidden_ptr + t[:, None] * width + d[None, :], mask=here, other=0.0).to(tl.float32)
+            squares += h * h
+        rms = tl.maximum(tl.sqrt(tl.sum(squares, axis=1) / width), 1e-6)
+        scores = scores / rms[:, None] + tl.load(task_ptr + a, mask=a < atoms, other=0.0).to(tl.float32)[None, :]
+    scores = tl.where(known, scores, float("-inf"))
+    for k in tl.static_range(K):
+        top = tl.max(scores, axis=1)
+        at = tl.min(tl.where(scores == top[:, None], a[None, :], atoms - 1), axis=1)
+        soft = 1.0 / (1.0 + tl.exp(-top))
+        tl.store(index_ptr + t * K + k, at.to(tl.int64), mask=live)
+        tl.store(gate_ptr + t * K + k, (soft > 0.5).to(gate_ptr.dtype.element_ty), mask=live)
+        scores = tl.where(a[None, :] == at[:, None], float("-inf"), scores)
+
+
+def _padded(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+@cache
+def _tile(width: int, wide: int) -> tuple[int, int]:
+    """Tokens and columns of a block for that many columns, and ``wide`` numbers of each."""
+    columns = min(COLUMNS, max(16, _padded(width)))
+    return max(1, NUMBERS // (columns * wide)), columns
 
 
 def rows(
     x: Float[Tensor, "T d_in"],
     v: Float[Tensor, "A d_in"],
     u: Float[Tensor, "A d_out"],
-    scale: Float[Tensor, "T K"],
+    strength: Float[Tensor, " A"],
+    gate: Float[Tensor, "T K"],
     index: Int64[Tensor, "T K"],
     y: Float[Tensor, "T d_out"] | None = None,
     offset: Float[Tensor, " A"] | None = None,
-) -> tuple[Float[Tensor, "T d_out"], Float[Tensor, "T K"]]:
-    """(out, dots): ``y`` plus the update, in y's (else x's) dtype, and the float32 dots less the offsets."""
+    read: Float[Tensor, "T K"] | None = None,
+    keep: bool = True,
+) -> tuple[Float[Tensor, "T d_out"], tuple[Float[Tensor, "T K"], Float[Tensor, "T K"]] | None]:
+    """(out, kept): ``y`` plus the update, in y's (else x's) dtype.
+
+    ``kept`` are the float32 dots less the offsets, and their products with ``read`` and the strengths where ``read`` is
+    given (else the dots again); none is formed without ``keep``, and then closed gates cost nothing.
+    """
     count, k = index.shape
     out = torch.empty(count, u.shape[-1], device=x.device, dtype=x.dtype if y is None else y.dtype)
-    dots = torch.empty(count, k, device=x.device, dtype=torch.float32)
-    others = (out if y is None else y, scale if offset is None else offset)
-    given = (t.contiguous() for t in (x, v, u, scale, index, *others))
-    grid = (triton.cdiv(count, TOKENS),)
-    wide = triton.next_power_of_2(k)
-    modes = (y is not None, offset is not None)
-    _rows[grid](*given, out, dots, count, x.shape[-1], u.shape[-1], *modes, k, wide, TOKENS, COLUMNS)
-    return out, dots
+    dots = torch.empty(count, k, device=x.device, dtype=torch.float32) if keep else out
+    products = dots if read is None else torch.empty_like(dots)
+    others = out if y is None else y, strength if offset is None else offset, dots if read is None else read
+    given = (t.contiguous() for t in (x, v, u, strength, gate, index, *others))
+    wide = _padded(k)
+    tokens, columns = _tile(max(x.shape[-1], u.shape[-1]), wide)
+    modes = y is not None, offset is not None, keep, read is not None
+    _rows[(-(-count // tokens),)](
+        *given, out, dots, products, count, x.shape[-1], u.shape[-1], *modes, k, wide, tokens, columns
+    )
+    return out, (dots, products) if keep else None
 
 
-def sums(s: Float[Tensor, "T K"], x: Float[Tensor, "T d"], by_atom: ByAtom, dtype: torch.dtype) -> Tensor:
-    """(A, d): for each atom the sum of s_tk x_t over its tokens."""
-    atoms, width, k = len(by_atom.starts), x.shape[-1], s.shape[1]
-    out = torch.empty(atoms, width, device=x.device, dtype=dtype)
-    starts = torch.cat([by_atom.starts, by_atom.starts.new_full((1,), by_atom.order.numel())])
-    grid = (atoms, triton.cdiv(width, COLUMNS))
-    _sums[grid](s.contiguous(), x.contiguous(), by_atom.order, starts, out, width, k, TOKENS, COLUMNS)
-    return out
+def sums(
+    x: Float[Tensor, "T d_in"],
+    g: Float[Tensor, "T d_out"],
+    strength: Float[Tensor, " A"],
+    gate: Float[Tensor, "T K"],
+    dots: Float[Tensor, "T K"],
+    back: Float[Tensor, "T K"],
+    by_atom: ByAtom,
+    v_dtype: torch.dtype | None,
+    u_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, Tensor | None, Float[Tensor, " A"], Float[Tensor, " A"]]:
+    """Gradients of V~, U~ (None without a dtype), strengths and offsets, each atom's summed over its tokens."""
+    atoms, k = len(by_atom.starts), gate.shape[1]
+    d_in, d_out = x.shape[-1], g.shape[-1]
+    for_v = None if v_dtype is None else torch.empty(atoms, d_in, device=x.device, dtype=v_dtype)
+    for_u = None if u_dtype is None else torch.empty(atoms, d_out, device=x.device, dtype=u_dtype)
+    for_strength, for_offset = torch.empty_like(strength), torch.empty_like(strength)
+    given = (t.contiguous() for t in (x, g, strength, gate, dots, back, by_atom.order, by_atom.starts))
+    made = [strength if t is None else t for t in (for_v, for_u)]
+    modes = for_v is not None, for_u is not None
+    width = max(d_in if modes[0] else 1, d_out if modes[1] else 1)
+    tokens, columns = SUMMED if any(modes) else (SUMMED[1], 1)
+    grid = atoms, -(-width // columns)
+    sizes = atoms, gate.numel(), d_in, d_out
+    _sums[grid](*given, *made, for_strength, for_offset, *sizes, *modes, k, tokens, columns)
+    return for_v, for_u, for_strength, for_offset
+
+
+def best(
+    scores: Float[Tensor, "*b A"],
+    k: int,
+    hidden: Float[Tensor, "*b D"] | None = None,
+    task: Float[Tensor, " A"] | None = None,
+) -> tuple[Int64[Tensor, "*b K"], Float[Tensor, "*b K"]]:
+    """The best k atoms of each token, best first, and their gates, without gradients.
+
+    With ``hidden`` and ``task`` the scores are those of before the division by hidden's root mean square.
+    """
+    atoms, shape = scores.shape[-1], (*scores.shape[:-1], k)
+    flat = scores.reshape(-1, atoms).contiguous()
+    index = torch.empty(shape, device=scores.device, dtype=torch.int64)
+    gate = torch.empty(shape, device=scores.device, dtype=scores.dtype if task is None else task.dtype)
+    if index.numel():
+        h = flat if hidden is None else hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        padded = _padded(atoms)
+        tokens, columns = _tile(max(h.shape[-1], padded), 1)
+        e = flat if task is None else task.contiguous()
+        sizes = len(flat), h.shape[-1], atoms
+        _best[(-(-len(flat) // tokens),)](
+            flat, h, e, index, gate, *sizes, hidden is not None, k, tokens, padded, columns
+        )
+    return index, gate
 
 
 class _Update(torch.autograd.Function):
@@ -144,36 +293,45 @@ class _Update(torch.autograd.Function):
         x: Tensor,
         v: Tensor,
         u: Tensor,
-        scale: Tensor,
+        strength: Tensor,
+        gate: Tensor,
         offset: Tensor | None,
         index: Tensor,
         places: Places,
     ) -> Tensor:
         ctx.places = places
         if not index.numel():
-            ctx.save_for_backward(x, v, u, scale, index, scale)
+            ctx.save_for_backward(x, v, u, strength, gate, index, gate)
             return y.clone()
-        out, dots = rows(x, v, u, scale, index, y, offset)
-        ctx.save_for_backward(x, v, u, scale, index, dots)
+        out, kept = rows(x, v, u, strength, gate, index, y, offset)
+        assert kept is not None
+        ctx.save_for_backward(x, v, u, strength, gate, index, kept[0])
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, v, u, scale, index, dots = ctx.saved_tensors
+        x, v, u, strength, gate, index, dots = ctx.saved_tensors
+        _, for_x, for_v, for_u, for_strength, for_gate, for_offset, *_ = ctx.needs_input_grad
         if not index.numel():
-            return (g, *(torch.zeros_like(t) for t in (x, v, u, scale)), None, None, None)
-        _, for_x, for_v, for_u, for_scale, for_offset, *_ = ctx.needs_input_grad
-        dx, back = rows(g, u, v, scale, index)
-        by_atom = ctx.places.by_atom(len(v)) if for_v or for_u or for_offset else None
-        read = back * scale
+            less = strength.new_zeros(strength.shape) if for_offset else None
+            return (g, *(torch.zeros_like(t) for t in (x, v, u, strength, gate)), less, None, None)
+        dx, kept = rows(g, u, v, strength, gate, index, read=dots)
+        assert kept is not None
+        back, by_gate = kept
+        by_v = by_u = by_strength = by_offset = None
+        if for_v or for_u or for_strength or for_offset:
+            dtypes = v.dtype if for_v else None, u.dtype if for_u else None
+            by_atom = ctx.places.by_atom(len(v))
+            by_v, by_u, by_strength, by_offset = sums(x, g, strength, gate, dots, back, by_atom, *dtypes)
         return (
             g,
             dx.to(x.dtype) if for_x else None,
-            sums(read, x, by_atom, v.dtype) if by_atom and for_v else None,
-            sums(dots * scale, g, by_atom, u.dtype) if by_atom and for_u else None,
-            back * dots if for_scale else None,
-            -sums(read, torch.ones_like(read[:, :1]), by_atom, read.dtype)[:, 0] if by_atom and for_offset else None,
+            by_v,
+            by_u,
+            by_strength if for_strength else None,
+            by_gate.to(gate.dtype) if for_gate else None,
+            by_offset if for_offset else None,
             None,
             None,
         )

@@ -58,7 +58,7 @@ def write(
 ) -> Float[Tensor, "*b T d_out"]:
     """``y`` plus what the atoms write for what they have read."""
     index, places = _places(chosen)
-    scaled = dots * chosen.gate.reshape(index.shape).to(u.dtype) * take(strength, index, places)
+    scaled = (dots * chosen.gate.reshape(index.shape) * take(strength, index, places)).to(u.dtype)
     out: Tensor = _Out.apply(scaled, u, index, places)
     return out.reshape(y.shape).to(y.dtype).add_(y)
 
@@ -83,6 +83,8 @@ def _dots(
         return x.new_zeros(index.shape)
     if places is None:
         return (x[:, None] * v[index]).sum(-1)
+    if x.is_cuda and x.dtype == torch.bfloat16:  # which the next has no kernel for
+        return _dots(x.float(), v.float(), index, places).to(x.dtype)
     # x . v is what a bag that sums gives its per-sample weights as gradients
     dots: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(), v.contiguous(), index.reshape(-1), places.starts, places.tokens, 0
