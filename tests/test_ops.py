@@ -286,7 +286,7 @@ def test_kernels_see_their_own_module():
     pytest.importorskip("triton", reason="Triton is not installed")
     from uhl.ops import fused
 
-    assert fused._rows.fn.__globals__ is vars(fused)
+    assert fused._rows.jit.fn.__globals__ is vars(fused)
 
 
 def test_rounds_of_the_best_are_topk():

@@ -18,7 +18,7 @@ import torch
 from uhl import bench, ops
 from uhl.errors import UHLError
 from uhl.ops import fused
-from uhl.router import Route
+from uhl.router import Places, Route
 
 ATOMS, TOP_K = 128, 2
 KERNELS = [(4096, 1024), (4096, 4096), (65536, 1024), (65536, 4096)]  # tokens, width
@@ -69,6 +69,7 @@ def _kernels(tokens: int, width: int) -> pd.DataFrame:
     chosen = Route(_draw(tokens, ATOMS).topk(TOP_K).indices, torch.ones(tokens, TOP_K).cuda())
     places, few, gate = chosen.places(), tokens * TOP_K * 12, chosen.gate
     by_atom = places.by_atom(ATOMS)
+    most = Places((chosen.index * (torch.rand(tokens, TOP_K, device="cuda") < 0.2)).contiguous()).by_atom(ATOMS)
     dots, scores = _draw(tokens, TOP_K), _draw(tokens, ATOMS, dtype=half)
 
     def rows(x: torch.Tensor, y: torch.Tensor | None, keep: bool, read: torch.Tensor | None = None) -> object:
@@ -81,7 +82,11 @@ def _kernels(tokens: int, width: int) -> pd.DataFrame:
         "update of y, for training": (lambda x, y: rows(x, y, True), 3 * one + few),
         "backward, to x and gates": (lambda x, y: rows(x, None, True, dots), 2 * one + 2 * few),
         "backward, to atoms": (
-            lambda x, y: fused.sums(x, y, strength, gate, dots, dots, by_atom, torch.float32, torch.float32),
+            lambda x, y: fused.sums(x, y, strength, gate, dots, dots, by_atom),
+            2 * one + 2 * few,
+        ),
+        "backward, to atoms, one of which has 80 %": (
+            lambda x, y: fused.sums(x, y, strength, gate, dots, dots, most),
             2 * one + 2 * few,
         ),
         "choice of atoms": (lambda x, y: fused.best(scores, TOP_K, x, task), one + tokens * ATOMS * 2 + few),

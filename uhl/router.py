@@ -26,10 +26,16 @@ class ByAtom:
     """The tokens of each atom, one after the other: places in the flat index, and where each atom's begin."""
 
     def __init__(self, index: Int64[Tensor, "T K"], atoms: int) -> None:
-        flat = index.reshape(-1)
-        self.order = flat.argsort(stable=True)
-        self.tokens = self.order // index.shape[1]
-        self.starts = torch.searchsorted(flat[self.order], torch.arange(atoms, device=index.device))
+        flat, self._k = index.reshape(-1), index.shape[1]
+        if flat.is_cuda and atoms < 2**15:
+            flat = flat.to(torch.int16)  # sorted there byte by byte
+        ordered, self.order = flat.sort(stable=True)
+        self.starts = torch.searchsorted(ordered, torch.arange(atoms, device=index.device, dtype=flat.dtype))
+
+    @cached_property
+    def tokens(self) -> Int64[Tensor, " TK"]:
+        """The token of each place, in that order."""
+        return self.order // self._k
 
     def sums(self, s: Float[Tensor, "T K"], x: Float[Tensor, "T d"]) -> Float[Tensor, "A d"]:
         """For each atom the sum of s_tk x_t over its tokens."""

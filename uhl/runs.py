@@ -362,12 +362,15 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checked-out commit, `-dirty` where files differ. Outside a checkout (a copy on another machine)
-    what UHL_COMMIT says, or `unknown`.
+    """Short hash of the checked-out commit, `-dirty` where files differ, or `unknown` outside a checkout.
+
+    UHL_COMMIT says it where git cannot: in a copy on another machine.
     """
+    if "UHL_COMMIT" in os.environ:
+        return os.environ["UHL_COMMIT"]
     call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or os.environ.get("UHL_COMMIT", "unknown")
+    return done.stdout.strip() or "unknown"
 
 
 def quiet() -> None:

@@ -1,14 +1,14 @@
 """The operations of :mod:`uhl.ops.gather` as Triton kernels, and the router's choice: x is read once, y written once.
 
 ``_rows`` takes some tokens through both steps, dots and sum, with the dots in registers; ``_sums`` gives each atom and
-block of columns to one program, which adds the atom's tokens in their order. Nothing is added atomically, so every run
-gives the same bits. Products are formed in float32 whatever the tensors' dtype.
+block of columns to a few programs, which add the atom's tokens in their order. Nothing is added atomically, so every
+run gives the same bits. Products are formed in float32 whatever the tensors' dtype.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -24,12 +24,40 @@ from uhl.router import ByAtom, Places, Route
 
 NUMBERS = 2048  # of a block: tokens x atoms x columns (measured on an H200: notebook 08)
 COLUMNS = 1024  # of a block, at most
-SUMMED = 16, 128  # tokens and columns of a block of an atom's sum
+SUMMED = 32, 128  # tokens and columns of a block of an atom's sum
+PARTS = 8  # of an atom's tokens, at most, that are summed apart: trained routers give some atoms most of the tokens
 
 
-def _jit(kernel: Callable[..., Any]) -> Any:
-    """`triton.jit` of the function itself, where a checker of types has wrapped it: Triton reads its globals."""
-    return triton.jit(inspect.unwrap(kernel))
+class _Kernel:
+    """A kernel of Triton's, launched on its tensors' device.
+
+    Triton binds and specialises the arguments at each launch, which takes longer than most of these kernels run. So
+    what it has compiled is kept by all that it looks at, and launched directly.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = inspect.unwrap(function)  # where a checker of types has wrapped it: Triton reads its globals
+        self.jit = triton.jit(self.function)
+        self.compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(
+        self, grid: tuple[int, ...], tensors: Sequence[Tensor], sizes: tuple[int, ...], constants: tuple[int, ...]
+    ) -> None:
+        device = tensors[0].device
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(grid, tensors, sizes, constants)
+        aligned = not any(t.data_ptr() % 16 for t in tensors)
+        kinds = [t.dtype for t in tensors], [(n == 1, n % 16 == 0, n < 2**31) for n in sizes]
+        key = device.index, constants, *kinds[0], *kinds[1]
+        found = self.compiled.get(key) if aligned else None
+        if found is not None:
+            found[(*grid, 1, 1)[:3]](*tensors, *sizes, *constants)
+            return None
+        found = self.jit[grid](*tensors, *sizes, *constants)
+        if aligned and found is not None:  # nothing is compiled in Triton's interpreter
+            self.compiled[key] = found
+        return None
 
 
 def update(
@@ -69,7 +97,7 @@ def route(
     return Route(*best(hidden @ folded.T, k, hidden, task))
 
 
-@_jit
+@_Kernel
 def _rows(  # type: ignore[no-untyped-def]
     x_ptr, v_ptr, u_ptr, strength_ptr, gate_ptr, index_ptr, y_ptr, offset_ptr, read_ptr,
     out_ptr, dots_ptr, for_gate_ptr,
@@ -118,19 +146,24 @@ def _rows(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + tile, out.to(out_ptr.dtype.element_ty), mask=here)
 
 
-@_jit
+@_Kernel
 def _sums(  # type: ignore[no-untyped-def]
-    x_ptr, g_ptr, strength_ptr, gate_ptr, dots_ptr, back_ptr, order_ptr, starts_ptr,
-    for_v_ptr, for_u_ptr, for_strength_ptr, for_offset_ptr,
-    atoms, places, d_in, d_out,
-    V: tl.constexpr, U: tl.constexpr, K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, g_ptr, strength_ptr, gate_ptr, dots_ptr, back_ptr, order_ptr, starts_ptr, out_ptr,
+    atoms, places, d_in, d_out, width,
+    V: tl.constexpr, U: tl.constexpr, K: tl.constexpr,
+    SPLIT: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     atom = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    read, written = tl.zeros((COLUMNS,), tl.float32), tl.zeros((COLUMNS,), tl.float32)
-    whole, plain = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
+    part = tl.program_id(2)
+    begin = tl.load(starts_ptr + atom)
     end = tl.load(starts_ptr + atom + 1, mask=atom + 1 < atoms, other=places)
-    for first in range(tl.load(starts_ptr + atom), end, TOKENS):
+    each = (end - begin + SPLIT - 1) // SPLIT  # of the atom's places, to each part
+    begin += part * each
+    end = tl.minimum(end, begin + each)
+    read, written = tl.zeros((TOKENS, COLUMNS), tl.float32), tl.zeros((TOKENS, COLUMNS), tl.float32)
+    whole, plain = tl.zeros((TOKENS,), tl.float32), tl.zeros((TOKENS,), tl.float32)
+    for first in range(begin, end, TOKENS):
         at = first + tl.arange(0, TOKENS)
         here = at < end
         place = tl.load(order_ptr + at, mask=here, other=0)
@@ -142,22 +175,23 @@ def _sums(  # type: ignore[no-untyped-def]
         plain += gate * back
         if V:
             x = tl.load(x_ptr + token[:, None] * d_in + d[None, :], mask=here[:, None] & (d < d_in)[None, :], other=0.0)
-            read += tl.sum((gate * back)[:, None] * x.to(tl.float32), axis=0)
+            read += (gate * back)[:, None] * x.to(tl.float32)
         if U:
             inside = here[:, None] & (d < d_out)[None, :]
             g = tl.load(g_ptr + token[:, None] * d_out + d[None, :], mask=inside, other=0.0)
-            written += tl.sum(dots[:, None] * g.to(tl.float32), axis=0)
+            written += dots[:, None] * g.to(tl.float32)
     strength = tl.load(strength_ptr + atom).to(tl.float32)
+    row = out_ptr + (part * atoms + atom) * width
     if V:
-        tl.store(for_v_ptr + atom * d_in + d, (strength * read).to(for_v_ptr.dtype.element_ty), mask=d < d_in)
+        tl.store(row + d, strength * tl.sum(read, axis=0), mask=d < d_in)
     if U:
-        tl.store(for_u_ptr + atom * d_out + d, (strength * written).to(for_u_ptr.dtype.element_ty), mask=d < d_out)
+        tl.store(row + width - 2 - d_out + d, strength * tl.sum(written, axis=0), mask=d < d_out)
     if tl.program_id(1) == 0:
-        tl.store(for_strength_ptr + atom, tl.sum(whole, axis=0).to(for_strength_ptr.dtype.element_ty))
-        tl.store(for_offset_ptr + atom, (-strength * tl.sum(plain, axis=0)).to(for_offset_ptr.dtype.element_ty))
+        tl.store(row + width - 2, tl.sum(whole, axis=0))
+        tl.store(row + width - 1, -strength * tl.sum(plain, axis=0))
 
 
-@_jit
+@_Kernel
 def _best(  # type: ignore[no-untyped-def]
     scores_ptr, hidden_ptr, task_ptr, index_ptr, gate_ptr,
     count, width, atoms,
@@ -221,13 +255,12 @@ def rows(
     dots = torch.empty(count, k, device=x.device, dtype=torch.float32) if keep else out
     products = dots if read is None else torch.empty_like(dots)
     others = out if y is None else y, strength if offset is None else offset, dots if read is None else read
-    given = (t.contiguous() for t in (x, v, u, strength, gate, index, *others))
+    given = [t.contiguous() for t in (x, v, u, strength, gate, index, *others)]
     wide = _padded(k)
     tokens, columns = _tile(max(x.shape[-1], u.shape[-1]), wide)
     modes = y is not None, offset is not None, keep, read is not None
-    _rows[(-(-count // tokens),)](
-        *given, out, dots, products, count, x.shape[-1], u.shape[-1], *modes, k, wide, tokens, columns
-    )
+    sizes = count, x.shape[-1], u.shape[-1]
+    _rows((-(-count // tokens),), (*given, out, dots, products), sizes, (*modes, k, wide, tokens, columns))
     return out, (dots, products) if keep else None
 
 
@@ -239,24 +272,28 @@ def sums(
     dots: Float[Tensor, "T K"],
     back: Float[Tensor, "T K"],
     by_atom: ByAtom,
-    v_dtype: torch.dtype | None,
-    u_dtype: torch.dtype | None,
-) -> tuple[Tensor | None, Tensor | None, Float[Tensor, " A"], Float[Tensor, " A"]]:
-    """Gradients of V~, U~ (None without a dtype), strengths and offsets, each atom's summed over its tokens."""
-    atoms, k = len(by_atom.starts), gate.shape[1]
+    for_v: bool = True,
+    for_u: bool = True,
+) -> Float[Tensor, "A width"]:
+    """Gradients of V~ and U~, where they are wanted, of the strengths and of the offsets, side by side in float32.
+
+    Each atom's are summed over its tokens. Where there are many, in a few parts, which are then added.
+    """
+    atoms, (places, k) = len(by_atom.starts), (gate.numel(), gate.shape[1])
     d_in, d_out = x.shape[-1], g.shape[-1]
-    for_v = None if v_dtype is None else torch.empty(atoms, d_in, device=x.device, dtype=v_dtype)
-    for_u = None if u_dtype is None else torch.empty(atoms, d_out, device=x.device, dtype=u_dtype)
-    for_strength, for_offset = torch.empty_like(strength), torch.empty_like(strength)
-    given = (t.contiguous() for t in (x, g, strength, gate, dots, back, by_atom.order, by_atom.starts))
-    made = [strength if t is None else t for t in (for_v, for_u)]
-    modes = for_v is not None, for_u is not None
-    width = max(d_in if modes[0] else 1, d_out if modes[1] else 1)
-    tokens, columns = SUMMED if any(modes) else (SUMMED[1], 1)
-    grid = atoms, -(-width // columns)
-    sizes = atoms, gate.numel(), d_in, d_out
-    _sums[grid](*given, *made, for_strength, for_offset, *sizes, *modes, k, tokens, columns)
-    return for_v, for_u, for_strength, for_offset
+    width = for_v * d_in + for_u * d_out + 2
+    tokens, columns = SUMMED if for_v or for_u else (SUMMED[1], 1)
+    split = min(PARTS, _padded(max(1, places // (2 * SUMMED[0] * atoms))))
+    out = torch.empty(split, atoms, width, device=x.device, dtype=torch.float32)
+    grid = atoms, -(-max(for_v * d_in, for_u * d_out, 1) // columns), split
+    given = x, g, strength, gate, dots, back, by_atom.order, by_atom.starts
+    _sums(
+        grid,
+        (*(t.contiguous() for t in given), out),
+        (atoms, places, d_in, d_out, width),
+        (for_v, for_u, k, split, tokens, columns),
+    )
+    return out[0] if split == 1 else out.sum(0)
 
 
 def best(
@@ -278,10 +315,8 @@ def best(
         padded = _padded(atoms)
         tokens, columns = _tile(max(h.shape[-1], padded), 1)
         e = flat if task is None else task.contiguous()
-        sizes = len(flat), h.shape[-1], atoms
-        _best[(-(-len(flat) // tokens),)](
-            flat, h, e, index, gate, *sizes, hidden is not None, k, tokens, padded, columns
-        )
+        sizes, grid = (len(flat), h.shape[-1], atoms), (-(-len(flat) // tokens),)
+        _best(grid, (flat, h, e, index, gate), sizes, (hidden is not None, k, tokens, padded, columns))
     return index, gate
 
 
@@ -321,9 +356,11 @@ class _Update(torch.autograd.Function):
         back, by_gate = kept
         by_v = by_u = by_strength = by_offset = None
         if for_v or for_u or for_strength or for_offset:
-            dtypes = v.dtype if for_v else None, u.dtype if for_u else None
             by_atom = ctx.places.by_atom(len(v))
-            by_v, by_u, by_strength, by_offset = sums(x, g, strength, gate, dots, back, by_atom, *dtypes)
+            every = sums(x, g, strength, gate, dots, back, by_atom, for_v, for_u)
+            by_strength, by_offset = every[:, -2].to(strength.dtype), every[:, -1].to(strength.dtype)
+            by_v = every[:, : x.shape[-1]].to(v.dtype) if for_v else None
+            by_u = every[:, -2 - g.shape[-1] : -2].to(u.dtype) if for_u else None
         return (
             g,
             dx.to(x.dtype) if for_x else None,
