@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from uhl import bench, roofline, viz
+from uhl import bench, gpu, roofline, viz
+from uhl.errors import UHLError
 
 
 def test_a_measured_size_is_not_measured_again(tmp_path, monkeypatch):
@@ -118,3 +119,18 @@ def test_times_of_a_weight_are_drawn_with_plain_numbers():
     ticks = [t.get_text() for ax in (fig.axes[0], fig.axes[4]) for t in ax.get_yticklabels()]
     assert ticks
     assert set(ticks) <= {"1", "1.5", "2", "3", "4", "6", "8", "12"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_its_measurements_are_refused(tmp_path):
+    with pytest.raises(UHLError, match="no CUDA device here"):
+        gpu.measure(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_decoder_carries_the_methods_on_all_seven_weights():
+    models = bench._methods("llama-tiny", ("LoRA r8", "UHL"))
+    assert len(models["UHL"].base_model.attached().slots) == 7 * bench.DECODERS["llama-tiny"][0]
+    lora = [n for n, _ in models["LoRA r8"].named_parameters() if "lora_A" in n]
+    assert len(lora) == 7 * bench.DECODERS["llama-tiny"][0]
+    bench.host_step(models["UHL"], 1, 4, train=True)()

@@ -113,6 +113,17 @@ def test_inductors_code_for_a_host():
 
 
 @plain
+def test_what_compiled_hosts_hold_has_memory_of_its_own():
+    """Inductor's code for GPUs was wrong where a refreshed tensor was a view of others' memory."""
+    model = bert().eval()
+    with torch.no_grad():
+        run(torch.compile(model, fullgraph=True, backend="eager"))
+    tensors = model.base_model.attached().folds._cache.compiled.tensors
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) > 12
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+
+
+@plain
 def test_inductors_code_for_an_update_and_its_gradients():
     g = torch.Generator().manual_seed(0)
     y, x, v, u = (torch.randn(*shape, generator=g) for shape in ((19, 10), (19, 12), (7, 12), (7, 10)))

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
+from peft.utils.peft_types import PeftType
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import uhl
 from uhl import fileformat, store
 from uhl.adapter import UHLAdapter
+from uhl.config import NAME
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.peft_method import attach
@@ -857,3 +859,9 @@ def test_generating_with_a_cache_gives_the_tokens_and_logits_without(routing):
     assert torch.equal(cached.sequences, whole.sequences)
     assert not torch.equal(cached.sequences, bare.sequences)
     torch.testing.assert_close(torch.stack(cached.logits), torch.stack(whole.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_the_method_is_a_member_of_pefts_enumeration():
+    """From Python 3.12 on members are found as attributes of the class, by which PEFT looks."""
+    assert vars(PeftType)[NAME] is PeftType(NAME) is getattr(PeftType, NAME)
+    assert PeftType(NAME) in list(PeftType)

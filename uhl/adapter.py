@@ -8,7 +8,7 @@ canonical space.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,16 +94,29 @@ class Folded:
 
     def like(self, dtype: torch.dtype) -> Folded:
         """A copy whose readers and writers have another dtype; those that weights share go on being shared."""
-        made: dict[Tensor, Tensor] = {}  # by identity
+        return self._map(_once(lambda tensor: tensor.to(dtype)), lambda strength: strength)
 
-        def cast(tensor: Tensor) -> Tensor:
-            if tensor not in made:
-                made[tensor] = tensor.to(dtype)
-            return made[tensor]
+    def apart(self) -> Folded:
+        """A copy of which each tensor has its own memory: strengths are rows of one."""
+        clone = _once(torch.clone)
+        return self._map(clone, clone)
 
-        atoms = {path: (cast(v), cast(u), strength) for path, (v, u, strength) in self.atoms.items()}
-        own = {path: cast(reader) for path, reader in self.own_routes.items()}
-        return Folded(atoms, tuple(map(cast, self.routes)), own, self.embedding)
+    def _map(self, vectors: Callable[[Tensor], Tensor], others: Callable[[Tensor], Tensor]) -> Folded:
+        atoms = {path: (vectors(v), vectors(u), others(strength)) for path, (v, u, strength) in self.atoms.items()}
+        own = {path: vectors(reader) for path, reader in self.own_routes.items()}
+        return Folded(atoms, tuple(map(vectors, self.routes)), own, others(self.embedding))
+
+
+def _once(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``change``, whose result for a tensor is kept, by identity."""
+    made: dict[Tensor, Tensor] = {}
+
+    def changed(tensor: Tensor) -> Tensor:
+        if tensor not in made:
+            made[tensor] = change(tensor)
+        return made[tensor]
+
+    return changed
 
 
 class UHLAdapter(nn.Module):

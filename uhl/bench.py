@@ -332,7 +332,7 @@ def _resumed(
             part = measure(**key).assign(**columns)
             kept = pd.concat([kept, part], ignore_index=True)
             if file is not None:
-                write_csv(file, kept, digits=17)
+                write_csv(file, kept)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
 

@@ -11,7 +11,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -273,6 +273,9 @@ class Folds:
         """Make the fold that compiled hosts hold, if there is none."""
         if self._cache.compiled is None:
             self._cache.compiled = fold = self._new_fold(False, self._state())
+            with torch.inference_mode(False), torch.no_grad():  # compilers lose track of views that are written to
+                fold.folded = fold.folded.apart()
+                fold.frame = replace(fold.frame, head=fold.frame.head.clone())
             fold.tensors = _distinct(fold)
 
     def refresh_compiled(self, tensors: Sequence[Tensor]) -> None:

@@ -17,7 +17,6 @@ import torch
 
 from uhl import bench, ops
 from uhl.errors import UHLError
-from uhl.ops import fused
 from uhl.router import Places, Route
 
 ATOMS, TOP_K = 128, 2
@@ -61,6 +60,8 @@ def _kernels(tokens: int, width: int) -> pd.DataFrame:
 
     Bytes are those of x, y and the result, and of what is (tokens, K) or (tokens, A); gathered rows count as nothing.
     """
+    from uhl.ops import fused  # needs Triton
+
     half, one = torch.bfloat16, tokens * width * 2
     sets = max(2, -(-BUFFER // (2 * one)))
     given = [tuple(_draw(tokens, width, dtype=half) for _ in range(2)) for _ in range(sets)]
@@ -180,9 +181,10 @@ def hosts(
 
 
 def measure(folder: str | Path) -> list[Path]:
-    """Everything, into ``folder``; returns the files. :class:`UHLError` where there is no CUDA device."""
+    """Everything, into ``folder``; returns the files. :class:`UHLError` without a CUDA device or Triton."""
     if not torch.cuda.is_available():
         raise UHLError("no CUDA device here; run `uhl bench --gpu` on a machine that has one")
+    ops.get("fused")  # says what is missing, if Triton is
     files = {name: Path(folder) / f"speed_gpu_{name}.csv" for name in ("kernels", "weights", "hosts")}
     kernels(files["kernels"])
     weights(files["weights"])

@@ -27,15 +27,18 @@ class ByAtom:
 
     def __init__(self, index: Int64[Tensor, "T K"], atoms: int) -> None:
         flat, self._k = index.reshape(-1), index.shape[1]
+        self._tokens: Tensor | None = None
         if flat.is_cuda and atoms < 2**15:
             flat = flat.to(torch.int16)  # sorted there byte by byte
         ordered, self.order = flat.sort(stable=True)
         self.starts = torch.searchsorted(ordered, torch.arange(atoms, device=index.device, dtype=flat.dtype))
 
-    @cached_property
+    @property
     def tokens(self) -> Int64[Tensor, " TK"]:
         """The token of each place, in that order."""
-        return self.order // self._k
+        if self._tokens is None:
+            self._tokens = self.order // self._k
+        return self._tokens
 
     def sums(self, s: Float[Tensor, "T K"], x: Float[Tensor, "T d"]) -> Float[Tensor, "A d"]:
         """For each atom the sum of s_tk x_t over its tokens."""
