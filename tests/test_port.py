@@ -15,7 +15,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import BertForSequenceClassification
 
 import uhl
-from uhl import budget, store
+from uhl import anchors, budget, store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Codes, Probe, batches, final_means, fragments, observe, pieces_of, unit_states
 from uhl.config import ARMS, Sizes
@@ -614,6 +614,16 @@ def test_batches_cover_every_text_once(encoder):
     texts = sentences(70)
     seen = sorted(i for rows, _ in batches(encoder, Probe(texts), size=16) for i in rows)
     assert seen == list(range(70))
+
+
+def test_batches_of_long_texts_are_small(encoder, monkeypatch):
+    monkeypatch.setattr(anchors, "CHARACTERS", 300)
+    texts = sorted([*sentences(40), *(" ".join(sentences(9)) for _ in range(5)), "film " * 200])
+    found = [rows for rows, _ in batches(encoder, Probe(texts, length=64), size=8)]
+    assert sorted(i for rows in found for i in rows) == list(range(46))
+    assert max(map(len, found)) == 8
+    assert all(len(rows) == 1 or len(rows) * max(len(texts[i]) for i in rows) <= 300 for rows in found)
+    assert any(len(rows) < 5 for rows in found)
 
 
 def test_sentence_means_ignore_padding(encoder):

@@ -37,6 +37,7 @@ from uhl.quant import dequantise, quantise
 DEPTHS = (0.0, 1 / 3, 2 / 3, 1.0)  # of the stream's codes; the embeddings' output is depth 0
 FIRST_WORDS = 32  # of a text, among which words are chosen: later ones may be cut off
 FRAGMENT = 3  # words that a fragment has at least
+CHARACTERS = 2048  # of the texts of a batch on a CPU, about; for more the states of all levels outgrow the host
 
 Span = tuple[int, int, int]  # a word: part of a pair (0 or 1), first character, end
 
@@ -248,22 +249,28 @@ def pieces_of(pieces: Sequence[Piece], spans: Sequence[Span], first: bool = Fals
 def batches(
     encoder: Encoder, probe: Probe, size: int = 64, progress: bool = False
 ) -> Iterator[tuple[list[int], BatchEncoding]]:
-    """Yield (row indices, tokenised batch) over the texts, sorted by length so that little is padded.
+    """Yield (row indices, tokenised batch) over the texts, sorted by length so that little is padded: at most ``size``
+    in a batch, and on CPUs fewer of long ones: passes there are no slower for it, and take less memory.
 
     ``progress`` shows a bar on a terminal; elsewhere (notebooks, logs) there is none.
     """
     most = int(getattr(encoder.model.config, "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
     length = min(probe.length, encoder.tokenizer.model_max_length, most)
     texts = probe.observed
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    starts = range(0, len(order), size)
-    for start in bar(starts, encoder.name, "batch") if progress else starts:
-        rows = order[start : start + size]
+    device = next(encoder.model.parameters()).device
+    most_characters = CHARACTERS if device.type == "cpu" else size * 5 * length
+    groups: list[list[int]] = []
+    for row in sorted(range(len(texts)), key=lambda i: len(texts[i])):
+        wide = min(len(texts[row]), 5 * length)  # characters, of which a token has about five
+        if not groups or len(groups[-1]) == size or wide * (len(groups[-1]) + 1) > most_characters:
+            groups.append([])
+        groups[-1].append(row)
+    for rows in bar(groups, encoder.name, "batch") if progress else groups:
         chosen = [texts[i] for i in rows]
         pairs = [text.partition(PAIR)[::2] for text in chosen] if probe.kind == "pair" else None
         given = tuple(map(list, zip(*pairs, strict=True))) if pairs else (chosen,)
         batch = encoder.tokenizer(*given, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        yield rows, batch.to(next(encoder.model.parameters()).device)
+        yield rows, batch.to(device)
 
 
 def _pieces(batch: BatchEncoding, place: int) -> list[Piece]:

@@ -119,21 +119,25 @@ def ridge(
     root = torch.ones(len(x), 1, dtype=x.dtype) if rows is None else rows.weights.double().sqrt()[:, None]
     share = root.pow(2) / root.pow(2).sum()
     x_mean, y_mean = ((share.T @ t)[0] if centre else torch.zeros_like(t[0]) for t in (x, y))
-    left, values, right = _svd(root * (x - x_mean))
-    target = left.T @ (root * (y - y_mean))  # (r, C)
-    total = (root * (y - y_mean)).pow(2).sum(0)  # (C,)
+    x = x - x_mean  # x is by far the largest table: no second one is kept
+    left, values, right = _svd(x if rows is None else x.mul_(root))
+    count, shape = len(x), x.shape
+    del x
+    near = (y - y_mean).mul_(root)
+    target = left.T @ near  # (r, C)
+    total = near.pow(2).sum(0)  # (C,)
     power = values.pow(2)
-    penalties = torch.tensor(PENALTIES, dtype=x.dtype) * power.sum() / min(x.shape)
+    penalties = torch.tensor(PENALTIES, dtype=power.dtype) * power.sum() / min(shape)
     shrink = power / (power + penalties[:, None])  # (penalties, r)
-    free = len(x) - shrink.sum(1) - float(centre)
+    free = count - shrink.sum(1) - float(centre)
     if rows is None:
         residual = total - target.pow(2).sum(0) + (1 - shrink).pow(2) @ target.pow(2)  # (penalties, C)
-        error, spread = len(x) * residual / free[:, None].clamp_min(1e-9) ** 2, total / len(x)
+        error, spread = count * residual / free[:, None].clamp_min(1e-9) ** 2, total / count
     else:
-        missed = _left_out(left, shrink, target, root * (y - y_mean), root, rows.groups, centre)
+        missed = _left_out(left, shrink, target, near, root, rows.groups, centre)
         judges = rows.weights == 1
         error, spread = missed[:, judges].pow(2).mean(1), y[judges].var(0, correction=0)
-    error[free < FREE * len(x)] = torch.inf
+    error[free < FREE * count] = torch.inf
     best = (error if each else error.sum(1, keepdim=True).expand_as(error)).argmin(0)  # (C,)
     error = error.gather(0, best[None])[0]
     inverse = values[:, None] / (power[:, None] + penalties[best])  # (r, C)
@@ -143,8 +147,8 @@ def ridge(
     if rows is not None:
         left_out = y - missed.gather(0, best.expand(1, *y.shape))[0]
     elif held:
-        leverage = left.pow(2) @ shrink[best].T + (1 / len(x) if centre else 0.0)  # (n, C), a row's share in its fit
-        left_out = y - (y - y_mean - left @ (shrink[best].T * target)) / (1 - leverage).clamp_min(1e-9)
+        leverage = left.pow(2) @ shrink[best].T + (1 / count if centre else 0.0)  # (n, C), a row's share in its fit
+        left_out = y - (near - left @ (shrink[best].T * target)) / (1 - leverage).clamp_min(1e-9)
     shift = (y_mean - x_mean @ matrix).float()
     return Fit(matrix.float(), shift, penalties[best].float(), explained, columns, left_out)
 
@@ -645,7 +649,7 @@ def _map_pair(
     reader predicts (reduced-rank regression: Izenman 1975).
     """
     there, back = states.flatten(0, 1), codes.flatten(0, 1)
-    reader, writer = ridge(there, back, centre=False), ridge(back, there, False, each=False)
+    reader, writer = ridge(there, back, False), ridge(back, there, False, each=False, held=False)
     miss = (codes.double() - reader.left_out.view_as(codes)).pow(2).sum((1, 2))
     fits = 1 - miss / codes.double().pow(2).sum((1, 2)).clamp_min(1e-12)
     told, said = reader.matrix, writer.matrix
