@@ -466,3 +466,17 @@ def test_the_explorer_shows_the_layer_and_the_text_that_are_chosen(encoder, adap
     taken = shown[-1][0]
     assert set(taken["layer"]) == {0, 1, 2}
     assert taken.equals(viz.routing_table(attached, encoder, "the plot was bad"))
+
+
+def test_what_atoms_read_in_a_bias_follows_it(encoder, adapter):
+    """It is kept with a fold; a host's bias may change all the same."""
+    frame = stream_frame(encoder)
+    with attach(encoder.model, adapter, "mood", frame) as attached, torch.no_grad():
+        first = run(encoder)
+        assert attached.folds().read
+        slot = next(s for s in attached.slots if s.writer)
+        encoder.model.get_submodule(slot.path).base.bias.add_(torch.linspace(-1, 1, 24))
+        changed = run(encoder)
+        attached.folds.forget()
+        torch.testing.assert_close(changed, run(encoder))
+        assert (changed - first).abs().max() > 1e-3

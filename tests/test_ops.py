@@ -117,6 +117,28 @@ def test_gradients_are_the_slopes(path):
     assert torch.autograd.gradcheck(update, leaves)
 
 
+@pytest.mark.parametrize("trained", ["m", "v", "u", "x", "mo"])
+def test_gradients_are_the_same_where_few_are_wanted(place, trained):
+    """Frozen atoms have none: tuning trains what makes the strengths alone."""
+    path, device = place
+    given = inputs(device, t=40)
+    offset = torch.linspace(-2, 2, 7).to(device)
+
+    def run(names):
+        leaves = {n: z.detach().clone() for n, z in zip("yxvumgo", (*given[:5], given[5].gate, offset), strict=True)}
+        for n in names:
+            leaves[n].requires_grad_()
+        y, x, v, u, m, gate, less = leaves.values()
+        out = ops.get(path)(y, x, v, u, m, Route(given[5].index, gate), less)
+        out.square().sum().backward()
+        return {n: leaves[n].grad for n in trained}
+
+    every = run("yxvumgo")
+    for name, gradient in run(trained).items():
+        assert every[name].abs().max() > 0.1
+        torch.testing.assert_close(gradient, every[name])
+
+
 def test_memory_may_lie_in_any_order(place):
     """Strided, transposed and expanded inputs, and gradients that come so."""
     path, device = place

@@ -49,7 +49,7 @@ class Fold:
     spent: _Spent | None = None
     tensors: list[Tensor] = field(default_factory=list)  # each once, where compiled hosts hold them
     copies: dict[torch.dtype, Folded] = field(default_factory=dict)  # of :attr:`folded`
-    read: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)  # by :meth:`reads`
+    read: dict[str, tuple[Tensor, tuple[int, int], Tensor]] = field(default_factory=dict)  # by :meth:`reads`
 
     def like(self, dtype: torch.dtype) -> Folded:
         """What was folded, in a half-precision host's dtype, so that its activations need not be cast; made once."""
@@ -63,8 +63,9 @@ class Fold:
     def reads(self, path: str, bias: Float[Tensor, " d_out"]) -> Float[Tensor, " A"]:
         """What a weight's atoms read in its bias, in float32, as the dots that it is subtracted from."""
         moving = self.learning or bias.requires_grad or torch.compiler.is_compiling() or bias.is_inference()
+        state = (0, 0) if moving else (bias._version, bias.data_ptr())
         kept = self.read.get(path)
-        if not moving and kept is not None and kept[0] is bias and kept[1] == bias._version:
+        if not moving and kept is not None and kept[0] is bias and kept[1] == state:
             return kept[2]
         reader = self.folded.atoms[path][0]
         with torch.autocast(reader.device.type, enabled=False):
@@ -72,7 +73,7 @@ class Fold:
                 return reader @ bias.to(reader)
             with torch.inference_mode(False), torch.no_grad():
                 made = reader @ bias.to(reader)
-        self.read[path] = bias, bias._version, made
+        self.read[path] = bias, state, made
         return made
 
 
