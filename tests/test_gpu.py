@@ -61,6 +61,7 @@ def test_without_type_checks():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"UHL_UNCHECKED": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
+    assert "...." in done.stdout  # they ran
 
 
 @pytest.mark.parametrize("path", [None, "fused", "gather", "dense"])
@@ -89,6 +90,8 @@ def test_half_precision(dtype):
     model = bert()
     with torch.no_grad():
         wanted = run(model)
+        with model.disable_adapter():
+            assert (run(model) - wanted).norm() > 0.2 * wanted.norm()
         model.base_model.model.to("cuda", dtype)
         model.cuda()
         found = run(model)

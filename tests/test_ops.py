@@ -71,6 +71,7 @@ SIZES = [
     {"seed": 2, "k": 4, "d_in": 130, "d_out": 300, "t": 3},  # more columns than a block
     {"seed": 3, "a": 200, "k": 3, "t": 9},
     {"seed": 4, "one_atom": True, "t": 40},  # all tokens share an atom
+    {"seed": 5, "a": 2, "k": 1, "b": 1, "t": 300},  # so many tokens an atom that they are summed in parts
 ]
 
 
@@ -314,3 +315,18 @@ def test_kernels_see_their_own_module():
 def test_rounds_of_the_best_are_topk():
     scores = torch.randn(4, 9, 12)
     assert torch.equal(router._rounds(scores, 3), scores.topk(3).indices)
+
+
+def test_gradients_have_their_tensors_precision(place):
+    """Behind a layer norm under autocast a weight reads float32 and gives half precision."""
+    path, device = place
+    y, x, v, u, m, chosen = inputs(device, t=20)
+    weights = torch.linspace(-1, 1, y.numel(), device=device).view_as(y).bfloat16()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = x.clone().requires_grad_()
+        out = ops.get(path)(y.to(dtype), leaf, v, u, m, chosen)
+        out.backward(weights.to(dtype))
+        found.append(leaf.grad)
+    assert found[1].dtype == torch.float32
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)

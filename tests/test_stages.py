@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import sentences
@@ -575,3 +576,18 @@ def test_chosen_texts_are_distinct_and_repeat(choice):
         assert len({i % 30 for i in kept}) == 20
     with pytest.raises(UHLError, match="61 texts to choose"):
         attempts.select(states, choice, 61)
+
+
+@pytest.mark.parametrize(("flops", "verdict"), [(3.3, "held"), (4.5, "held"), (4.6, "refuted")])
+def test_fewer_flops_than_the_rivals_are_no_refutation(flops, verdict):
+    from uhl import claims
+
+    row = {"task": "t", "target": "h", "seeds": 1, "n": 9, "adapter_bytes": 10}
+    table = pd.DataFrame(
+        [
+            row | {"arm": "anchor", "phase": "tuned", "extra_flops_pct": flops},
+            row | {"arm": claims.RIVAL, "phase": "retrained", "extra_flops_pct": 4.5},
+        ]
+    )
+    (found,) = (fact for fact in claims._memory(table) if "FLOPs" in fact[0])
+    assert verdict in found

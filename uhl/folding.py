@@ -49,7 +49,7 @@ class Fold:
     spent: _Spent | None = None
     tensors: list[Tensor] = field(default_factory=list)  # each once, where compiled hosts hold them
     copies: dict[torch.dtype, Folded] = field(default_factory=dict)  # of :attr:`folded`
-    read: dict[str, tuple[Tensor, tuple[int, int], Tensor]] = field(default_factory=dict)  # by :meth:`reads`
+    read: dict[str, tuple[Tensor, object, Tensor]] = field(default_factory=dict)  # by :meth:`reads`
 
     def like(self, dtype: torch.dtype) -> Folded:
         """What was folded, in a half-precision host's dtype, so that its activations need not be cast; made once."""
@@ -63,7 +63,7 @@ class Fold:
     def reads(self, path: str, bias: Float[Tensor, " d_out"]) -> Float[Tensor, " A"]:
         """What a weight's atoms read in its bias, in float32, as the dots that it is subtracted from."""
         moving = self.learning or bias.requires_grad or torch.compiler.is_compiling() or bias.is_inference()
-        state = (0, 0) if moving else (bias._version, bias.data_ptr())
+        state = None if moving else (bias._version, bias.data_ptr(), bias.dtype, bias.device)
         kept = self.read.get(path)
         if not moving and kept is not None and kept[0] is bias and kept[1] == state:
             return kept[2]
@@ -165,6 +165,9 @@ class Folds:
 
     def forget(self) -> None:
         """Make everything anew when it is next asked for."""
+        old = vars(self).get("_cache")
+        if old is not None:
+            _OWNERS.pop(old.key, None)
         self._cache = _Cache()
         _OWNERS[self._cache.key] = self
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ HOSTS = [("bert-large", 8, 512), ("llama-7b", 1, 4096)]  # shape, batch, length
 METHODS = ("bare", "LoRA r8", "UHL")
 MODES = ("eager", "default", "reduce-overhead")  # the last two of torch.compile
 BUFFER = 256 << 20  # bytes that the inputs of one measurement cover, so that no cache holds them
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "triton")}
 
 
 def _draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -97,7 +102,7 @@ def _kernels(tokens: int, width: int) -> pd.DataFrame:
         with torch.no_grad():
             seconds = _recorded(lambda step=step: [step(x, y) for x, y in given]) / sets  # type: ignore[misc]
         found.append({"kernel": name, "us": seconds * 1e6, "GB/s": size / seconds / 1e9})
-    out = pd.DataFrame(found)
+    out = pd.DataFrame(found).assign(**_versions())
     return out.assign(**{"% of copy": 100 * out["GB/s"] / out["GB/s"][0]})
 
 
@@ -134,7 +139,7 @@ def _weight(tokens: int, width: int, train: bool, repeats: int) -> pd.DataFrame:
 
     steps = {"bare": step(lambda: linear(x))} | {name: step(path(name)) for name in ("fused", "gather", "dense")}
     steps["LoRA r8"] = step(lambda: linear(x) + ((x.float() @ down.T) @ up.T).to(x.dtype))
-    return bench.paired(steps, repeats)
+    return bench.paired(steps, repeats).assign(**_versions())
 
 
 def weights(file: str | Path | None = None, repeats: int = 30) -> pd.DataFrame:
@@ -159,7 +164,7 @@ def _hosts(shape: str, batch: int, length: int, train: bool, mode: str, repeats:
         most[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
     del models, steps
     torch.cuda.empty_cache()
-    return found.assign(**{"step MB": found["step"].map(most)})
+    return found.assign(**{"step MB": found["step"].map(most)}, **_versions())
 
 
 def hosts(

@@ -272,6 +272,8 @@ class Attached:
         path = self.path or ops.choose(
             x.device.type, x.shape[:-1].numel(), self.adapter.config.atoms, x.shape[-1], y.shape[-1]
         )
+        if path == "fused" and torch.compiler.is_compiling():
+            path = "gather"  # which compilers fuse themselves
         self._now.paths[slot.path] = path
         # Triton's kernels add in float32 whatever they read; a learning fold has gradients to give
         half = path == "fused" and not fold.learning and not torch.compiler.is_compiling()
@@ -328,7 +330,7 @@ class Attached:
     def _route(self, hidden: Tensor, reader: Tensor | None, embedding: Float[Tensor, " A"]) -> Route:
         top_k = self.adapter.config.top_k
         if reader is not None:
-            return ops.route(hidden.to(reader.dtype), reader, embedding, top_k)
+            return ops.route(hidden.to(reader.dtype), reader, embedding, top_k, self.path)
         one = choose(embedding, top_k)
         shape = (*hidden.shape[:-1], one.index.shape[-1])
         return Route(one.index.expand(shape), one.gate.expand(shape))

@@ -44,10 +44,15 @@ def _has_triton() -> bool:
 
 
 def route(
-    hidden: Float[Tensor, "*b T D"], folded: Float[Tensor, "A D"], task: Float[Tensor, " A"], top_k: int
+    hidden: Float[Tensor, "*b T D"],
+    folded: Float[Tensor, "A D"],
+    task: Float[Tensor, " A"],
+    top_k: int,
+    path: str | None = None,
 ) -> Route:
-    """:func:`uhl.router.route`, on CUDA devices in fewer kernels where Triton is installed."""
-    if not torch.compiler.is_compiling() and hidden.is_cuda and _has_triton():
+    """:func:`uhl.router.route`, on CUDA devices in fewer kernels where Triton is installed and no other path chosen."""
+    wanted = not torch.compiler.is_compiling() and path in (None, "fused")
+    if wanted and hidden.is_cuda and _has_triton():
         from uhl.ops import fused
 
         return fused.route(hidden, folded, task, top_k)
