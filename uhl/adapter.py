@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from uhl.config import Sizes
 from uhl.dictionary import AtomDictionary
 from uhl.errors import UHLError
-from uhl.frame import Frame, Times
+from uhl.frame import Frame, Times, once
 from uhl.host import Slot
 from uhl.mixer import BASIS, Mixer, bias_features, type_features
 from uhl.projector import Projector
@@ -94,29 +94,17 @@ class Folded:
 
     def like(self, dtype: torch.dtype) -> Folded:
         """A copy whose readers and writers have another dtype; those that weights share go on being shared."""
-        return self._map(_once(lambda tensor: tensor.to(dtype)), lambda strength: strength)
+        return self._map(once(lambda tensor: tensor.to(dtype)), lambda strength: strength)
 
     def apart(self) -> Folded:
         """A copy of which each tensor has its own memory: strengths are rows of one."""
-        clone = _once(torch.clone)
+        clone = once(torch.clone)
         return self._map(clone, clone)
 
     def _map(self, vectors: Callable[[Tensor], Tensor], others: Callable[[Tensor], Tensor]) -> Folded:
         atoms = {path: (vectors(v), vectors(u), others(strength)) for path, (v, u, strength) in self.atoms.items()}
         own = {path: vectors(reader) for path, reader in self.own_routes.items()}
         return Folded(atoms, tuple(map(vectors, self.routes)), own, others(self.embedding))
-
-
-def _once(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``change``, whose result for a tensor is kept, by identity."""
-    made: dict[Tensor, Tensor] = {}
-
-    def changed(tensor: Tensor) -> Tensor:
-        if tensor not in made:
-            made[tensor] = change(tensor)
-        return made[tensor]
-
-    return changed
 
 
 class UHLAdapter(nn.Module):

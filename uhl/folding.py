@@ -157,7 +157,8 @@ class Folds:
     ) -> None:
         self.adapter, self.task, self.slots, self.width = adapter, task, slots, width
         self.given, self.scale = given, scale
-        self.forget()
+        self._cache = _Cache()
+        _OWNERS[self._cache.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)  # of a copy, whose cache is its own
@@ -165,9 +166,7 @@ class Folds:
 
     def forget(self) -> None:
         """Make everything anew when it is next asked for."""
-        old = vars(self).get("_cache")
-        if old is not None:
-            _OWNERS.pop(old.key, None)
+        _OWNERS.pop(self._cache.key, None)
         self._cache = _Cache()
         _OWNERS[self._cache.key] = self
 

@@ -18,7 +18,7 @@ so nothing depends on how heads or feed-forward neurons are numbered, and no wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +54,18 @@ class Times:
         return self.turned[p]
 
 
+def once(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``change``, whose result for a tensor is kept, by identity."""
+    made: dict[Tensor, Tensor] = {}
+
+    def changed(tensor: Tensor) -> Tensor:
+        if tensor not in made:
+            made[tensor] = change(tensor)
+        return made[tensor]
+
+    return changed
+
+
 @dataclass
 class Frame:
     """Readers and writers of one host. ``rescale`` divides the head's input by its own root mean square.
@@ -73,13 +85,7 @@ class Frame:
 
     def to(self, device: torch.device) -> Frame:
         """The same frame on a device; weights that share a P go on sharing it."""
-        moved: dict[Tensor, Tensor] = {}  # by identity
-
-        def move(p: Tensor) -> Tensor:
-            if p not in moved:
-                moved[p] = p.to(device)
-            return moved[p]
-
+        move = once(lambda p: p.to(device))
         slots = {path: (move(a), move(b)) for path, (a, b) in self.slots.items()}
         routes = tuple(move(r) for r in self.routes)
         return replace(self, slots=slots, routes=routes, head=move(self.head), shift=move(self.shift))

@@ -148,7 +148,7 @@ def weights(file: str | Path | None = None, repeats: int = 30) -> pd.DataFrame:
     return bench._resumed(_weight, [size | {"repeats": repeats} for size in sizes], file)
 
 
-def _hosts(shape: str, batch: int, length: int, train: bool, mode: str, repeats: int, **_: Any) -> pd.DataFrame:
+def _hosts(shape: str, batch: int, length: int, train: bool, mode: str, repeats: int) -> pd.DataFrame:
     """Hosts in turn; ``step MB``: the most that a step takes beside what is there before it."""
     models: dict[str, Any] = dict(bench._methods(shape, METHODS, "cuda", torch.bfloat16))
     if mode != "eager":

@@ -276,7 +276,7 @@ class Attached:
             path = "gather"  # which compilers fuse themselves
         self._now.paths[slot.path] = path
         # Triton's kernels add in float32 whatever they read; a learning fold has gradients to give
-        half = path == "fused" and not fold.learning and not torch.compiler.is_compiling()
+        half = path == "fused" and not fold.learning
         folded = fold.like(x.dtype) if half else fold.folded
         v, u, strength = folded.atoms[slot.path]
         chosen = self._shared_route(slot, x, layer[1], folded) if layer is not None and inside else None

@@ -36,7 +36,7 @@ class ByAtom:
     @property
     def tokens(self) -> Int64[Tensor, " TK"]:
         """The token of each place, in that order."""
-        if self._tokens is None:
+        if self._tokens is None:  # no cached_property: before Python 3.12 it takes a lock, which cannot be compiled
             self._tokens = self.order // self._k
         return self._tokens
 

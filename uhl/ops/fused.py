@@ -48,8 +48,8 @@ class _Kernel:
             with torch.cuda.device(device):
                 return self(grid, tensors, sizes, constants)
         aligned = not any(t.data_ptr() % 16 for t in tensors)
-        kinds = [t.dtype for t in tensors], [(n == 1, n % 16 == 0, n < 2**31) for n in sizes]
-        key = device.index, constants, *kinds[0], *kinds[1]
+        numbers = ((n == 1, n % 16 == 0, n < 2**31) for n in sizes)
+        key = device.index, constants, *(t.dtype for t in tensors), *numbers
         found = self.compiled.get(key) if aligned else None
         if found is not None:
             found[(*grid, 1, 1)[:3]](*tensors, *sizes, *constants)
