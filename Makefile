@@ -4,6 +4,7 @@
 # make attempts                ways to port, compared on dev (notebook 07 for every task and target); writes figures/attempts.*
 # make copies                  the adapter on pruned copies of its source (notebook 10); writes figures/compression*
 # make bench                   times and memory of the layers on this machine
+# make fetch                   set up and fetch the offline models and text, no more
 # make lab                     JupyterLab on notebooks/
 
 SHELL := bash
@@ -100,8 +101,9 @@ bench: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/jupyter lab notebooks
 
-# make table PROFILE=offline-full [PARTIAL=--partial]   figures anew from all results, then README.md and figures/
+# make table [PROFILE=offline-full] [PARTIAL=--partial]   figures anew from all results, then README.md and figures/
 RUNS = $(or $(UHL_RUNS),$(CURDIR)/runs)/$(PROFILE)
+table: PROFILE = offline-full
 table: export UHL_BATCH = 1
 table: $(STAMP)
 	@mkdir -p $(RUNS)/analysis

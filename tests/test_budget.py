@@ -10,12 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, BertConfig
 
 from uhl import budget
-from uhl.adapter import UHLAdapter
-from uhl.baselines import file_sizes, peft_method
+from uhl.adapter import TaskPart, UHLAdapter
+from uhl.anchors import Probe
+from uhl.baselines import HEAD_AND_HEADER, file_sizes, own_frame, peft_method
 from uhl.config import Sizes
 from uhl.frame import Basis
 from uhl.host import find_slots
 from uhl.peft_method import attach
+from uhl.sat import SATAdapter
 
 
 def count(encoder, inputs):
@@ -57,6 +59,37 @@ def test_formulas_of_the_baselines_equal_the_counter(make_encoder, method):
     encoder.model = get_peft_model(encoder.model, config)
     extra = count(encoder, long) - count(encoder, short) - bare
     assert extra == 12 * sum(2 * rank * (s.d_in + s.d_out) for s in targets)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+def test_formula_of_sparse_baselines_equals_the_counter(make_encoder, functional):
+    encoder = make_encoder()
+    slots, inputs = find_slots(encoder.model), {"input_ids": torch.arange(5, 17)[None]}
+    adapter = SATAdapter(Sizes(), slots, encoder.width, functional=functional)
+    adapter.tasks["main"] = TaskPart(Sizes(), ("a", "b"), "sentence")
+    with torch.no_grad():
+        bare = count(encoder, inputs)
+        with attach(
+            encoder.model, adapter, "main", own_frame(encoder, Probe(["good film", "bad plot"])), path="reference"
+        ):
+            extra = count(encoder, inputs) - bare
+    wanted = budget.routing_flops(adapter.config, slots, encoder.width) + budget.update_flops(adapter.config, slots)
+    assert extra == 12 * wanted
+
+
+@pytest.mark.parametrize(("layers", "width"), [(4, 312), (3, 384), (12, 768)])
+def test_the_largest_lora_stays_in_both_budgets(layers, width):
+    """One more rank would leave one of the two."""
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": 12, "intermediate_size": 4 * width}
+    slots = find_slots(AutoModel.from_config(BertConfig(vocab_size=50, hidden_size=width, **sizes)))
+    _, targets, rank = peft_method("lora-1mb", slots)
+
+    def inside(r):
+        size = 2 * r * sum(s.d_in + s.d_out for s in targets) + HEAD_AND_HEADER
+        return size <= budget.LIMIT_BYTES and budget.lora_flops_pct(r, targets, slots) <= budget.LIMIT_FLOPS_PCT
+
+    assert inside(rank)
+    assert not inside(rank + 1)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Models by name: errors for what cannot be loaded, the ONNX conversion, the shipped student."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from uhl import models, sources, student
 from uhl.errors import UHLError
+from uhl.files import sha256
 from uhl.models import load_encoder
 
 
@@ -67,6 +69,27 @@ def test_a_damaged_and_an_incomplete_folder(make_encoder, tmp_path):
         load_encoder(str(tmp_path))
 
 
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["UHL_MARK"],)
+
+
+def test_weights_in_a_pickle_are_tensors_or_refused(make_encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("UHL_MARK", str(tmp_path / "ran"))
+    encoder, folder = make_encoder(), tmp_path / "host"
+    encoder.model.config.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    torch.save(encoder.model.state_dict(), folder / "pytorch_model.bin")
+    found, given = load_encoder(str(folder)).model.state_dict(), encoder.model.state_dict()
+    assert all(torch.equal(value, given[name]) for name, value in found.items())
+    torch.save({"x": Harmful()}, folder / "pytorch_model.bin")
+    with pytest.raises(UHLError, match="Weights only load failed.*incomplete or damaged"):
+        load_encoder(str(folder))
+    assert not (tmp_path / "ran").exists()
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "ran").exists()  # so that the file was indeed one to refuse
+
+
 def test_corrupt_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("UHL_CACHE", str(tmp_path))
     folder = tmp_path / "models" / "minilm-l6"
@@ -74,6 +97,28 @@ def test_corrupt_weights(tmp_path, monkeypatch):
     (folder / "model.safetensors").write_bytes(b"x")
     (folder / "manifest.json").write_text(json.dumps({"sha256": "0" * 64, "source_sha256": "y"}))
     with pytest.raises(UHLError, match="is corrupt.*delete its folder"):
+        load_encoder("minilm-l6")
+
+
+@pytest.mark.parametrize("name", ["minilm-l6", "minilm-4x312"])
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}"])
+def test_a_manifest_that_is_missing_or_damaged(tmp_path, monkeypatch, name, text):
+    monkeypatch.setenv("UHL_CACHE", str(tmp_path))
+    folder = tmp_path / "models" / name
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"x")
+    if text:
+        (folder / "manifest.json").write_text(text)
+    with pytest.raises(UHLError, match=r"manifest\.json is missing or damaged; delete its folder"):
+        load_encoder(name)
+
+
+def test_missing_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("UHL_CACHE", str(tmp_path))
+    folder = tmp_path / "models" / "minilm-l6"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"sha256": "x", "source_sha256": "y"}))
+    with pytest.raises(UHLError, match=r"model\.safetensors is missing; delete its folder"):
         load_encoder("minilm-l6")
 
 
@@ -137,6 +182,48 @@ def test_the_student_has_its_shape_and_follows_its_teacher():
     with torch.no_grad():
         pupil.model.encoder.layer[-1].output.LayerNorm.weight[::2] = 0
     assert student.quality(final_means(pupil, texts), far)["explained"] < found["explained"] - 0.05
+
+
+@pytest.fixture
+def linked_cache(tmp_path, monkeypatch):
+    """An empty cache but for `minilm-l6`, whose tokenizer the student has."""
+    folder, _ = models.resolve("minilm-l6")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "minilm-l6").symlink_to(folder)
+    monkeypatch.setenv("UHL_CACHE", str(tmp_path))
+    return tmp_path / "models"
+
+
+@pytest.mark.parametrize("damage", ["truncated", "overwritten", "missing"])
+def test_a_damaged_student_file(linked_cache, monkeypatch, damage):
+    data, file = models.STUDENT_FILE.read_bytes(), linked_cache / "student.safetensors"
+    if damage == "truncated":
+        file.write_bytes(data[: len(data) // 2])
+    elif damage == "overwritten":
+        file.write_bytes(data[: 5 << 20] + bytes(1 << 20) + data[6 << 20 :])
+    monkeypatch.setattr(models, "STUDENT_FILE", file)
+    with pytest.raises(UHLError, match=r"student\.safetensors is (corrupt|missing).*restore it from the repository"):
+        load_encoder("minilm-4x312")
+    assert not (linked_cache / "minilm-4x312").exists()
+
+
+def test_a_cached_student_of_another_file_is_made_again(linked_cache):
+    folder = linked_cache / "minilm-4x312"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    entry = {"sha256": sha256(folder / "model.safetensors"), "source_sha256": "0" * 64}
+    (folder / "manifest.json").write_text(json.dumps(entry))
+    assert load_encoder("minilm-4x312").revision == models.STUDENT_SHA256
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    load_encoder("minilm-4x312")
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_the_students_command_prints_the_hash_to_pin(make_encoder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(student, "distil", lambda *_: make_encoder().model)
+    monkeypatch.setattr("sys.argv", ["student", "--out", str(tmp_path / "s.safetensors")])
+    student.main()
+    assert f'STUDENT_SHA256 = "{sha256(tmp_path / "s.safetensors")}"' in capsys.readouterr().out
 
 
 def test_student_file_round_trip(make_encoder, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from uhl import grid, report, runs, viz
+from uhl import claims, grid, report, runs, viz
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
 from uhl.runs import Settings
@@ -63,8 +63,13 @@ def test_results_that_are_missing_repeated_or_incomplete():
     path = runs.root() / "p" / "results.csv"
     frame = pd.read_csv(path)
     pd.concat([frame, frame]).to_csv(path, index=False)
-    with pytest.raises(UHLError, match="repeated rows"):
+    with pytest.raises(UHLError, match="repeated rows, such as .*: two cells measured the same"):
         runs.load_results("p")
+    for profiles in (["p", "q"], ["q", "q"]):
+        mixed = pd.concat([frame, frame.assign(seed=9)]).iloc[:2].assign(profile=profiles)
+        mixed.to_csv(path, index=False)
+        with pytest.raises(UHLError, match="holds rows of profile q"):
+            runs.load_results("p")
     frame.drop(columns="score").to_csv(path, index=False)
     with pytest.raises(UHLError, match="misses columns score"):
         runs.load_results("p")
@@ -85,7 +90,7 @@ def test_every_profile_is_whole(profile):
         first = path.read_text().splitlines()[0]
         assert first.startswith("# make port TARGET=" + name), path
         assert runs.slug(runs.read_yaml(path)["target"]) == name
-    assert len(report.missing_cells(profile)) == len(made.cells())
+    assert report.missing(profile) == made.cells()
 
 
 def test_a_parameter_file_is_named_after_its_target(tmp_path, monkeypatch):
@@ -109,7 +114,7 @@ def test_unknown_profile_and_bad_parameter_file(tmp_path):
 
 
 def test_the_readme_is_not_written_from_an_incomplete_profile(tmp_path):
-    with pytest.raises(UHLError, match="offline is not complete, 9 cells are missing, first movies-s0/pretrain-"):
+    with pytest.raises(UHLError, match="offline is not complete, 9 cells or rows are missing, first movies-s0/"):
         report.update_readme("offline", tmp_path / "README.md", tmp_path)
 
 
@@ -142,23 +147,65 @@ def test_pairs_are_of_common_seeds_only():
     assert report.paired({(*key, "anchor"): {0: right[0]}, (*key, "zero-atoms"): {1: right[1]}}).empty
 
 
+def right(percent, n=1000):
+    """Counts of that many right answers, the first ones."""
+    return np.c_[np.arange(n) < n * percent / 100, np.ones((n, 2))].astype(float)
+
+
 def test_gap_recovered_where_there_is_a_gap():
     def cells(target, lora):
-        scores = {("no-adapter", "zero-shot"): 50.0, ("anchor", "zero-shot"): 60.0, ("lora-r8", "retrained"): lora}
-        return [
-            {"task": "movies", "target": target, "arm": arm, "phase": phase, "score": score, "seeds": 3}
-            for (arm, phase), score in scores.items()
-        ]
+        scores = {("zero-shot", "no-adapter"): 50.0, ("zero-shot", "anchor"): 60.0, ("retrained", "lora-r8"): lora}
+        return {("movies", target, *key): dict.fromkeys(range(3), right(score)) for key, score in scores.items()}
 
-    gaps = report.gap_recovered(pd.DataFrame(cells("x", 70.0) + cells("y", 50.0)))
-    found = gaps.set_index(["target", "arm"])["gap"]
-    assert found["x", "anchor"] == pytest.approx(0.5)
-    assert np.isnan(found["y", "anchor"])
+    tables = cells("x", 70.0) | cells("y", 50.0)
+    gaps = report.gap_recovered(tables)
+    found = gaps.set_index(["target", "arm"])
+    assert found.loc[("x", "anchor"), "gap"] == pytest.approx(0.5)
+    assert 0.3 < found.loc[("x", "anchor"), "low"] < 0.5 < found.loc[("x", "anchor"), "high"] < 0.7
+    assert found.loc[("y", "anchor"), ["gap", "low", "high"]].isna().all()
+    fewer = tables | {("movies", "x", "zero-shot", "anchor"): {0: right(60)}}
+    assert ("x", "anchor") not in report.gap_recovered(fewer).set_index(["target", "arm"]).index
     fig = viz.gap_heat(gaps)
-    shown = {t.get_position(): t.get_text() for t in fig.axes[0].texts}  # rows by arm, columns by target
-    assert shown == {(0.5, 0.5): "0.00", (0.5, 1.5): "0.50"}
+    shown = {t.get_position(): t.get_text().split("\n")[0] for t in fig.axes[0].texts}  # rows by arm, columns by target
+    missing = {(1.5, 0.5): "not defined", (1.5, 1.5): "not defined"}
+    assert shown == {(0.5, 0.5): "0.00", (0.5, 1.5): "0.50"} | missing
     fig = viz.gap_heat(gaps[gaps["target"] == "y"])
     assert "no gap" in fig.axes[0].texts[0].get_text()
+
+
+def test_one_seed_decides_nothing_alone():
+    """A difference that its examples decide, of one seed; of three; and of one beside other cells that have three."""
+    key = ("movies", "x")
+    one = {(*key, "zero-shot", "anchor"): {0: right(80)}, (*key, "zero-shot", "zero-atoms"): {0: right(70)}}
+    (row,) = report.paired(one).to_dict("records")
+    assert row["p holm"] < 1e-6
+    assert row["verdict"] == "undecided"
+    three = {name: dict.fromkeys(range(3), next(iter(cell.values()))) for name, cell in one.items()}
+    assert report.paired(three)["verdict"].tolist() == ["better"]
+    rng = np.random.default_rng(0)
+    others = {
+        ("movies", host, "zero-shot", arm): {s: right(75 + rng.normal(0, 0.3)) for s in range(3)}
+        for host in "abcd"
+        for arm in ("anchor", "zero-atoms")
+    }
+    assert report.paired(one | others).set_index("target").loc["x", "verdict"] == "better"
+    source = {("movies", "s", "source", "uhl-canonical"): {0: right(60)}}
+    budgets = dict.fromkeys(("adapter_bytes", "extra_flops_pct", "top_k", "active_atoms", "seeds", "n"), 1)
+    table = pd.DataFrame([budgets | {"task": "movies", "target": "x", "phase": "zero-shot", "arm": "anchor"}])
+    judged = claims.judge(table, one | source, {})
+    (told,) = judged[(judged["arm"] == "anchor") & judged["claim"].str.startswith("1")].to_dict("records")
+    assert (told["verdict"], told["reason"]) == ("not decidable", "one seed does not show how much seeds vary")
+    lacking = judged[(judged["arm"] == "embedding")]
+    assert set(lacking["verdict"]) == {"not decidable"}
+    assert lacking["reason"].str.contains("is not defined there, or was not run").all()
+
+
+def test_examples_that_stand_alone_have_mcnemars_p_however_they_are_marked():
+    key = ("movies", "x", "zero-shot")
+    cells = {(*key, "anchor"): {0: right(60)}, (*key, "zero-atoms"): {0: right(50)}}
+    for groups in (None, {"movies": None}, {"movies": np.arange(1000)}):
+        assert report.paired(cells, groups)["p mcnemar"].tolist() == [pytest.approx(0.0, abs=1e-9)]
+    assert report.paired(cells, {"movies": np.arange(1000) // 2})["p mcnemar"].isna().all()
 
 
 def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):
@@ -173,11 +220,14 @@ def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):
     runs.write_manifest(settings, "baselines-minilm-l3", [made], labels=["n", "p"])
     arrays = {"labels": [0, 1], "gold": [0, 0], "length": [1, 1]}
     np.savez(folder / "predictions.npz", **{f"head/test/{k}": np.array(v) for k, v in arrays.items()})
-    with pytest.raises(UHLError, match="cells are missing"):
+    with pytest.raises(UHLError, match="cells or rows are missing"):
         report.update_readme("offline", readme, tmp_path)
     report.update_readme("offline", readme, tmp_path, partial=True)
     text = readme.read_text()
     assert text.startswith("a\n")
     assert text.endswith("b\n")
-    assert "**Not complete: 8 cells of the grid are missing.**" in text
+    lacks = len(grid.Grid.read("offline").cells()) - 1 + 2 * 3 - 1  # two splits of three baselines, but the one row
+    assert f"**Not complete: {lacks} cells or rows are missing, first movies-s0/pretrain-canonical.**" in text
+    assert "movies-s0/baselines-minilm-l3: lora-r8 on test" in report.missing("offline")
+    assert "movies-s0/baselines-minilm-l3: head on test" not in report.missing("offline")
     assert "movies on minilm-l3: seeds 1, n = 2" in text

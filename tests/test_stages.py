@@ -83,7 +83,7 @@ def run_all(settings):
         _, outcome = stages.pretrain(settings, projector)
         outcome.finish(f"pretrain-{projector}")
     outcome = stages.zero_shot(settings)
-    outcome.finish("port-small", reports=outcome.details["reports"])
+    outcome.finish("port-small", **outcome.details)
     tuned = [o for o in (stages.tune(settings, arm) for arm in stages.TUNED_ARMS) if o]
     merge(tuned).finish("tune-small")
     for host, name in (("source", "big"), ("target", "small")):
@@ -125,15 +125,25 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert pairs["p mcnemar"].isna().all() == (kind == "token")
     judged = claims.judge(table, tables, {})
     ours = {"dimension", "anchor", "refresh"}
-    for number, arms in {"1": ours, "2 tuned": ours - {"refresh"}, "3": ours - {"refresh"}}.items():
-        assert set(judged[judged["claim"].str.startswith(number)]["arm"]) == arms
-    run = judged["claim"].str.startswith("3") & (judged["verdict"] == "not decidable") & (judged["seeds"] == 0)
-    assert run.any() == (kind != "sentence")  # LoRA at 1 MB ran there alone, and the others say so
+    others = kind == "sentence"  # LoRA at 1 MB ran there alone
+    for number, arms in {
+        "1": ours,
+        "2 tuned": ours - {"refresh"},
+        "3": ours - {"refresh"} if others else set(),
+    }.items():
+        rows = judged[judged["claim"].str.startswith(number)]
+        assert set(rows["arm"]) == set(claims.PORTED)
+        assert set(rows["arm"][rows["seeds"] > 0]) == arms
+        assert (rows["verdict"][rows["seeds"] == 0] == "not decidable").all()
+    lacks = judged[judged["claim"].str.startswith("3")].set_index("arm")["reason"]
+    assert lacks["lineage"].startswith("lineage is not defined there")
+    assert (lacks["anchor"] == "LoRA at 1 MB was not run") == (not others)
+    assert report.missing("t") == []
     assert set(judged["verdict"]) <= {"held", "refuted", "not decidable"}
     told = claims.markdown("t").splitlines()
     assert sum(line.startswith("| 1 ") for line in told) == len(ours)
-    assert all(" of 1 |" in line for line in told if line.startswith(("| 1 ", "| 2 tuned", "| 3 ")))
-    assert ("| not run |" in "".join(told)) == (kind != "sentence")
+    assert all(" of 1 |" in line for line in told if line.startswith(("| 1 ", "| 2 tuned")))
+    assert any(line.startswith("| 3 ") and "| every arm | not run |" in line for line in told) == (not others)
     board = report.leaderboard(table)
     assert {"anchor", "sat-lora", "full"} <= set(board["method"])
     assert (board[board["method"] == "anchor"]["zero-shot"] > 0).all()
@@ -315,9 +325,10 @@ def test_finished_baselines_are_read_back(tiny_world, monkeypatch):
     ran, once = [], stages.baseline
     monkeypatch.setattr(stages, "baseline", lambda *given: ran.append(given[2]) or once(*given))
     first = stages.baselines(settings, "target")
-    more = settings.model_copy(update={"baselines": ("head", "lora-r8", "bitfit"), "tune_steps": 7})
+    more = settings.model_copy(update={"baselines": ("head", "lora-r8", "bitfit"), "refresh_steps": 7})
     again = stages.baselines(more, "target")
     assert ran == ["head", "bitfit", "lora-r8"]
+    assert {row["steps"] for row in again["lora-r8"].rows} == {settings.tune_steps}
     assert list(again) == ["head", "lora-r8", "bitfit"]
     for method, outcome in first.items():
         found = again[method]
@@ -327,6 +338,13 @@ def test_finished_baselines_are_read_back(tiny_world, monkeypatch):
     del ran[:]
     stages.baselines(more.model_copy(update={"bitfit_rate": 0.5}), "target")
     assert ran == ["bitfit"]
+    del ran[:]
+    stages.baselines(settings, "source")
+    longer = {"tune_steps": settings.tune_steps + 1}
+    for host in ("source", "target"):  # the source's do not tune, and are not trained again
+        assert ran.count("bitfit") == 1
+        stages.baselines(settings.model_copy(update=longer), host)
+    assert ran == ["head", "bitfit"] * 2
     del ran[:]
     for cut in (b"PK cut", b""):
         (runs.cell_dir(settings, "baselines-small") / "head" / "predictions.npz").write_bytes(cut)
@@ -494,6 +512,27 @@ def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
     runs.update_results("t")
     with pytest.raises(UHLError, match=r"results\.csv says"):
         report.summary("t")
+
+
+def test_predictions_of_other_examples_are_refused(tiny_world):
+    """Another order has the same score, and would pair each example with another."""
+    for seed in (0, 1):
+        settings = tiny_world.model_copy(update={"seed": seed, "baselines": ("head",)})
+        merge(stages.baselines(settings, "source").values()).finish("baselines-big")
+    assert report.gather("t")
+    path = runs.cell_dir(settings, "baselines-big") / "predictions.npz"
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    for change in (slice(None, None, -1), slice(-1)):
+        np.savez(path, **{name: x[change] for name, x in arrays.items()})
+        with pytest.raises(UHLError, match="scored on other test examples"):
+            report.gather("t")
+    np.savez(path, **{name: x for name, x in arrays.items() if "labels" not in name})
+    with pytest.raises(UHLError, match="lacks test predictions of head; delete that folder"):
+        report.gather("t")
+    path.unlink()
+    with pytest.raises(UHLError, match="lacks test predictions of head; delete that folder"):
+        report.gather("t")
 
 
 def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world, task, make_encoder):

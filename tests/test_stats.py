@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, bootstrap
 from seqeval.metrics import f1_score
 from sklearn.metrics import accuracy_score
 
@@ -32,6 +32,38 @@ def test_interval_width_is_the_binomial_one():
     found = stats.interval(draw(0, n=1000))
     standard = 100 * np.sqrt(0.8 * 0.2 / 1000)
     assert (found.high - found.low) / 2 == pytest.approx(1.96 * standard, rel=0.15)
+
+
+def test_the_bootstrap_is_scipys():
+    """Ends of both intervals of one seed's accuracy, and of a paired difference, on the same examples."""
+    a, b = seeds_of(0, 1, 1000, 0.0, (0.3, 0.0))
+    for given, found in (
+        (100 * a[0, :, 0], stats.interval(a)),
+        (100 * (a - b)[0, :, 0], stats.difference(a, b)),
+    ):
+        theirs = bootstrap((given,), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
+        assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.35)
+
+
+def test_a_share_of_a_gap_has_its_interval():
+    """Delta method of a ratio with a fixed gap: a share's interval is the score's, in units of the gap."""
+    floor = np.zeros((1, 4000, 3))
+    floor[..., 1:] = 1
+    ceiling = floor.copy()
+    ceiling[..., 0] = 1
+    cell = draw(0, n=4000)
+    made, score = stats.recovered(cell, floor, ceiling), stats.interval(cell)
+    assert made == pytest.approx([x / 100 for x in score])
+    assert np.isnan(stats.recovered(cell, ceiling, floor)).all()
+    near = floor.copy()
+    near[0, 0, 0] = 1  # a gap of one example, which resamples lose
+    assert np.isnan(stats.recovered(cell, floor, near)[1:]).all()
+    held = 0
+    for trial in range(60):
+        drawn = (draw(trial + start, 3, 1000, p) for start, p in ((0, 0.7), (1000, 0.5), (2000, 0.8)))
+        found = stats.recovered(*drawn)
+        held += found.low <= 2 / 3 <= found.high
+    assert held / 60 >= 0.9
 
 
 def test_a_paired_difference_is_narrower_than_two_intervals_and_sees_zero():
@@ -130,6 +162,14 @@ def test_cells_of_a_table_lend_one_another_how_much_seeds_vary():
         assert (made.p < 0.05) == (made.low > 0 or made.high < 0) or abs(made.p - 0.05) < 0.01
     assert held / 150 >= 0.95
     assert widths / 150 < 0.95
+
+
+def test_one_seed_beside_a_table_of_three_is_as_careful():
+    """Equal methods whose seeds differ: told apart by one seed's examples far too often, and rarely with the prior."""
+    known = stats.prior(stats.seeds_apart(*seeds_of(t, 3, 1000, 0.15)) for t in range(1000, 1040))
+    pairs = [seeds_of(t, 1, 1000, 0.15) for t in range(150)]
+    assert np.mean([stats.difference(*pair).p < 0.05 for pair in pairs]) > 0.2
+    assert np.mean([stats.difference(*pair, None, known).p < 0.05 for pair in pairs]) <= 0.07
 
 
 def test_p_and_interval_say_the_same():

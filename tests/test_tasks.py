@@ -2,12 +2,13 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from uhl import readers, tasks
+from uhl import readers, sources, tasks
 from uhl.errors import UHLError
 from uhl.runs import Settings
 from uhl.tasks import IGNORE, TaskSpec, encode, load_task
@@ -21,13 +22,15 @@ def write_jsonl(path, rows):
     return path
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.csv.gz", "train.tsv"])
+@pytest.mark.parametrize(
+    "name", ["train.jsonl", "train.jsonl.gz", "train.csv", "train.csv.gz", "train.tsv", "train.tsv.gz"]
+)
 def test_plain_files(tmp_path, name):
     path = tmp_path / name
     if "jsonl" in name:
         write_jsonl(path, ROWS)
     else:
-        pd.DataFrame(ROWS).to_csv(path, index=False, sep="\t" if name.endswith("tsv") else ",")
+        pd.DataFrame(ROWS).to_csv(path, index=False, sep="\t" if "tsv" in name else ",")
     task = load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
     assert task.labels == ("0", "1")
     assert {s: len(d) for s, d in task.data.items()} == {"train": 33, "dev": 3, "test": 4}
@@ -57,8 +60,12 @@ def test_boolq_layout(tmp_path, tokenizer):
 CONLL = "-DOCSTART- -X- O O\n\ngood NN I-PER\njoy NN I-PER\nfilm NN O\n\nbad NN I-LOC\nplot NN B-LOC\n" * 6
 
 
-def test_conll_columns_become_bio_on_first_pieces(tmp_path, tokenizer):
-    (tmp_path / "train.conll").write_text(CONLL)
+@pytest.mark.parametrize("name", ["train.conll", "train.conll.gz"])
+def test_conll_columns_become_bio_on_first_pieces(tmp_path, tokenizer, name):
+    if name.endswith("gz"):
+        (tmp_path / name).write_bytes(gzip.compress(CONLL.encode()))
+    else:
+        (tmp_path / name).write_text(CONLL)
     task = load_task(TaskSpec(str(tmp_path), "token", labels=("O", "B-PER", "I-PER", "B-LOC", "I-LOC")))
     rows = [r for split in task.data.values() for r in split]
     assert len(rows) == 12
@@ -71,6 +78,37 @@ def test_conll_columns_become_bio_on_first_pieces(tmp_path, tokenizer):
     pieces = tokenizer.convert_ids_to_tokens(made["input_ids"])
     assert pieces == ["[CLS]", "good", "##joy", "film", "[SEP]"]
     assert made["labels"] == [IGNORE, 1, IGNORE, 0, IGNORE]
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", " \t\r", "\r"])
+def test_a_separator_of_blanks_ends_a_sentence(tmp_path, blank):
+    (tmp_path / "train.conll").write_bytes(CONLL.replace("\n\n", f"\n{blank}\n").encode())
+    task = load_task(TaskSpec(str(tmp_path), "token"))
+    assert sorted(len(row["tokens"]) for split in task.data.values() for row in split) == [2] * 6 + [3] * 6
+
+
+LIST = "expected a list of {} \\(jsonl or CoNLL\\); mend it"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"tokens": ["a", "b"], "tags": [0, -1]}, "split train: unknown label -1; expected one of O, B-X"),
+        ({"tokens": ["a", "b"], "tags": [0, 2]}, "split train: unknown label 2; expected one of O, B-X"),
+        ({"tokens": "ab", "tags": [0, 1]}, f"row 31, column 'tokens' holds 'ab', {LIST.format('words')}"),
+        ({"tokens": ["a"], "tags": "O"}, f"row 31, column 'tags' holds 'O', {LIST.format('tags')}"),
+        ({"tokens": ["a", None], "tags": [0, 1]}, f"row 31, column 'tokens' holds .*None., {LIST.format('words')}"),
+        ({"tokens": ["a", "b"], "tags": ["O", None]}, f"row 31, column 'tags' holds .*None., {LIST.format('tags')}"),
+        ({"tokens": ["a"], "tags": [0, 1]}, "split train, row 31 has 2 tags for 1 tokens; give each one tag"),
+        ({"tokens": ["a", "b"], "tags": [0]}, "split train, row 31 has 1 tags for 2 tokens; give each one tag"),
+    ],
+)
+def test_a_bad_row_of_a_token_task(tmp_path, row, message):
+    good = [{"tokens": ["a", "b"], "tags": [0, 1]}] * 30
+    for split, rows in (("train", [*good, row]), ("dev", good), ("test", good)):
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    with pytest.raises(UHLError, match=message):
+        load_task(TaskSpec(str(tmp_path), "token", labels=("O", "B-X")))
 
 
 def test_scores(task):
@@ -141,6 +179,56 @@ def test_empty_split(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "test.csv").write_text("sentence,label\n")
     with pytest.raises(UHLError, match="split test is empty"):
+        load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"text": None, "label": 1}, "'text' holds .*, expected text; mend it"),
+        ({"label": 1}, "'text' holds nan, expected text; mend it"),
+        ({"text": 5, "label": 1}, "'text' holds 5, expected text; mend it"),
+        ({"text": "x", "label": None}, "'label' holds nan, expected a label; mend it"),
+        ({"text": "x", "label": " "}, "'label' holds ' ', expected a label; mend it"),
+        ({"text": "x", "label": ["a", "b"]}, "'label' holds .'a', 'b'., expected a label; mend it"),
+    ],
+)
+def test_a_cell_that_cannot_be_used(tmp_path, bad, message):
+    rows = [{"text": f"film {i}", "label": i % 2} for i in range(20)]
+    file = write_jsonl(tmp_path / "reviews.jsonl", [*rows[:7], bad, *rows[7:]])
+    with pytest.raises(UHLError, match=f"reviews.jsonl, split train, row 8, column {message}"):
+        load_task(TaskSpec(str(file), "sentence"))
+
+
+def test_a_blank_label_and_texts_of_digits_in_a_table(tmp_path):
+    rows = "".join(f"{i},{'ab'[i % 2]}\n" for i in range(20))
+    (tmp_path / "train.csv").write_text("text,label\n" + rows)
+    assert set(load_task(TaskSpec(str(tmp_path), "sentence")).data["train"]["text"]) < set(map(str, range(20)))
+    for row in ("20,\n", "20\n", "20, \n"):
+        (tmp_path / "train.csv").write_text("text,label\n" + rows + row)
+        with pytest.raises(UHLError, match="split train, row 21, column 'label' holds '"):
+            load_task(TaskSpec(str(tmp_path), "sentence"))
+
+
+def test_splits_that_use_up_train(tmp_path):
+    spec = TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}, ("0", "1"))
+    for count in (1, 2):
+        write_jsonl(tmp_path / "train.jsonl", ROWS[:count])
+        with pytest.raises(UHLError, match=rf"split train has too few rows \({count}\).*give more, or files for both"):
+            load_task(spec)
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:3])
+    assert [len(rows) for rows in load_task(spec).data.values()] == [1, 1, 1]
+    write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
+    write_jsonl(tmp_path / "test.jsonl", ROWS)
+    with pytest.raises(UHLError, match=r"split train has too few rows \(1\)"):
+        load_task(spec)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_empty_jsonl(tmp_path, split):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / f"{split}.jsonl").write_text("")
+    with pytest.raises(UHLError, match=f"split {split} is empty; expected at least one row"):
         load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
 
 
@@ -220,6 +308,20 @@ def test_offline_tasks_keep_reviews_apart(name):
         assert not groups[a] & groups[b], (a, b)
     assert 0.4 < np.mean(task.data["train"]["label"]) < 0.62
     assert len(task.data["unlabelled"]) > 512
+
+
+def test_a_damaged_text_in_the_cache(tmp_path, monkeypatch):
+    texts = shutil.copytree(sources.vader_text(), tmp_path / "text" / "vader")
+    monkeypatch.setenv("UHL_CACHE", str(tmp_path))
+    file = texts / "movieReviewSnippets_GroundTruth.txt"
+    whole = file.read_bytes()
+    assert len(load_task("movies").data["train"]) > 5000
+    file.write_bytes(whole[: whole.rfind(b"\n", 0, len(whole) // 2)])
+    with pytest.raises(UHLError, match="movieReview.*is corrupt: .*delete its folder and run again"):
+        load_task("movies")
+    file.unlink()
+    with pytest.raises(UHLError, match="movieReview.*is missing; delete its folder and run again"):
+        load_task("movies")
 
 
 def test_a_subset_is_a_fair_sample_of_ordered_data():

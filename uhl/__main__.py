@@ -32,7 +32,9 @@ def fetch(options: argparse.Namespace) -> None:
         whole, _ = cut_of(name)
         if whole in OFFLINE or Path(whole).is_dir():
             resolve(whole)
-    if set(grid.tasks) & set(OFFLINE_TASKS):
+    settings = Settings(**read_yaml(PARAMS / options.profile / "settings.yaml"))
+    generic = settings.anchor_text == "generic" or settings.generic_anchors
+    if generic or set(grid.tasks) & set(OFFLINE_TASKS):
         from uhl.sources import vader_text
 
         vader_text()
@@ -57,9 +59,9 @@ def port_file(options: argparse.Namespace) -> None:
 def table(options: argparse.Namespace) -> None:
     """Print the results table and where everything lies; with ``--readme`` put it into the README."""
     print(report.markdown(options.profile, options.target))
-    left = report.missing_cells(options.profile)
+    left = report.missing(options.profile)
     if left and not options.target:
-        print(f"not complete: {len(left)} cells are missing, first {left[0]}")
+        print(f"not complete: {len(left)} cells or rows are missing, first {left[0]}")
     folder = runs.root() / options.profile
     print(f"results    {folder / 'results.csv'}\nfigures    {folder / 'analysis'}")
     print(f"notebooks  {folder}/*/*/notebook.ipynb")

@@ -132,12 +132,13 @@ def run_baseline(
 def peft_method(method: str, slots: Sequence[Slot]) -> tuple[PeftConfig, list[Slot], int]:
     """PEFT's configuration of a method for a host's weights, the weights that it changes, and its rank.
 
-    All change Q and V, as their authors do, but `lora-1mb`: LoRA on every weight, at the largest rank whose file of
-    float16 stays within the adapter's budget of :data:`uhl.budget.LIMIT_BYTES`.
+    All change Q and V, as their authors do, but `lora-1mb`: LoRA on every weight, at the largest rank that stays within
+    the adapter's budgets, its file of float16 in :data:`uhl.budget.LIMIT_BYTES` and its FLOPs in ``LIMIT_FLOPS_PCT``.
     """
     if method == "lora-1mb":
         left = budget.LIMIT_BYTES - HEAD_AND_HEADER
-        rank = max(1, left // (2 * sum(s.d_in + s.d_out for s in slots)))
+        rank = left // (2 * sum(s.d_in + s.d_out for s in slots))
+        rank = max(1, min(rank, int(budget.LIMIT_FLOPS_PCT / budget.lora_flops_pct(1, slots, slots))))
         paths = [s.path for s in slots]
         return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=paths), list(slots), rank
     targets = [s for s in slots if s.type in {"Q", "V"}]

@@ -25,7 +25,9 @@ def sha256(path: str | Path) -> str:
 
 
 def check_sha256(path: str | Path, expected: str, remedy: str) -> None:
-    """Raise :class:`UHLError` unless the file has the expected hash; ``remedy`` ends the message."""
+    """Raise :class:`UHLError` unless the file is there with the expected hash; ``remedy`` ends the message."""
+    if not Path(path).is_file():
+        raise UHLError(f"{path} is missing; {remedy}")
     found = sha256(path)
     if found != expected:
         raise UHLError(f"{path} is corrupt: sha256 {found[:12]}..., expected {expected[:12]}...; {remedy}")

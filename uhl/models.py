@@ -9,12 +9,15 @@
 
 A name may say how a copy of the model is to be pruned, as in ``minilm-l6@layers=4``; see :mod:`uhl.pruning`.
 
-Nothing is ever executed from a model: safetensors or ONNX initialisers only, ``trust_remote_code`` off.
+Nothing is ever executed from a model: ``trust_remote_code`` is off, offline names are read from safetensors and ONNX
+initialisers, and a folder or hub id that has only a PyTorch ``.bin`` (as TinyBERT's) by transformers, which unpickles
+tensors alone (``torch.load(weights_only=True)``) and refuses everything else.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -28,7 +31,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertM
 
 from uhl import pruning, sources
 from uhl.errors import UHLError
-from uhl.files import check_sha256, sha256, write_text
+from uhl.files import build_folder, check_sha256, sha256, write_text
+from uhl.sources import REMEDY
 
 ASSETS = Path(__file__).parent / "assets"
 STUDENT_FILE = ASSETS / "minilm-4x312.safetensors"
@@ -38,7 +42,7 @@ WEIGHTS_SHA256 = {
     "mpnet-base": "78c0197b6159d92658e319bc1d72e4c73a9a03dd03815e70e555c5ef05615658",
 }
 ONNX_SHA256 = "b388816f4fe4beccf2106589a786544596eb1385cac0c57c6a4e2a6758215b16"
-REMEDY = "delete its folder and run again to fetch a fresh copy"
+STUDENT_SHA256 = "8612d7a8ee7a46862126e24fdfb32250e793c82a96770c79b97ebfcd60ad802f"
 
 
 @dataclass
@@ -92,7 +96,7 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
         if absent := sorted(k for k in report["missing_keys"] if "pooler" not in k):
             raise ValueError(f"its weights lack {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
         if Path(folder).is_dir():
             remedy = "Its folder is incomplete or damaged: write it again with save_pretrained(), or copy it again"
         else:
@@ -111,7 +115,7 @@ def resolve(name: str) -> tuple[str, str | None]:
     """Turn a model's name into (folder or hub id, revision where it is known); makes offline folders when absent."""
     if name in OFFLINE:
         folder = OFFLINE[name](sources.cache_dir() / "models" / name)
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = _read_manifest(folder)
         check_sha256(folder / "model.safetensors", manifest["sha256"], REMEDY)
         return str(folder), manifest["source_sha256"]
     path = Path(name).expanduser()
@@ -160,6 +164,14 @@ def _write_manifest(folder: Path, source_sha256: str, licence: str) -> None:
     write_text(folder / "manifest.json", json.dumps(entry, indent=1))
 
 
+def _read_manifest(folder: Path) -> dict[str, str]:
+    try:
+        entry = json.loads((folder / "manifest.json").read_text())
+        return {key: entry[key] for key in ("sha256", "source_sha256")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UHLError(f"{folder / 'manifest.json'} is missing or damaged; {REMEDY}") from error
+
+
 def _minilm_l6(folder: Path) -> Path:
     def unpack(files: list[Path], new: Path) -> None:
         wanted = ("config.json", "model.safetensors", *TOKENIZER_FILES)
@@ -203,14 +215,13 @@ def _mpnet_base(folder: Path) -> Path:
 def _minilm_4x312(folder: Path) -> Path:
     from uhl.student import read_student  # the student's module loads encoders itself
 
-    if folder.is_dir():
+    if folder.is_dir() and _read_manifest(folder)["source_sha256"] == STUDENT_SHA256:
         return folder
-    return sources.fetch_folder(folder, [], lambda _files, new: _unpack_student(new, *read_student(STUDENT_FILE)))
-
-
-def _unpack_student(new: Path, config: BertConfig, state: dict[str, torch.Tensor]) -> None:
-    save_model(config, state, new)
-    _write_manifest(new, sha256(STUDENT_FILE), "Apache-2.0")
+    check_sha256(STUDENT_FILE, STUDENT_SHA256, "restore it from the repository, or pin a new one as STUDENT_SHA256")
+    with build_folder(folder) as new:
+        save_model(*read_student(STUDENT_FILE), new)
+        _write_manifest(new, STUDENT_SHA256, "Apache-2.0")
+    return folder
 
 
 def save_model(config: BertConfig, state: dict[str, torch.Tensor], folder: Path) -> None:

@@ -107,7 +107,8 @@ class Outcome:
         """Write the cell's predictions, figures and, last, its manifest; returns the manifest's path."""
         folder = runs.cell_dir(self.settings, stage)
         written = [self._save_predictions(folder / "predictions.npz")]
-        written += [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
+        made = [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
+        written += [file for picture in made for file in (picture, picture.with_suffix(".csv"))]
         used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
         extra |= {"labels": list(self.task.labels), "models": {name: models.revision(name) for name in used}}
         extra |= {"curves": self.curves, "commit": ", ".join(sorted({*self.commits, runs.commit()}))}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,6 +50,13 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "token": ("tokens", "tags"),
 }
 ALIASES = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
+WANTED = {
+    "text": "text",
+    "text_pair": "text",
+    "label": "a label",
+    "tokens": "a list of words (jsonl or CoNLL)",
+    "tags": "a list of tags (jsonl or CoNLL)",
+}
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".conll", ".txt")
 
 
@@ -56,7 +64,7 @@ def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], 
     """Labels in order, and train, dev and test with our column names and labels as numbers.
 
     ``instead`` are names that the error offers when a hub cannot be reached. Raises :class:`UHLError` for files that
-    cannot be read, a missing column, an unknown label and an empty split.
+    cannot be read, a missing column, an unusable cell, an unknown label and an empty split.
     """
     found = _tables(spec, instead)
     for split in [name for name in found if name != "train" and _hidden(found[name], found["train"], spec)]:
@@ -101,9 +109,11 @@ def _hidden(rows: pd.DataFrame, train: pd.DataFrame, spec: TaskSpec) -> bool:
     """
     key = "tags" if spec.kind == "token" else "label"
     column = spec.columns.get(key, key)
+    if rows.empty:
+        return False
     if column not in rows:
         return column in train and set(rows.columns) <= {*train.columns, "index", "id", "idx"}
-    return len(rows) > 0 and bool(rows[column].astype(str).isin(["-1", "-1.0"]).all())
+    return bool(rows[column].astype(str).isin(["-1", "-1.0"]).all())
 
 
 def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
@@ -111,10 +121,11 @@ def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
     try:
         if name.endswith((".jsonl", ".json")):
             return pd.read_json(path, lines=True, dtype=False)
+        texts = {spec.columns.get(key, key): str for key in ("text", "text_pair")}  # also where all are digits
         if name.endswith(".csv"):
-            return pd.read_csv(path, keep_default_na=False)
+            return pd.read_csv(path, dtype=texts, keep_default_na=False)
         if name.endswith(".tsv"):
-            return pd.read_csv(path, sep="\t", quoting=3, keep_default_na=False)
+            return pd.read_csv(path, dtype=texts, sep="\t", quoting=3, keep_default_na=False)
         return _read_conll(path, spec)
     except UHLError:
         raise
@@ -126,7 +137,7 @@ def _read_conll(path: Path, spec: TaskSpec) -> pd.DataFrame:
     """Columns separated by blanks, first the word, last the tag; a blank line ends a sentence (IOB1 becomes BIO)."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
     rows = []
-    for block in text.replace("\r\n", "\n").split("\n\n"):
+    for block in re.split(r"\n\s*\n", text):
         cells = [line.split() for line in block.splitlines() if line.strip() and not line.startswith("-DOCSTART-")]
         if cells:
             rows.append({"tokens": [c[0] for c in cells], "tags": to_bio([c[-1] for c in cells])})
@@ -144,20 +155,52 @@ def to_bio(tags: Sequence[str]) -> list[str]:
 
 
 def _checked(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """The columns that the kind needs, under our names, of three splits."""
+    """The columns that the kind needs, under our names, of three splits that are not empty."""
     names = {key: spec.columns.get(key, key) for key in REQUIRED[spec.kind]}
     if strange := set(spec.columns) - set(names):
         raise UHLError(f"{spec.path}: a {spec.kind} task has no column {min(strange)!r}; it has {', '.join(names)}")
     for split, table in tables.items():
+        if table.empty:
+            raise UHLError(f"{spec.path}, split {split} is empty; expected at least one row")
         missing = [key for key, column in names.items() if column not in table.columns]
         if missing:
             raise UHLError(
                 f"{spec.path}, split {split}: missing column {names[missing[0]]!r}; it has "
                 f"{', '.join(map(str, table.columns))}. Say which one holds it, columns: {{{missing[0]}: <name>}}"
             )
-        if table.empty:
-            raise UHLError(f"{spec.path}, split {split} is empty; expected at least one row")
-    return _complete_splits({s: t[list(names.values())].set_axis(list(names), axis=1) for s, t in tables.items()})
+        _check_cells(f"{spec.path}, split {split}", table, names)
+    whole = _complete_splits({s: t[list(names.values())].set_axis(list(names), axis=1) for s, t in tables.items()})
+    if whole["train"].empty:
+        raise UHLError(
+            f"{spec.path}, split train has too few rows ({len(tables['train'])}) to cut the absent splits from; "
+            f"give more, or files for both dev and test"
+        )
+    return whole
+
+
+def _check_cells(where: str, table: pd.DataFrame, names: dict[str, str]) -> None:
+    """Raise at the first cell that does not hold what its column is for, and where tokens and tags differ in number."""
+    for key, column in names.items():
+        for row, cell in enumerate(table[column], start=1):
+            if not _usable(key, cell):
+                raise UHLError(
+                    f"{where}, row {row}, column {column!r} holds {cell!r:.60}, expected {WANTED[key]}; "
+                    f"mend it or leave the row out"
+                )
+    if "tags" in names:
+        for row, (tokens, tags) in enumerate(zip(*(table[names[k]] for k in ("tokens", "tags")), strict=True), start=1):
+            if len(tokens) != len(tags):
+                raise UHLError(f"{where}, row {row} has {len(tags)} tags for {len(tokens)} tokens; give each one tag")
+
+
+def _usable(key: str, cell: Any) -> bool:
+    """Whether a cell holds text, a label that is not blank, or a list of such."""
+    if key in {"tokens", "tags"}:
+        inner = "text" if key == "tokens" else "label"
+        return isinstance(cell, (list, np.ndarray)) and all(_usable(inner, each) for each in cell)
+    if key == "label":
+        return pd.api.types.is_scalar(cell) and not pd.isna(cell) and str(cell).strip() != ""
+    return isinstance(cell, str)
 
 
 def _complete_splits(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
@@ -178,7 +221,7 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
 
     def text(value: Any) -> str:
         if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and spec.kind == "token":
-            return spec.labels[int(value)] if int(value) < len(spec.labels) else str(value)
+            return spec.labels[int(value)] if 0 <= int(value) < len(spec.labels) else str(value)
         return str(value)
 
     seen = tables["train"][column]

@@ -20,6 +20,8 @@ from uhl.config import ARMS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_csv, write_text
 from uhl.grid import PARAMS, Grid
+from uhl.runs import Settings
+from uhl.stages import TUNED_ARMS
 from uhl.viz import CONTROLS, NAMES, ORDER
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
@@ -36,10 +38,18 @@ def _read_predictions(path: Path, _changed: int) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in stored.files}
 
 
+def _stored(cell: Path, arm: str, split: str) -> list[np.ndarray]:
+    """Labels, gold labels and lengths of one arm from a cell's predictions."""
+    path = cell / "predictions.npz"
+    names = [f"{arm}/{split}/{part}" for part in ("labels", "gold", "length")]
+    if not path.is_file() or not set(names) <= set(found := _predictions(path)):
+        raise UHLError(f"{path} lacks {split} predictions of {arm}; delete that folder and run the cell again")
+    return [found[name] for name in names]
+
+
 def cell_counts(cell: Path, arm: str, split: str, metric: str) -> np.ndarray:
     """Counts (n, 3) of one arm from a cell's predictions; see :mod:`uhl.stats`."""
-    stored = _predictions(cell / "predictions.npz")
-    labels, gold, length = (stored[f"{arm}/{split}/{part}"] for part in ("labels", "gold", "length"))
+    labels, gold, length = _stored(cell, arm, split)
     if metric != "f1":
         return stats.counts(labels, gold)
     if (cell / "manifest.json").is_file():
@@ -58,19 +68,31 @@ def _cell(profile: str, task: str, seed: int, phase: str, target: str, arm: str)
 
 
 Cells = dict[tuple[str, str, str, str], dict[int, np.ndarray]]
+Groups = Mapping[str, np.ndarray | None]  # of each example of a task; None where examples stand alone
 
 
 def gather(profile: str, split: str = "test") -> Cells:
-    """Counts (n, 3) of each seed by (task, target, phase, arm), from predictions."""
+    """Counts (n, 3) of each seed by (task, target, phase, arm), from predictions.
+
+    Raises :class:`UHLError` where two cells of a task were scored on other examples, or on others' order.
+    """
     frame = runs.load_results(profile)
     frame = frame[frame["split"] == split]
     out: Cells = {}
+    first: dict[str, tuple[Path, np.ndarray, np.ndarray]] = {}
     for key, rows in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
-        out[task, target, phase, arm] = {
-            int(s): cell_counts(_cell(profile, task, int(s), phase, target, arm), arm, split, str(m))
-            for s, m in zip(rows["seed"], rows["metric"], strict=True)
-        }
+        cells = out[task, target, phase, arm] = {}
+        for seed, metric in zip(rows["seed"], rows["metric"], strict=True):
+            cell = _cell(profile, task, int(seed), phase, target, arm)
+            _, gold, length = _stored(cell, arm, split)
+            other, *known = first.setdefault(task, (cell, gold, length))
+            if not all(map(np.array_equal, known, (gold, length))):
+                raise UHLError(
+                    f"{cell} and {other} were scored on other {split} examples, so they cannot be compared; delete the "
+                    "older of the two folders and run its cell again"
+                )
+            cells[int(seed)] = cell_counts(cell, arm, split, str(metric))
     return out
 
 
@@ -88,7 +110,10 @@ def stack(tables: dict[int, np.ndarray], seeds: Iterable[int] | None = None) -> 
 
 
 def summary(profile: str, split: str = "test") -> pd.DataFrame:
-    """One row a (task, target, phase, arm): mean score with its interval, seeds, n, budgets."""
+    """One row a (task, target, phase, arm): mean score with its interval, seeds, n, budgets.
+
+    Bytes are those of the largest seed's file; ``top_k``: the most atoms of ours that a token could use.
+    """
     frame = runs.load_results(profile)
     frame = frame[frame["split"] == split]
     tables = gather(profile, split)
@@ -100,6 +125,9 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
         if abs(made.value - group["score"].mean()) > 0.05:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
+        mean["adapter_bytes"] = group["adapter_bytes"].max()
+        places = (_cell(profile, task, int(s), phase, target, arm) / "manifest.json" for s in group["seed"])
+        mean["top_k"] = max(json.loads(place.read_text())["parameters"]["top_k"] for place in places)
         rows.append(
             {"task": task, "target": target, "phase": phase, "arm": arm, "score": made.value, "low": made.low}
             | {"high": made.high, "seeds": len(group), "n": int(group["n"].iloc[0])}
@@ -112,22 +140,19 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     return out.sort_values(["task", "p", "target", "a"]).drop(columns=["p", "a"]).reset_index(drop=True)
 
 
-def gap_recovered(table: pd.DataFrame) -> pd.DataFrame:
-    """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter), from :func:`summary`.
+def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
+    """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter) with its interval, from :func:`gather`.
 
-    Only where as many seeds of a cell are there as of its LoRA; NaN where that LoRA is not above no adapter.
+    Only where a cell, its LoRA and no adapter have the same seeds; NaN as :func:`uhl.stats.recovered` says.
     """
     rows = []
-    for (task, target), group in table.groupby(["task", "target"], sort=False):
-        floor = group[group["arm"] == "no-adapter"]
-        ceiling = group[(group["arm"] == "lora-r8") & (group["phase"] == "retrained")]
-        if len(floor) == 1 and len(ceiling) == 1:
-            low, high = float(floor["score"].iloc[0]), float(ceiling["score"].iloc[0])
-            ported = group[group["phase"].isin(["zero-shot", "tuned"]) & (group["seeds"] == ceiling["seeds"].iloc[0])]
-            for _, cell in ported.iterrows():
-                share = (cell["score"] - low) / (high - low) if high > low else float("nan")
-                rows.append({"task": task, "target": target, "phase": cell["phase"], "arm": cell["arm"], "gap": share})
-    return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "gap"])
+    for (task, target, phase, arm), cell in tables.items():
+        floor = tables.get((task, target, "zero-shot", "no-adapter"), {})
+        ceiling = tables.get((task, target, "retrained", "lora-r8"), {})
+        if phase in {"zero-shot", "tuned"} and set(cell) == set(floor) == set(ceiling):
+            found = stats.recovered(stack(cell), stack(floor), stack(ceiling), (groups or {}).get(task))
+            rows.append((task, target, phase, arm, *found))
+    return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "gap", "low", "high"])
 
 
 def calibration(profile: str, split: str = "test") -> pd.DataFrame:
@@ -232,24 +257,25 @@ def prior_of(tables: Cells) -> stats.Prior | None:
     return stats.prior(stats.seeds_apart(one, other) for _, one, other in _pairs(tables))
 
 
-def paired(tables: Cells, groups: Mapping[str, np.ndarray | None] | None = None) -> pd.DataFrame:
+def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     """Paired differences of :data:`PAIRS` over the seeds that both have, from :func:`gather`.
 
     ``groups`` maps a task to the group of each example, see :func:`groups_of`. ``p holm`` is corrected over the whole
-    table, and the verdict goes by it. ``p mcnemar`` is the largest of the seeds', where the metric is an accuracy and
-    examples stand alone.
+    table, and the verdict goes by it; a single seed decides nothing unless other cells show how much seeds vary. ``p
+    mcnemar`` is the largest of the seeds', where the metric is an accuracy and examples stand alone.
     """
     rows, known = [], prior_of(tables)
     for key, one, other in _pairs(tables):
         group = (groups or {}).get(key[0])
-        alone = group is None and bool((one[..., 1:] == 1).all())
+        alone = (group is None or len(np.unique(group)) == len(group)) and bool((one[..., 1:] == 1).all())
         exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
         rows.append((*key, len(one), *stats.difference(one, other, group, known), exact))
     columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "p", "p mcnemar"]
     table = pd.DataFrame(rows, columns=columns)
     table.insert(9, "p holm", stats.holm(table["p"].tolist()))
     sign = np.where(table["difference"] > 0, "better", "worse")
-    return table.assign(verdict=np.where(table["p holm"] < 0.05, sign, "undecided"))
+    told = (table["p holm"] < 0.05) & ((table["seeds"] > 1) | (known is not None))
+    return table.assign(verdict=np.where(told, sign, "undecided"))
 
 
 def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
@@ -320,14 +346,49 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
     for name, data in tables.items():
         write_csv(folder / f"{name}.csv", data, digits=10)  # none that another machine rounds its own way
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.glob("*.*"))}
-    entry = {"stage": "analysis", "profile": profile, "commit": runs.commit(), "artefacts": files}
+    about = {"stage": "analysis", "parameters": {"profile": profile}, "versions": runs.versions()}
+    entry = about | {"hardware": runs.hardware(), "commit": runs.commit(), "artefacts": files}
     return write_text(folder / "manifest.json", json.dumps(entry, indent=1))
 
 
-def missing_cells(profile: str) -> list[str]:
-    """Cells of the profile's grid that have not finished."""
+def missing(profile: str) -> list[str]:
+    """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
+    the rows that their parameters ask for, as `<cell>: <arm> on <split>`.
+    """
     folder = runs.root() / profile
-    return [c for c in Grid.read(profile).cells() if not (folder / c / "manifest.json").is_file()]
+    cells = Grid.read(profile).cells() if (PARAMS / profile).is_dir() else []  # none of a profile of one's own
+    left = [c for c in cells if not (folder / c / "manifest.json").is_file()]
+    if len(left) == len(cells) > 0:
+        return left
+    frame = runs.load_results(profile)
+    keys = ["task", "seed", "target", "phase", "arm", "split"]
+    there = set(frame[keys].itertuples(index=False, name=None))
+    for path in sorted(folder.glob("*-s*/*/manifest.json")):
+        entry = json.loads(path.read_text())
+        asked = Settings.model_construct(**entry["parameters"])  # unchecked: perhaps of an earlier release
+        left += [
+            f"{path.parent.relative_to(folder)}: {arm} on {split}"
+            for host, phase, arm in _asked(path.parent, asked)
+            for split in asked.splits
+            if (asked.task_name, asked.seed, host, phase, arm, split) not in there
+        ]
+    return left
+
+
+def _asked(cell: Path, settings: Settings) -> Iterator[tuple[str, str, str]]:
+    """(host, phase, arm) of the rows that a finished cell should have."""
+    stage, _, rest = cell.name.partition("-")
+    port = cell.parent / f"port-{runs.slug(settings.target)}" / "manifest.json"
+    undefined = json.loads(port.read_text()).get("undefined", {}) if port.is_file() else {}
+    if stage == "pretrain":
+        yield settings.source, "source", f"uhl-{rest}"
+    elif stage == "baselines":
+        own = rest == runs.slug(settings.source)
+        host, phase = (settings.source, "source") if own else (settings.target, "retrained")
+        yield from ((host, phase, method) for method in settings.baselines)
+    elif stage in {"port", "tune"}:
+        phase, arms = ("zero-shot", ("no-adapter", *settings.arms)) if stage == "port" else ("tuned", TUNED_ARMS)
+        yield from ((settings.target, phase, arm) for arm in arms if arm not in undefined)
 
 
 def markdown(profile: str, target: str | None = None) -> str:
@@ -343,13 +404,10 @@ def markdown(profile: str, target: str | None = None) -> str:
     for key, rows in table.groupby(["phase", "target", "arm"], sort=False):
         phase, model, arm = map(str, key)
         by_task = rows.set_index("task")
-        cells = [_cell_text(by_task.loc[t]) if t in by_task.index else "" for t in tasks]
-        first = rows.iloc[0]
-        budget = [
-            f"{rows['adapter_bytes'].max():,.0f}",
-            f"{first['trainable_params']:,.0f}",
-            f"{first['extra_flops_pct']:.1f} %",
-        ]
+        cells = [_cell_text(by_task.loc[t]) if t in by_task.index else "not run" for t in tasks]
+        size, trained, cost = (rows[c].max() for c in ("adapter_bytes", "trainable_params", "extra_flops_pct"))
+        over = ["†" if value > limit else "" for value, limit in ((size, LIMIT_BYTES), (cost, LIMIT_FLOPS_PCT))]
+        budget = [f"{size:,.0f}{over[0]}", f"{trained:,.0f}", f"{cost:.1f} %{over[1]}"]
         label = f"*{NAMES.get(arm, arm)}*" if arm in CONTROLS else NAMES.get(arm, arm)
         lines.append("| " + " | ".join([model, phase, label, *cells, *budget]) + " |")
     for model, arm in dict.fromkeys(_undefined(profile, set(table["target"]))):
@@ -385,15 +443,16 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
         f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
         for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
     ]
-    left = missing_cells(profile) if (PARAMS / profile).is_dir() else []  # a profile of one's own has no grid
-    state = f"**Not complete: {len(left)} cells of the grid are missing.** " if left else ""
+    over = "seeds and test examples" if table["seeds"].max() > 1 else "test examples alone"
+    left = missing(profile)
+    state = f"**Not complete: {len(left)} cells or rows are missing, first {left[0]}.** " if left else ""
     return (
         f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % intervals over "
-        f"seeds and test examples ({'; '.join(groups)}); {labels}, "
+        f"{over} ({'; '.join(groups)}); {labels}, "
         f"{epochs} epoch{'' if epochs == '1' else 's'}, then {steps} tuning steps. "
-        f"Italics: controls. Bytes: what the method adds to the bare host, head included (the larger task). "
-        f"FLOPs: added per token, in "
-        f"percent of the host's linear layers. Ran on {' and '.join(sorted(hardware))}; "
+        f"Italics: controls. Bytes: what the method adds to the bare host, head included; files of ours and SAT-LoRA's "
+        f"hold 8 and 4 bits, the others' 16. FLOPs: added per token, in percent of the host's linear layers (both: the "
+        f"larger task's). †: beyond 1 MB or 10 %. Ran on {' and '.join(sorted(hardware))}; "
         f"commit {', '.join(sorted(commits))}.\n"
     )
 
@@ -430,9 +489,9 @@ def update_readme(profile: str, readme: Path, figures: Path, verdicts: str = "",
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
-    left = missing_cells(profile)
+    left = missing(profile)
     if left and not partial:
-        raise UHLError(f"profile {profile} is not complete, {len(left)} cells are missing, first {left[0]}")
+        raise UHLError(f"profile {profile} is not complete, {len(left)} cells or rows are missing, first {left[0]}")
     text = readme.read_text(encoding="utf-8")
     if START not in text or END not in text:
         raise UHLError(f"{readme.name} has no place for the table; expected the lines {START} and {END}")

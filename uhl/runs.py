@@ -237,7 +237,7 @@ def write_manifest(
         "stage": stage,
         "parameters": settings.model_dump(),
         "seed": settings.seed,
-        "versions": {name: version(name) for name in VERSIONED},
+        "versions": versions(),
         "hardware": hardware(),
         "commit": commit(),
         "rows": list(rows),
@@ -276,9 +276,17 @@ def load_results(profile: str) -> pd.DataFrame:
     if missing:
         raise UHLError(f"{path} misses columns {', '.join(missing)}; delete it and run the profile again")
     keys = ["target", "task", "arm", "phase", "seed", "split"]
-    repeated = frame[frame.duplicated(keys)]
-    if len(repeated) or frame["profile"].nunique() > 1:
-        raise UHLError(f"{path} holds repeated rows or several profiles; delete it and run the profile again")
+    if others := sorted(set(frame["profile"]) - {profile}):
+        raise UHLError(
+            f"{path} holds rows of profile {', '.join(map(str, others))}; move the cells that wrote them to a folder "
+            "of that name"
+        )
+    if len(repeated := frame[frame.duplicated(keys)]):
+        rows = "; ".join(", ".join(map(str, row)) for row in repeated[keys].drop_duplicates().head(3).values)
+        raise UHLError(
+            f"{path} holds {len(repeated)} repeated rows, such as {rows}: two cells measured the same; delete one of "
+            "their folders"
+        )
     return frame
 
 
@@ -359,6 +367,11 @@ def hardware() -> str:
         lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0].split(":", 1)[1].strip() if lines else name
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """What the results depend on, with its version."""
+    return {name: version(name) for name in VERSIONED}
 
 
 def commit() -> str:

@@ -50,6 +50,13 @@ MPNET_PARTS = tuple(
 VADER = Package(
     "vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9", sdist=True
 )
+VADER_SHA256 = {
+    "amazonReviewSnippets_GroundTruth.txt": "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+    "movieReviewSnippets_GroundTruth.txt": "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+    "nytEditorialSnippets_GroundTruth.txt": "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+    "tweets_GroundTruth.txt": "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
+}
+REMEDY = "delete its folder and run again to fetch a fresh copy"
 
 
 def cache_dir() -> Path:
@@ -102,7 +109,7 @@ def extract(archive: Path, prefix: str, folder: Path, names: Sequence[str] | Non
 
 
 def vader_text() -> Path:
-    """Folder with the four ``*_GroundTruth.txt`` rating files of the vaderSentiment source distribution (MIT)."""
+    """Folder with the four rating files (:data:`VADER_SHA256`) of the vaderSentiment source distribution (MIT)."""
 
     def unpack(files: list[Path], folder: Path) -> None:
         with tarfile.open(files[0]) as outer:
@@ -116,4 +123,7 @@ def vader_text() -> Path:
                     if stream is not None:
                         (folder / name).write_bytes(stream.read())
 
-    return fetch_folder(cache_dir() / "text" / "vader", [VADER], unpack)
+    texts = fetch_folder(cache_dir() / "text" / "vader", [VADER], unpack)
+    for name, digest in VADER_SHA256.items():
+        check_sha256(texts / name, digest, REMEDY)
+    return texts

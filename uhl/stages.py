@@ -338,7 +338,8 @@ def baseline_start(settings: Settings, host: str) -> Start:
 
 
 def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
-    """The settings' baselines on the `source` or the `target`, with the same labels and the same head at the start.
+    """The settings' baselines on the `source` or the `target`, with the same labels and the same head at the start, and
+    as many steps as ours: ``epochs`` on the source, ``tune_steps`` of ``tune_batch`` on the target.
 
     Each is kept in a folder of its own as soon as it is scored. A cell that was interrupted, or that has more methods
     now, reads those back and trains the others.
@@ -348,6 +349,7 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     revision = models.revision(name)
     revision = load_encoder(name).revision if revision == "unknown" else revision
     shared |= {"host": name, "revision": revision, "data": digest(task, probe(settings, task).first().texts)}
+    shared |= _lengths(settings, host)
     begin: Start | None = None
     outcomes: dict[str, Outcome] = {}
     for method in settings.baselines:
@@ -361,6 +363,11 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     return outcomes
 
 
+def _lengths(settings: Settings, host: str) -> dict[str, int]:
+    """Steps and batch of training on the `target`; nothing for the `source`, where epochs say it."""
+    return {} if host == "source" else {"steps": settings.tune_steps, "batch": settings.tune_batch}
+
+
 def digest(task: Task, texts: Sequence[str] = ()) -> str:
     """Hash of a task's labels, of its splits, and of further texts."""
     splits = {split: task.data[split].to_dict() for split in ("train", "dev", "test")}
@@ -371,7 +378,7 @@ def baseline(settings: Settings, host: str, method: str, begin: Start, watch: Wa
     """Train one baseline on the `source` or the `target`."""
     name, folder = _place(settings, host)
     task, encoder = load_data(settings), load_encoder(name)
-    config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
+    config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")), **_lengths(settings, host))
     made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}", watch)
     outcome = Outcome(settings, task, curves={method: made.log.losses})
     outcome.score(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from uhl.errors import UHLError
-from uhl.files import write_atomic
+from uhl.files import sha256, write_atomic
 from uhl.tasks import OFFLINE, generic_text, load_task
 
 SHAPE = {"hidden_size": 312, "num_hidden_layers": 4, "num_attention_heads": 12, "intermediate_size": 1200}
@@ -241,7 +241,8 @@ def main() -> None:
     model = distil(options.steps, options.batch, options.rate, options.seed, options.bf16)
     info = {k: v for k, v in vars(options).items() if k != "out"} | {"teacher": "minilm-l6"}
     write_student(model, options.out, info)
-    print(f"wrote {options.out.name}, {options.out.stat().st_size:,} bytes")
+    print(f"wrote {options.out.name}, {options.out.stat().st_size:,} bytes; pin its hash in uhl/models.py:")
+    print(f'STUDENT_SHA256 = "{sha256(options.out)}"')
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Every figure is saved with the numbers that it shows: :func:`save_fig` writes a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import offset_copy
 
 from uhl.config import ARMS, METHODS, WEIGHT_TYPES
 from uhl.errors import UHLError
@@ -56,7 +58,20 @@ ORDER = (
     *(*ARMS, "untrained"),
 )
 CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled", "refresh-random", "untrained")
-OURS, CONTROL, BASELINE = "#0b6e99", "#b0b0b0", "#d98032"
+OURS, CONTROL, BASELINE = "#0b6e99", "#909090", "#d98032"
+FAMILIES = {  # the colour and the marks of each family's methods
+    "ours": (OURS, "PXDs^ov", ("uhl-canonical", "uhl-dimension", *ARMS[:5])),
+    "control": (CONTROL, "*sD^ov", CONTROLS),
+    "PEFT baseline": (BASELINE, "oDs^vPX", METHODS[:7]),
+    "SAT-LoRA": ("#7a5195", "p*", METHODS[7:9]),
+    "full fine-tune": ("#202020", "h", METHODS[9:]),
+}
+LOOKS = {a: (colour, m) for colour, marks, arms in FAMILIES.values() for a, m in zip(arms, marks, strict=True)}
+LEARNERS = {  # whose learning curves share a panel
+    "UHL, controls": FAMILIES["ours"][2] + CONTROLS,
+    "small PEFT": ("bitfit", "vera", "vb-lora", "uni-lora"),
+    "LoRA to full": ("lora-r8", "lora-1mb", "sat-lora", "hf-sat-lora", "full"),
+}
 WAYS = {"bare": "#404040", "LoRA r8": BASELINE, "dense": CONTROL, "gather": OURS, "reference": "#7a5195"}
 WAYS |= {"gather, compiled": "#3aa655"}  # of one weight's update
 ROUTE_COLUMNS = ["layer", "position", "token", "rank", "atom", "gate"]
@@ -65,7 +80,7 @@ ROUTE_COLUMNS = ["layer", "position", "token", "rank", "atom", "gate"]
 def style() -> None:
     """The workbook's look; call it once a notebook."""
     sns.set_theme(context="notebook", style="whitegrid", font_scale=0.9)
-    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": 11, "axes.titleweight": "bold"})
+    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": 10, "axes.titleweight": "bold"})
 
 
 def save_fig(fig: Figure, path: str | Path, data: pd.DataFrame) -> Path:
@@ -117,36 +132,96 @@ def loss_curves(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def _colour(arm: str) -> str:
-    if arm in CONTROLS:
-        return CONTROL
-    return BASELINE if arm in METHODS else OURS
+def _interval(ax: Axes, cell: pd.Series, at: float, upright: bool = False, hollow: bool = False, **look: Any) -> None:
+    """A score with its interval, at ``at`` of the other axis, with its method's mark and colour."""
+    colour, mark = LOOKS.get(cell["arm"], (OURS, "o"))
+    error = np.abs([[cell["score"] - cell["low"]], [cell["high"] - cell["score"]]])
+    points: dict[str, Any] = {"fmt": mark, "color": colour, "mfc": "white" if hollow else colour, "ms": 5}
+    points |= {"yerr" if upright else "xerr": error} | look
+    ax.errorbar(*((at, cell["score"]) if upright else (cell["score"], at)), **points)
 
 
-def arm_scores(table: pd.DataFrame, title: str, ax: Axes | None = None) -> Figure:
-    """Scores by arm with intervals: ours blue, baselines orange, controls grey. Columns arm, score, low, high."""
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6, 0.4 * len(table) + 1))
-    y = np.arange(len(table))[::-1]
+def _note(ax: Axes, text: str, x: float = 0.5, y: float = 0.5, across: Any = None, **look: Any) -> None:
+    """Grey words where there is nothing to draw."""
+    words: dict[str, Any] = {"ha": "center", "va": "center", "fontsize": 9, "color": "#606060", "style": "italic"}
+    ax.text(x, y, text, transform=across or ax.transAxes, **words | look)
+
+
+def _nothing(text: str) -> Figure:
+    fig, ax = plt.subplots(figsize=(6, 1))
+    _note(ax, text)
+    ax.set_axis_off()
+    return fig
+
+
+def _grid(
+    table: pd.DataFrame, wide: float, high: float, beside: float, x: str, y: str = "", **shared: Any
+) -> tuple[Figure, list[tuple[Axes, str, pd.DataFrame]]]:
+    """A panel a task (row) and model (column, the source first), with its task and its rows; sizes in inches."""
+    own = table["phase"] == "source" if "phase" in table else np.zeros(len(table), bool)
+    tasks, hosts = list(dict.fromkeys(table["task"])), list(dict.fromkeys([*table["target"][own], *table["target"]]))
+    size = (wide * len(hosts) + beside, high * len(tasks) + 0.8)
+    fig, axes = plt.subplots(len(tasks), len(hosts), figsize=size, squeeze=False, layout="constrained", **shared)
+    for j, host in enumerate(hosts):
+        axes[0, j].set_title(host)
+        axes[-1, j].set_xlabel(x)
+    for i, task in enumerate(tasks):
+        axes[i, 0].set_ylabel(task + y)
+    places = [(ax, tasks[i], hosts[j]) for (i, j), ax in np.ndenumerate(axes)]
+    return fig, [(ax, t, table[(table["task"] == t) & (table["target"] == host)]) for ax, t, host in places]
+
+
+def _mark(label: str, colour: str, mark: str = "o", **look: Any) -> Line2D:
+    return Line2D([], [], linestyle="", color=colour, marker=mark, label=label, **look)
+
+
+def _key(fig: Figure, entries: Sequence[Line2D], columns: int = 5) -> None:
+    fig.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handletextpad=0.2)
+
+
+def _present(arms: Iterable[str], order: Iterable[str] = ORDER) -> list[str]:
+    found = set(arms)
+    return [arm for arm in order if arm in found]
+
+
+def _arm_rows(ax: Axes, table: pd.DataFrame) -> None:
+    y = np.arange(len(table), dtype=float)[::-1]
     for place, (_, cell) in zip(y, table.iterrows(), strict=True):
-        error = np.abs([[cell["score"] - cell["low"]], [cell["high"] - cell["score"]]])
-        ax.errorbar(cell["score"], place, xerr=error, fmt="o", color=_colour(cell["arm"]), capsize=3, elinewidth=2)
-        ax.annotate(f"{cell['score']:.1f}", (cell["score"], place), (0, 6), textcoords="offset points", fontsize=7)
+        if np.isnan(cell["score"]):
+            _note(ax, "not run", y=place, across=ax.get_yaxis_transform())
+            continue
+        _interval(ax, cell, place, fmt="o", capsize=2)
+        ax.annotate(f"{cell['score']:.1f}", (cell["score"], place), (0, 4), textcoords="offset points", fontsize=8)
     ax.set_yticks(y, [NAMES.get(a, a) for a in table["arm"]])
-    ax.set(title=title, xlabel="test score, %", ylim=(-0.6, len(table) - 0.3))
-    return ax.figure  # type: ignore[return-value]
+    ax.set_ylim(-0.6, len(table) - 0.2)
+    ax.margins(x=0.08)
+
+
+def arm_scores(table: pd.DataFrame, title: str) -> Figure:
+    """Scores by arm with intervals, coloured by family. Columns arm, score, low, high."""
+    fig, ax = plt.subplots(figsize=(6, 0.4 * len(table) + 1))
+    _arm_rows(ax, table)
+    ax.set(title=title, xlabel="test score, %")
+    return fig
 
 
 def calibration(table: pd.DataFrame) -> Figure:
-    """Predicted against measured agreement with the source, a point a ported cell; from :func:`report.calibration`."""
-    fig, ax = plt.subplots(figsize=(4.6, 4.2))
-    shown = table.assign(arm=[NAMES.get(a, a) for a in table["arm"]])
-    sns.scatterplot(shown, x="predicted", y="measured", hue="arm", style="target", s=60, ax=ax)
-    low = min(0.5, float(table[["predicted", "measured"]].min().min()) - 0.02)
-    ax.plot([low, 1], [low, 1], color=CONTROL, linewidth=1, zorder=0)
-    ax.set(title="Decides as the source does", xlabel="predicted from the anchors", ylabel="measured on test")
-    ax.set(xlim=(low, 1), ylim=(low, 1))
-    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    """Predicted against measured agreement with the source, a point a ported cell; from :func:`report.calibration`.
+
+    Marks are hollow, so that arms that coincide are seen; on the diagonal a port does what it says.
+    """
+    size = (2.9, 2.7, 0.6, "agreement predicted at the port", ": measured on test")
+    fig, cells = _grid(table, *size, sharex=True, sharey=True)
+    both = table[["predicted", "measured"]].to_numpy()
+    ends = both.min() - 0.02, both.max() + 0.02
+    for ax, _, rows in cells:
+        ax.plot(ends, ends, color=CONTROL, linewidth=1, zorder=0)
+        for arm, mine in rows.groupby("arm"):
+            colour, mark = LOOKS[str(arm)]
+            ax.plot(mine["predicted"], mine["measured"], mark, color=colour, mfc="none", mew=1.4)
+        ax.set(xlim=ends, ylim=ends, aspect="equal")
+        ax.locator_params(nbins=5)
+    _key(fig, [_mark(NAMES.get(a, a), *LOOKS[a], mfc="none", mew=1.4) for a in _present(table["arm"])])
     return fig
 
 
@@ -190,20 +265,14 @@ def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
 
 
 def panels(table: pd.DataFrame, phases: Sequence[str]) -> Figure:
-    """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary."""
+    """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary, on one scale."""
     table = table[table["phase"].isin(phases)]
-    tasks, targets = (list(dict.fromkeys(table[c])) for c in ("task", "target"))
-    most = int(table.groupby(["task", "target"]).size().max())
-    size = (5.2 * len(targets), (0.32 * most + 1) * len(tasks))
-    fig, axes = plt.subplots(len(tasks), len(targets), figsize=size, squeeze=False)
-    for i, task in enumerate(tasks):
-        for j, target in enumerate(targets):
-            cell = table[(table["task"] == task) & (table["target"] == target)]
-            if cell.empty:
-                axes[i, j].set_axis_off()
-            else:
-                arm_scores(cell, f"{task} on {target}", axes[i, j])
-    fig.tight_layout()
+    arms = list(dict.fromkeys(a for phase in phases for a in _present(table["arm"][table["phase"] == phase])))
+    fig, cells = _grid(table, 2.4, 0.27 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
+    for ax, _, rows in cells:
+        _arm_rows(ax, rows.set_index("arm").reindex(arms).reset_index())
+    families = {name: colour for name, (colour, _, members) in FAMILIES.items() if set(members) & set(arms)}
+    _key(fig, [_mark(name, colour) for name, colour in families.items()])
     return fig
 
 
@@ -285,90 +354,117 @@ def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
 
 
 def gap_heat(table: pd.DataFrame) -> Figure:
-    """Gap recovered by arm (rows) and phase, target, task (columns): 0 is no adapter, 1 is LoRA retrained there.
-
-    Blank where there is no gap to recover.
+    """Gap recovered by arm (rows), task and target (columns), a panel a phase: 0 is no adapter, 1 is LoRA retrained
+    there. Hatched where there is no gap to recover or no port; with intervals where the table has ``low`` and ``high``.
     """
     if table["gap"].isna().all():
-        fig, ax = plt.subplots(figsize=(6, 1))
-        ax.text(
-            0.5, 0.5, "no gap to recover: LoRA was not run here or is not above no adapter", ha="center", va="center"
-        )
-        ax.set_axis_off()
-        return fig
-    by = ["phase", "task", "target"]
-    named = table.assign(arm=table["arm"].map(lambda a: NAMES.get(a, a))).set_index(["arm", *by])
-    wide = named["gap"].unstack(by, sort=False)  # type: ignore[call-arg]
-    wide = wide.reindex([name for name in (NAMES.get(arm, arm) for arm in ORDER) if name in wide.index])
-    fig, ax = plt.subplots(figsize=(1.1 * wide.shape[1] + 3, 0.45 * wide.shape[0] + 2))
-    sns.heatmap(wide, annot=True, fmt=".2f", cmap="vlag_r", center=0.5, vmin=0, vmax=1.1, cbar=False, ax=ax)
-    ax.set_xticklabels(["\n".join(map(str, column)) for column in wide.columns.tolist()], rotation=0, fontsize=8)
-    ax.grid(False)
-    ax.set(title="Gap recovered (1: rank-8 LoRA retrained there with labels)", xlabel="", ylabel="")
+        return _nothing("no gap to recover: LoRA was not run here or is not above no adapter")
+    bounds = {"low", "high"} <= set(table.columns)
+    places = list(dict.fromkeys(zip(table["task"], table["target"], strict=True)))
+    phases = {phase: rows.set_index(["arm", "task", "target"]) for phase, rows in table.groupby("phase", sort=False)}
+    arms = {phase: _present(rows.index.get_level_values("arm")) for phase, rows in phases.items()}
+    sizes = [len(shown) for shown in arms.values()]
+    size = (1.1 * len(places) + 2.1, (0.42 if bounds else 0.3) * sum(sizes) + 0.4 * len(sizes) + 0.6)
+    shared: dict[str, Any] = {"squeeze": False, "sharex": True, "height_ratios": sizes, "layout": "constrained"}
+    fig, axes = plt.subplots(len(sizes), 1, figsize=size, **shared)
+    for ax, (phase, rows) in zip(axes[:, 0], phases.items(), strict=True):
+        gaps = rows["gap"].unstack(["task", "target"]).reindex(index=arms[phase], columns=places)
+        ax.patch.set(hatch="///", edgecolor="#c0c0c0", facecolor="white")
+        sns.heatmap(gaps, annot=True, fmt=".2f", cmap="Blues", vmin=0, vmax=1.2, cbar=False, ax=ax, linewidths=1)
+        for text in ax.texts if bounds else ():
+            i, j = (int(place) for place in reversed(text.get_position()))
+            low, high = (rows[end].loc[(arms[phase][i], *places[j])] for end in ("low", "high"))
+            text.set_text(f"{text.get_text()}\n{low:.2f} to {high:.2f}")
+            text.set_fontsize(8.5)
+        for i, j in np.argwhere(gaps.isna()):
+            known = (arms[phase][i], *places[j]) in rows.index
+            _note(ax, "not defined" if known else "not run", j + 0.5, i + 0.5, ax.transData)
+        ax.set_yticklabels([NAMES.get(arm, arm) for arm in arms[phase]], rotation=0)
+        ax.set_xticklabels([f"{task}\n{target}" for task, target in places], rotation=0)
+        ax.set(title=phase, xlabel="", ylabel="")
+        ax.grid(False)
+    fig.suptitle("Gap recovered (1: rank-8 LoRA retrained there)", fontsize=10, weight="bold")
     return fig
 
 
-def score_against(table: pd.DataFrame, column: str, label: str, limit: float, scale: str = "log") -> Figure:
-    """Score over what a method adds to the host (``column``), a panel a task; a line at the budget's ``limit``."""
-    tasks = list(dict.fromkeys(table["task"]))
-    fig, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 3.6), squeeze=False)
-    marks = dict(zip(dict.fromkeys(table["phase"]), ("o", "s", "D", "^"), strict=False))
-    for ax, task in zip(axes[0], tasks, strict=True):
-        for _, cell in table[(table["task"] == task) & (table[column] > 0)].iterrows():
-            error = [[cell["score"] - cell["low"]], [cell["high"] - cell["score"]]]
-            colour, mark = _colour(cell["arm"]), marks[cell["phase"]]
-            ax.errorbar(cell[column], cell["score"], yerr=np.abs(error), fmt=mark, color=colour, alpha=0.8)
+def score_against(table: pd.DataFrame, column: str, label: str, limit: float, budget: str) -> Figure:
+    """Score over what a method adds to the host (``column``), a panel a task and model, with the budget's ``limit``.
+
+    Hollow marks had no labels, and stand a little left of what costs the same; controls are bars behind.
+    """
+    fig, cells = _grid(table, 2.25, 2.3, 0.6, label, ": test score, %", sharex=True, sharey=True)
+    fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
+    least, most = float(table[column][table[column] > 0].min()), 2.5 * float(table[column].max())
+    for ax, _, rows in cells:
+        left = offset_copy(ax.transData, fig, x=-4.0, units="points")
+        for _, cell in rows.iterrows():
+            hollow, control = cell["phase"] == "zero-shot", cell["arm"] in CONTROLS
+            look: dict[str, Any] = {"mec": "white", "mew": 0.5, "ms": 6.5, "zorder": 3 + (cell["arm"] not in METHODS)}
+            if control:
+                look = {"fmt": "_", "ms": 10, "zorder": 2}
+            elif hollow:
+                look = {"zorder": 4, "transform": left}
+            _interval(ax, cell, float(cell[column]), upright=True, hollow=hollow, elinewidth=0.8, **look)
         ax.axvline(limit, color="black", linestyle=":", linewidth=1)
-        ax.set(title=task, xscale=scale, xlabel=label, ylabel="test score, %")
-    handles = [plt.Line2D([], [], marker=m, linestyle="", color="grey", label=p) for p, m in marks.items()]
-    axes[0, 0].legend(handles=handles, fontsize=8, loc="lower right")
-    fig.tight_layout()
+        _note(ax, f" budget\n {budget}", limit, 0.02, ax.get_xaxis_transform(), ha="left", va="bottom", fontsize=8)
+        ax.set_xscale("symlog", linthresh=least, linscale=0.5)
+        ax.set(xlim=(-0.7 * least, most), ylim=(table["low"].min() - 2, table["high"].max() + 2))
+    first, last = np.ceil(np.log10(least)), np.log10(most)
+    powers = 10.0 ** np.arange(first, last, 1 if last - first < 4 else 2)
+    ax.set_xticks([0, *powers], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in powers)])
+    named = [_mark(NAMES.get(a, a), *LOOKS[a]) for a in _present(table["arm"], LOOKS) if a not in CONTROLS]
+    hollow_mark, filled = _mark("without labels", OURS, mfc="white"), _mark("trained with labels", OURS)
+    _key(fig, [*named, _mark("control", CONTROL, "_", ms=10), hollow_mark, filled], 3)
     return fig
 
 
 def slopes(table: pd.DataFrame) -> Figure:
-    """Each arm's score without labels joined to its score after tuning, a panel a task and target."""
+    """Each arm's score without labels (hollow) joined to its score after tuning (filled), a panel a task and target."""
     shown = table[table["phase"].isin(["zero-shot", "tuned"])]
-    both = shown.groupby(["task", "target", "arm"])["phase"].transform("nunique") == 2
-    shown = shown[both]
-    places = list(dict.fromkeys(zip(shown["task"], shown["target"], strict=True)))
-    arms = [arm for arm in ORDER if arm in set(shown["arm"])]
-    fig, axes = plt.subplots(1, len(places), figsize=(3.3 * len(places) + 2.2, 3.6), squeeze=False, sharey=True)
-    for ax, (task, target) in zip(axes[0], places, strict=True):
-        cells = shown[(shown["task"] == task) & (shown["target"] == target)]
-        for i, arm in enumerate(arms):
-            rows = cells[cells["arm"] == arm]
-            if rows.empty:
+    arms = _present(shown["arm"])
+    fig, cells = _grid(shown, 2.4, 0.3 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
+    for ax, _, rows in cells:
+        for place, arm in zip(np.arange(len(arms), dtype=float), arms, strict=True):
+            pair = rows[rows["arm"] == arm].set_index("phase").reindex(["zero-shot", "tuned"])
+            heights, middle = [place - 0.17, place + 0.17], pair["score"].mean()
+            ax.plot(pair["score"], heights, color=LOOKS[arm][0], linewidth=1)
+            if np.isnan(middle):
+                _note(ax, "not run", y=place, across=ax.get_yaxis_transform())
                 continue
-            pair = rows.set_index("phase").loc[["zero-shot", "tuned"]]
-            error = np.abs([pair["score"] - pair["low"], pair["high"] - pair["score"]])
-            style = {"color": f"C{i}", "linestyle": "--" if arm in CONTROLS else "-"}
-            ax.errorbar([0.05 * i, 1 + 0.05 * i], pair["score"], yerr=error, marker="o", capsize=3, **style)
-        ax.set_xticks([0.1, 1.1], ["zero-shot", "tuned"])
-        ax.set(title=f"{task} on {target}", ylabel="test score, %" if ax is axes[0, 0] else "", xlim=(-0.2, 1.4))
-    lines = [plt.Line2D([], [], color=f"C{i}", linestyle="--" if a in CONTROLS else "-") for i, a in enumerate(arms)]
-    names = [NAMES.get(a, a) for a in arms]
-    axes[0, -1].legend(lines, names, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
-    fig.tight_layout()
+            for (phase, cell), at in zip(pair.iterrows(), heights, strict=True):
+                if np.isnan(cell["score"]):
+                    _note(ax, "not tuned" if phase == "tuned" else "not run", middle, at, ax.transData, fontsize=8)
+                else:
+                    _interval(ax, cell, at, hollow=phase == "zero-shot", fmt="o")
+        ax.set_yticks(range(len(arms)), [NAMES.get(arm, arm) for arm in arms])
+        ax.set_ylim(len(arms) - 0.4, -0.6)
+        ax.margins(x=0.12)
+    _key(fig, [_mark("zero-shot", OURS, mfc="white"), _mark("tuned", OURS), _mark("control", CONTROL)])
     return fig
 
 
-def learning_curves(table: pd.DataFrame) -> Figure:
-    """Training loss of every method, the mean of its seeds, a panel a (task, model and phase)."""
+def learning_curves(table: pd.DataFrame, window: int = 5) -> Figure:
+    """Training loss by task and family (rows) and model (columns, the source first): means over seeds, bands from the
+    least to the greatest seed. Batches are grouped by length, so losses are means of ``window`` logged ones in turn.
+    A family whose runs kept no losses has no row.
+    """
     if table.empty:
-        fig, ax = plt.subplots(figsize=(4, 1))
-        ax.text(0.5, 0.5, "these runs kept no losses", ha="center", va="center")
-        ax.set_axis_off()
-        return fig
-    shown = table.assign(panel=table["task"] + " on " + table["target"] + ", " + table["phase"])
-    shown = shown.assign(method=[NAMES.get(a, a) for a in table["arm"]])
-    grid = sns.relplot(
-        shown, x="step", y="loss", hue="method", col="panel", col_wrap=3, kind="line", height=2.4, aspect=1.35,
-        errorbar=None, facet_kws={"sharex": False, "sharey": False},
-    )  # fmt: skip
-    grid.set_titles("{col_name}", size=9)
-    grid.legend.set_title("")
-    return grid.figure
+        return _nothing("these runs kept no losses")
+    run = table.sort_values("step").groupby(["task", "target", "phase", "arm", "seed"])["loss"]
+    shown = table.assign(loss=run.transform(lambda v: v.rolling(window, center=True, min_periods=1).mean()))
+    family = {arm: name for name, members in LEARNERS.items() for arm in members}
+    shown = shown.assign(task=shown["task"] + "\n" + shown["arm"].map(family)).sort_values("task", kind="stable")
+    fig, cells = _grid(shown, 1.4, 1.5, 3.3, "step", sharey="row")
+    ends = {task: ax for ax, task, _ in cells}.values()  # the last of each row
+    for ax, task, rows in cells:
+        for k, arm in enumerate(_present(shown["arm"][shown["task"] == task])):
+            loss = rows[rows["arm"] == arm].groupby("step")["loss"].agg(["mean", "min", "max"])
+            ax.plot(loss["mean"], color=f"C{k}", linestyle=("-", "--", ":", "-.")[k % 4], label=NAMES.get(arm, arm))
+            ax.fill_between(loss.index, loss["min"], loss["max"], color=f"C{k}", alpha=0.15, linewidth=0)
+        if ax in ends:
+            ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1.05), frameon=False)
+    fig.supylabel(f"training loss, mean of {window} logged losses; band: range of seeds", fontsize=10)
+    return fig
 
 
 # --- routing ---------------------------------------------------------------------------------------------------------
@@ -442,7 +538,7 @@ def search_rates(table: pd.DataFrame) -> Figure:
     for ax, method in zip(axes.flat, methods, strict=False):
         mine = table[table["method"] == method].sort_values("value")
         scores = mine["score"].clip(lower=floor)
-        ax.plot(mine["value"], scores, "o-", color=_colour(method), markersize=4)
+        ax.plot(mine["value"], scores, "o-", color=LOOKS[method][0], markersize=4)
         best = int(scores.to_numpy().argmax())
         ax.plot(mine["value"].iloc[best], scores.iloc[best], "o", color="black", markersize=5)
         ax.set(xscale="log", xlim=(mine["value"].min() / 2, mine["value"].max() * 2))
@@ -554,7 +650,10 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
             ax.axhline(1, color="black", lw=0.8)
             ax.set(xscale="log", xlabel=label)
             values = sorted(here[name].unique())
-            ax.set_xticks(values, [f"{v / 1024:g}k" if v % 1024 == 0 else f"{v:g}" for v in values], fontsize=9)
+            places = np.log(values) / np.log(values[-1] / values[0] if len(values) > 1 else 2)
+            low = ["\n" if gap < 0.12 else "" for gap in np.diff(places, prepend=-np.inf)]  # else they run together
+            plain = [f"{v / 1024:g}k" if v % 1024 == 0 else f"{v:g}" for v in values]
+            ax.set_xticks(values, [drop + text for drop, text in zip(low, plain, strict=True)], fontsize=9)
             ax.minorticks_off()
         row[0].set(yscale="log", ylabel=f"{'training' if train else 'forward'}: time / bare weight")
         _plain_ticks(row[0], (1, 1.5, 2, 3, 4, 6, 8, 12))

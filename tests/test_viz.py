@@ -1,0 +1,123 @@
+"""Figures show what their tables hold: every method, also the free ones, and in words what is missing."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from uhl import viz
+
+CELLS = [  # target, phase, arm, score, bytes
+    ("s", "source", "uhl-canonical", 82.0, 9e5),
+    ("s", "source", "full", 84.0, 5e7),
+    ("x", "zero-shot", "no-adapter", 50.0, 0),
+    ("x", "zero-shot", "anchor", 70.0, 9e5),
+    ("x", "tuned", "anchor", 75.0, 9e5),
+    ("x", "zero-shot", "embedding", 60.0, 9e5),
+    ("x", "tuned", "untrained", 74.0, 9e5),
+    ("y", "zero-shot", "anchor", 65.0, 9e5),
+]
+
+
+@pytest.fixture
+def table():
+    frame = pd.DataFrame(CELLS, columns=["target", "phase", "arm", "score", "bytes"])
+    return frame.assign(task="movies", low=frame["score"] - 1, high=frame["score"] + 2)
+
+
+def words(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def drawn(ax):
+    """Places of the points, with their intervals' ends, of a panel whose intervals stand upright."""
+    bars = [box.lines for box in ax.containers]
+    places = [(float(points.get_xdata()[0]), float(points.get_ydata()[0])) for points, _, _ in bars]
+    ends = [tuple(stem[0].get_segments()[0][:, 1]) for _, _, stem in bars]
+    return dict(zip(places, ends, strict=True))
+
+
+def test_each_method_has_its_own_look():
+    assert set(viz.ORDER) == set(viz.LOOKS)
+    assert len(set(viz.LOOKS.values())) == len(viz.LOOKS)
+
+
+def test_what_costs_nothing_is_drawn_too(table):
+    fig = viz.score_against(table, "bytes", "bytes", 1e6, "1 MB")
+    assert [ax.get_title() for ax in fig.axes] == ["s", "x", "y"]
+    for ax, target in zip(fig.axes, "sxy", strict=True):
+        mine = table[table["target"] == target]
+        ends = zip(mine["low"], mine["high"], strict=True)
+        assert drawn(ax) == dict(zip(zip(mine["bytes"], mine["score"], strict=True), ends, strict=True))
+        low, high = ax.get_xlim()
+        assert low < 0 < 5e7 < high
+        assert words(ax) == [" budget\n 1 MB"]
+    assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["0", "1M", "10M", "100M"]
+
+
+def test_rows_of_all_panels_agree(table):
+    fig = viz.panels(table, ["zero-shot"])
+    left, right = fig.axes
+    assert [t.get_text() for t in left.get_yticklabels()] == ["no adapter (majority)", "embedding", "anchor"]
+    assert words(left) == ["50.0", "60.0", "70.0"]
+    assert words(right) == ["not run", "not run", "65.0"]
+    assert left.get_xlim() == right.get_xlim()
+    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["ours", "control"]
+
+
+def test_arms_without_a_tuned_score_say_so(table):
+    left, right = viz.slopes(table).axes
+    assert words(left) == ["not tuned", "not tuned", "not run"]  # no adapter, embedding; untrained atoms, zero-shot
+    assert words(right) == ["not run", "not run", "not tuned", "not run"]
+    fills = [to_hex(box.lines[0].get_markerfacecolor()) for box in left.containers]
+    assert fills == ["#ffffff", "#ffffff", "#ffffff", viz.OURS, viz.CONTROL]  # hollow without labels
+
+
+def test_a_gap_has_its_interval_or_says_why_not():
+    rows = [("x", "anchor", 0.5), ("y", "anchor", np.nan), ("x", "lineage", 0.25)]
+    gaps = pd.DataFrame(rows, columns=["target", "arm", "gap"]).assign(task="movies", phase="tuned")
+    for bounds in (False, True):
+        shown = gaps.assign(low=gaps["gap"] - 0.1, high=gaps["gap"] + 0.2) if bounds else gaps
+        (ax,) = viz.gap_heat(shown).axes
+        texts = {text.get_position(): text.get_text() for text in ax.texts}  # lineage above anchor
+        numbers = ["0.25\n0.15 to 0.45", "0.50\n0.40 to 0.70"] if bounds else ["0.25", "0.50"]
+        assert [texts[0.5, 0.5], texts[0.5, 1.5]] == numbers
+        assert [texts[1.5, 0.5], texts[1.5, 1.5]] == ["not run", "not defined"]
+
+
+def test_losses_are_smoothed_within_a_seed():
+    losses = {0: [1.0, 3.0, 5.0, 1.0], 1: [3.0, 1.0, 1.0, 3.0]}
+    rows = [("full", seed, step, loss) for seed, some in losses.items() for step, loss in enumerate(some)]
+    rows += [("bitfit", 0, step, 2.0) for step in range(4)]
+    table = pd.DataFrame(rows, columns=["arm", "seed", "step", "loss"]).assign(
+        task="movies", target="x", phase="source"
+    )
+    axes = viz.learning_curves(table, window=3).axes
+    assert [ax.get_ylabel() for ax in axes] == ["movies\nLoRA to full", "movies\nsmall PEFT"]
+    (line,), (band,) = axes[0].lines, axes[0].collections
+    seeds = np.array([[2, 3, 3, 3], [2, 5 / 3, 5 / 3, 2]])  # of two losses at either end
+    np.testing.assert_allclose(line.get_ydata(), seeds.mean(0))
+    edges = band.get_paths()[0].vertices
+    assert [(edges[edges[:, 0] == 1, 1]).min(), edges[edges[:, 0] == 1, 1].max()] == pytest.approx([5 / 3, 3])
+    (empty,) = viz.learning_curves(table.iloc[:0]).axes
+    assert words(empty) == ["these runs kept no losses"]
+
+
+def test_ports_are_drawn_about_the_diagonal():
+    rows = [("x", "anchor", 0.8, 0.9), ("x", "zero-atoms", 0.8, 0.9), ("y", "anchor", 0.7, 0.75)]
+    table = pd.DataFrame(rows, columns=["target", "arm", "predicted", "measured"]).assign(task="movies")
+    left, right = viz.calibration(table).axes
+    assert [line.get_xydata().tolist() for line in left.lines[1:]] == [[[0.8, 0.9]]] * 2
+    assert [line.get_xydata().tolist() for line in right.lines[1:]] == [[[0.7, 0.75]]]
+    assert left.get_xlim() == left.get_ylim() == right.get_xlim() == pytest.approx((0.68, 0.92))
+    assert len({line.get_marker() for line in left.lines[1:]}) == 2
+
+
+def test_ticks_that_would_run_together_stand_lower():
+    base = {"tokens": 8, "d_in": 768, "d_out": 768, "atoms": 4, "top_k": 2}
+    sizes = [base | {"d_in": width, "d_out": width} for width in (312, 768, 1024, 8192)]
+    rows = [
+        s | {"step": "gather", "train": t, "ratio": 2, "ratio low": 1, "ratio high": 3} for s in sizes for t in (0, 1)
+    ]
+    fig, _ = viz.speed_of_weights(pd.DataFrame(rows).astype({"train": bool}), base)
+    assert [t.get_text() for t in fig.axes[1].get_xticklabels()] == ["312", "768", "\n1k", "8k"]
