@@ -103,7 +103,7 @@ lab: $(STAMP)
 
 # make table [PROFILE=offline-full] [PARTIAL=--partial]   figures anew from all results, then README.md and figures/
 RUNS = $(or $(UHL_RUNS),$(CURDIR)/runs)/$(PROFILE)
-table: PROFILE = offline-full
+table: PROFILE := $(if $(filter file,$(origin PROFILE)),offline-full,$(PROFILE))
 table: export UHL_BATCH = 1
 table: $(STAMP)
 	@mkdir -p $(RUNS)/analysis

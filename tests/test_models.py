@@ -86,6 +86,12 @@ def test_weights_in_a_pickle_are_tensors_or_refused(make_encoder, tmp_path, monk
     with pytest.raises(UHLError, match="Weights only load failed.*incomplete or damaged"):
         load_encoder(str(folder))
     assert not (tmp_path / "ran").exists()
+    whole = (folder / "pytorch_model.bin").read_bytes()
+    for cut in (b"", b"\x80\x02", whole[:-100]):
+        (folder / "pytorch_model.bin").write_bytes(cut)
+        with pytest.raises(UHLError, match="incomplete or damaged"):
+            load_encoder(str(folder))
+    (folder / "pytorch_model.bin").write_bytes(whole)
     torch.load(folder / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "ran").exists()  # so that the file was indeed one to refuse
 

@@ -75,6 +75,14 @@ def test_results_that_are_missing_repeated_or_incomplete():
         runs.load_results("p")
 
 
+def test_names_that_look_like_numbers_are_names():
+    settings = Settings(profile="2024", task="7")
+    made = runs.row(settings, target="null", arm="a", phase="tuned", split="test", metric="accuracy", score=50, n=2)
+    runs.write_manifest(settings, "tune-null", [made], labels=["n", "p"])
+    (row,) = runs.load_results("2024").to_dict("records")
+    assert (row["profile"], row["task"], row["target"]) == ("2024", "7", "null")
+
+
 def test_missing_manifest_names_the_cell():
     with pytest.raises(UHLError, match="pretrain-canonical was not run for task movies, seed 0"):
         runs.read_manifest(Settings(), "pretrain-canonical")
@@ -167,7 +175,7 @@ def test_gap_recovered_where_there_is_a_gap():
     assert ("x", "anchor") not in report.gap_recovered(fewer).set_index(["target", "arm"]).index
     fig = viz.gap_heat(gaps)
     shown = {t.get_position(): t.get_text().split("\n")[0] for t in fig.axes[0].texts}  # rows by arm, columns by target
-    missing = {(1.5, 0.5): "not defined", (1.5, 1.5): "not defined"}
+    missing = {(1.5, 0.5): "no gap", (1.5, 1.5): "no gap"}
     assert shown == {(0.5, 0.5): "0.00", (0.5, 1.5): "0.50"} | missing
     fig = viz.gap_heat(gaps[gaps["target"] == "y"])
     assert "no gap" in fig.axes[0].texts[0].get_text()
@@ -195,6 +203,8 @@ def test_one_seed_decides_nothing_alone():
     judged = claims.judge(table, one | source, {})
     (told,) = judged[(judged["arm"] == "anchor") & judged["claim"].str.startswith("1")].to_dict("records")
     assert (told["verdict"], told["reason"]) == ("not decidable", "one seed does not show how much seeds vary")
+    apart = claims.judge(table, one | {("movies", "s", "source", "uhl-canonical"): {1: right(60)}}, {})
+    assert "anchor and uhl-canonical have no seed in common" in set(apart["reason"])
     lacking = judged[(judged["arm"] == "embedding")]
     assert set(lacking["verdict"]) == {"not decidable"}
     assert lacking["reason"].str.contains("is not defined there, or was not run").all()

@@ -139,6 +139,7 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert lacks["lineage"].startswith("lineage is not defined there")
     assert (lacks["anchor"] == "LoRA at 1 MB was not run") == (not others)
     assert report.missing("t") == []
+    assert set(report.undefined("t")) == {("small", "lineage"), ("small", "embedding")}
     assert set(judged["verdict"]) <= {"held", "refuted", "not decidable"}
     told = claims.markdown("t").splitlines()
     assert sum(line.startswith("| 1 ") for line in told) == len(ours)
@@ -156,6 +157,9 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     for arm, row in trust.iterrows():
         assert 0 <= row["predicted"] <= 1
         assert row["measured"] == pytest.approx(stages.agreement(settings, zero.predictions[f"{arm}/test"]))
+    few = settings.model_copy(update={"arms": ("anchor",)})  # its port does not say that there is no lineage
+    stages.zero_shot(few).finish("port-small")
+    assert report.missing("t") == []
 
 
 def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):

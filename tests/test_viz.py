@@ -61,6 +61,7 @@ def test_rows_of_all_panels_agree(table):
     assert [t.get_text() for t in left.get_yticklabels()] == ["no adapter (majority)", "embedding", "anchor"]
     assert words(left) == ["50.0", "60.0", "70.0"]
     assert words(right) == ["not run", "not run", "65.0"]
+    assert words(viz.panels(table, ["zero-shot"], [("y", "embedding")]).axes[1]) == ["not run", "not defined", "65.0"]
     assert left.get_xlim() == right.get_xlim()
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["ours", "control"]
 
@@ -69,6 +70,8 @@ def test_arms_without_a_tuned_score_say_so(table):
     left, right = viz.slopes(table).axes
     assert words(left) == ["not tuned", "not tuned", "not run"]  # no adapter, embedding; untrained atoms, zero-shot
     assert words(right) == ["not run", "not run", "not tuned", "not run"]
+    right = viz.slopes(table, [("y", "embedding")]).axes[1]
+    assert words(right) == ["not run", "not defined", "not tuned", "not run"]
     fills = [to_hex(box.lines[0].get_markerfacecolor()) for box in left.containers]
     assert fills == ["#ffffff", "#ffffff", "#ffffff", viz.OURS, viz.CONTROL]  # hollow without labels
 
@@ -82,7 +85,9 @@ def test_a_gap_has_its_interval_or_says_why_not():
         texts = {text.get_position(): text.get_text() for text in ax.texts}  # lineage above anchor
         numbers = ["0.25\n0.15 to 0.45", "0.50\n0.40 to 0.70"] if bounds else ["0.25", "0.50"]
         assert [texts[0.5, 0.5], texts[0.5, 1.5]] == numbers
-        assert [texts[1.5, 0.5], texts[1.5, 1.5]] == ["not run", "not defined"]
+        assert [texts[1.5, 0.5], texts[1.5, 1.5]] == ["not run", "no gap"]
+    (ax,) = viz.gap_heat(gaps.assign(low=np.nan, high=np.nan), [("y", "lineage")]).axes
+    assert sorted(words(ax)) == ["0.25", "0.50", "no gap", "not defined"]
 
 
 def test_losses_are_smoothed_within_a_seed():

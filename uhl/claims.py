@@ -57,6 +57,8 @@ def _compared(
     if not seeds:
         nothing = [None, None, None, bound, 0, 0, "not decidable"]
         lacks = f"{missing} was not run" if cells[0] else f"{arm} is not defined there, or was not run in this phase"
+        if all(cells):
+            lacks = f"{arm} and {missing} have no seed in common"
         return [name, arm, target, task, *nothing, lacks]
     one, other = (stack(cell, seeds) for cell in cells)
     made = stats.difference(one, other, about.groups.get(task), about.known)

@@ -96,7 +96,7 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
         if absent := sorted(k for k in report["missing_keys"] if "pooler" not in k):
             raise ValueError(f"its weights lack {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
         if Path(folder).is_dir():
             remedy = "Its folder is incomplete or damaged: write it again with save_pretrained(), or copy it again"
         else:

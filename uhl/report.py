@@ -378,8 +378,9 @@ def missing(profile: str) -> list[str]:
 def _asked(cell: Path, settings: Settings) -> Iterator[tuple[str, str, str]]:
     """(host, phase, arm) of the rows that a finished cell should have."""
     stage, _, rest = cell.name.partition("-")
-    port = cell.parent / f"port-{runs.slug(settings.target)}" / "manifest.json"
-    undefined = json.loads(port.read_text()).get("undefined", {}) if port.is_file() else {}
+    path = cell.parent / f"port-{runs.slug(settings.target)}" / "manifest.json"
+    port = json.loads(path.read_text()) if path.is_file() else {}
+    ported = port.get("parameters", {}).get("arms", settings.arms)
     if stage == "pretrain":
         yield settings.source, "source", f"uhl-{rest}"
     elif stage == "baselines":
@@ -387,8 +388,9 @@ def _asked(cell: Path, settings: Settings) -> Iterator[tuple[str, str, str]]:
         host, phase = (settings.source, "source") if own else (settings.target, "retrained")
         yield from ((host, phase, method) for method in settings.baselines)
     elif stage in {"port", "tune"}:
-        phase, arms = ("zero-shot", ("no-adapter", *settings.arms)) if stage == "port" else ("tuned", TUNED_ARMS)
-        yield from ((settings.target, phase, arm) for arm in arms if arm not in undefined)
+        tuned = [arm for arm in TUNED_ARMS if arm in {*ported, "untrained"}]
+        phase, arms = ("zero-shot", ["no-adapter", *ported]) if stage == "port" else ("tuned", tuned)
+        yield from ((settings.target, phase, arm) for arm in arms if arm not in port.get("undefined", {}))
 
 
 def markdown(profile: str, target: str | None = None) -> str:
@@ -410,19 +412,16 @@ def markdown(profile: str, target: str | None = None) -> str:
         budget = [f"{size:,.0f}{over[0]}", f"{trained:,.0f}", f"{cost:.1f} %{over[1]}"]
         label = f"*{NAMES.get(arm, arm)}*" if arm in CONTROLS else NAMES.get(arm, arm)
         lines.append("| " + " | ".join([model, phase, label, *cells, *budget]) + " |")
-    for model, arm in dict.fromkeys(_undefined(profile, set(table["target"]))):
+    for model, arm in [pair for pair in undefined(profile) if pair[0] in set(table["target"])]:
         empty = " | ".join(["not defined"] * len(tasks))
         lines.append(f"| {model} | zero-shot, tuned | {NAMES.get(arm, arm)} | {empty} | | | |")
     return "\n".join(lines) + "\n\n" + _caption(profile, table)
 
 
-def _undefined(profile: str, targets: set[str]) -> Iterator[tuple[str, str]]:
-    """(target, arm) of the cells that a port's manifest marks as not defined."""
-    for path in sorted((runs.root() / profile).glob("*/port-*/manifest.json")):
-        entry = json.loads(path.read_text())
-        model = str(entry["parameters"]["target"])
-        if model in targets:
-            yield from ((model, arm) for arm in entry.get("undefined", {}))
+def undefined(profile: str) -> list[tuple[str, str]]:
+    """(target, arm) that a port's manifest marks as not defined, each once."""
+    entries = [json.loads(p.read_text()) for p in sorted((runs.root() / profile).glob("*/port-*/manifest.json"))]
+    return list(dict.fromkeys((e["parameters"]["target"], arm) for e in entries for arm in e.get("undefined", {})))
 
 
 def _cell_text(cell: pd.Series) -> str:

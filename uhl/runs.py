@@ -271,7 +271,9 @@ def load_results(profile: str) -> pd.DataFrame:
     path = root() / profile / "results.csv"
     if not path.is_file():
         raise UHLError(f"{path} does not exist; run the profile first: make run PROFILE={profile}")
-    frame = pd.read_csv(path)
+    words = ("profile", "source", "target", "task", "arm", "phase", "split", "metric")
+    empty = {name: [""] for name in COLUMNS if name not in words}  # a name may look like a number, or like nothing
+    frame = pd.read_csv(path, dtype=dict.fromkeys(words, str), keep_default_na=False, na_values=empty)
     missing = [c for c in COLUMNS if c not in frame.columns]
     if missing:
         raise UHLError(f"{path} misses columns {', '.join(missing)}; delete it and run the profile again")

@@ -140,8 +140,8 @@ def recovered(
 ) -> Interval:
     """(cell - floor) / (ceiling - floor) of mean scores, all (seeds, n, 3) of the same seeds and examples.
 
-    How much seeds vary is taken from the ratio's linear terms. NaN where the ceiling is not above the floor, and for
-    the ends where that is so in one resample of a thousand or more.
+    How much seeds vary is taken from the ratio's linear terms, of these seeds alone (and is left out for one seed). NaN
+    where the ceiling is not above the floor, and for the ends where that is so in one resample of a thousand or more.
     """
     drawn = np.split(bootstrap(np.concatenate([cell, floor, ceiling]), groups, seed), 3, axis=1)
     upper, lower = (a - drawn[1] for a in (drawn[0], drawn[2]))

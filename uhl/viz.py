@@ -5,7 +5,8 @@ Every figure is saved with the numbers that it shows: :func:`save_fig` writes a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,16 +180,20 @@ def _key(fig: Figure, entries: Sequence[Line2D], columns: int = 5) -> None:
     fig.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handletextpad=0.2)
 
 
+def _absent(target: str, arm: str, undefined: Iterable[tuple[str, str]]) -> str:
+    return "not defined" if (target, arm) in undefined else "not run"
+
+
 def _present(arms: Iterable[str], order: Iterable[str] = ORDER) -> list[str]:
     found = set(arms)
     return [arm for arm in order if arm in found]
 
 
-def _arm_rows(ax: Axes, table: pd.DataFrame) -> None:
+def _arm_rows(ax: Axes, table: pd.DataFrame, absent: Callable[[str], str] = str) -> None:
     y = np.arange(len(table), dtype=float)[::-1]
     for place, (_, cell) in zip(y, table.iterrows(), strict=True):
         if np.isnan(cell["score"]):
-            _note(ax, "not run", y=place, across=ax.get_yaxis_transform())
+            _note(ax, absent(cell["arm"]), y=place, across=ax.get_yaxis_transform())
             continue
         _interval(ax, cell, place, fmt="o", capsize=2)
         ax.annotate(f"{cell['score']:.1f}", (cell["score"], place), (0, 4), textcoords="offset points", fontsize=8)
@@ -264,13 +269,18 @@ def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def panels(table: pd.DataFrame, phases: Sequence[str]) -> Figure:
-    """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary, on one scale."""
+def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[tuple[str, str]] = ()) -> Figure:
+    """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary, on one scale.
+
+    ``undefined``: (target, arm) that cannot be there, from :func:`uhl.report.undefined`.
+    """
     table = table[table["phase"].isin(phases)]
     arms = list(dict.fromkeys(a for phase in phases for a in _present(table["arm"][table["phase"] == phase])))
     fig, cells = _grid(table, 2.4, 0.27 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
     for ax, _, rows in cells:
-        _arm_rows(ax, rows.set_index("arm").reindex(arms).reset_index())
+        host = rows["target"].iloc[0] if len(rows) else ""
+        absent = partial(_absent, host, undefined=undefined)
+        _arm_rows(ax, rows.set_index("arm").reindex(arms).reset_index(), absent)
     families = {name: colour for name, (colour, _, members) in FAMILIES.items() if set(members) & set(arms)}
     _key(fig, [_mark(name, colour) for name, colour in families.items()])
     return fig
@@ -353,9 +363,10 @@ def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
         ax.errorbar(apart, rows["score"], yerr=error, markersize=4, elinewidth=1, **style)
 
 
-def gap_heat(table: pd.DataFrame) -> Figure:
+def gap_heat(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Figure:
     """Gap recovered by arm (rows), task and target (columns), a panel a phase: 0 is no adapter, 1 is LoRA retrained
-    there. Hatched where there is no gap to recover or no port; with intervals where the table has ``low`` and ``high``.
+    there. Hatched where there is no gap to recover or no port (``undefined`` as in :func:`panels`); with intervals
+    where the table has ``low`` and ``high``.
     """
     if table["gap"].isna().all():
         return _nothing("no gap to recover: LoRA was not run here or is not above no adapter")
@@ -374,11 +385,13 @@ def gap_heat(table: pd.DataFrame) -> Figure:
         for text in ax.texts if bounds else ():
             i, j = (int(place) for place in reversed(text.get_position()))
             low, high = (rows[end].loc[(arms[phase][i], *places[j])] for end in ("low", "high"))
-            text.set_text(f"{text.get_text()}\n{low:.2f} to {high:.2f}")
+            if low <= high:
+                text.set_text(f"{text.get_text()}\n{low:.2f} to {high:.2f}")
             text.set_fontsize(8.5)
         for i, j in np.argwhere(gaps.isna()):
-            known = (arms[phase][i], *places[j]) in rows.index
-            _note(ax, "not defined" if known else "not run", j + 0.5, i + 0.5, ax.transData)
+            arm, (task, target) = arms[phase][i], places[j]
+            why = "no gap" if (arm, task, target) in rows.index else _absent(target, arm, undefined)
+            _note(ax, why, j + 0.5, i + 0.5, ax.transData)
         ax.set_yticklabels([NAMES.get(arm, arm) for arm in arms[phase]], rotation=0)
         ax.set_xticklabels([f"{task}\n{target}" for task, target in places], rotation=0)
         ax.set(title=phase, xlabel="", ylabel="")
@@ -418,8 +431,11 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
     return fig
 
 
-def slopes(table: pd.DataFrame) -> Figure:
-    """Each arm's score without labels (hollow) joined to its score after tuning (filled), a panel a task and target."""
+def slopes(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Figure:
+    """Each arm's score without labels (hollow) joined to its score after tuning (filled), a panel a task and target.
+
+    ``undefined`` as in :func:`panels`.
+    """
     shown = table[table["phase"].isin(["zero-shot", "tuned"])]
     arms = _present(shown["arm"])
     fig, cells = _grid(shown, 2.4, 0.3 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
@@ -429,7 +445,8 @@ def slopes(table: pd.DataFrame) -> Figure:
             heights, middle = [place - 0.17, place + 0.17], pair["score"].mean()
             ax.plot(pair["score"], heights, color=LOOKS[arm][0], linewidth=1)
             if np.isnan(middle):
-                _note(ax, "not run", y=place, across=ax.get_yaxis_transform())
+                host = rows["target"].iloc[0] if len(rows) else ""
+                _note(ax, _absent(host, arm, undefined), y=place, across=ax.get_yaxis_transform())
                 continue
             for (phase, cell), at in zip(pair.iterrows(), heights, strict=True):
                 if np.isnan(cell["score"]):
