@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
-LOCK = ROOT / "requirements.lock"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -26,9 +25,13 @@ def versions(entries):
     return dict(entry.lower().split(";")[0].split("==") for entry in entries)
 
 
+def locked():
+    lock = versions((ROOT / "requirements.lock").read_text().splitlines())
+    return {name.replace("_", "-"): version for name, version in lock.items()}
+
+
 def test_lock_environment_and_project_agree():
-    lock = versions(LOCK.read_text().splitlines())
-    lock = {name.replace("_", "-"): version for name, version in lock.items()}
+    lock = locked()
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
     assert environment.pop() == "-e ."
     assert versions(environment) == pins()
@@ -42,8 +45,7 @@ def test_what_is_installed_is_what_is_locked():
 
     from packaging.requirements import Requirement
 
-    lock = versions(LOCK.read_text().splitlines())
-    lock = {name.replace("_", "-"): wanted for name, wanted in lock.items()}
+    lock = locked()
     left, seen = [(name, "") for name in pins()], set()
     while left:
         seen.add(found := left.pop())

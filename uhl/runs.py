@@ -280,8 +280,7 @@ def load_results(profile: str) -> pd.DataFrame:
     keys = ["target", "task", "arm", "phase", "seed", "split"]
     if others := sorted(set(frame["profile"]) - {profile}):
         raise UHLError(
-            f"{path} holds rows of profile {', '.join(map(str, others))}; move the cells that wrote them to a folder "
-            "of that name"
+            f"{path} holds rows of profile {', '.join(others)}; move the cells that wrote them to a folder of that name"
         )
     if len(repeated := frame[frame.duplicated(keys)]):
         rows = "; ".join(", ".join(map(str, row)) for row in repeated[keys].drop_duplicates().head(3).values)

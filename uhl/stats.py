@@ -143,12 +143,12 @@ def recovered(
     How much seeds vary is taken from the ratio's linear terms, of these seeds alone (and is left out for one seed). NaN
     where the ceiling is not above the floor, and for the ends where that is so in one resample of a thousand or more.
     """
-    drawn = np.split(bootstrap(np.concatenate([cell, floor, ceiling]), groups, seed), 3, axis=1)
-    upper, lower = (a - drawn[1] for a in (drawn[0], drawn[2]))
     over, under = seeds_apart(cell, floor), seeds_apart(ceiling, floor)
     if under.mean() <= 0:
         return Interval(np.nan, np.nan, np.nan)
     value = float(over.mean() / under.mean())
+    drawn = np.split(bootstrap(np.concatenate([cell, floor, ceiling]), groups, seed), 3, axis=1)
+    upper, lower = (a - drawn[1] for a in (drawn[0], drawn[2]))
     if (lower.mean(1) <= 0).mean() >= 1e-3:
         return Interval(value, np.nan, np.nan)
     return _interval(value + (over - value * under) / under.mean(), upper.mean(1) / lower.mean(1), None)

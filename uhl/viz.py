@@ -157,8 +157,8 @@ def _nothing(text: str) -> Figure:
 
 def _grid(
     table: pd.DataFrame, wide: float, high: float, beside: float, x: str, y: str = "", **shared: Any
-) -> tuple[Figure, list[tuple[Axes, str, pd.DataFrame]]]:
-    """A panel a task (row) and model (column, the source first), with its task and its rows; sizes in inches."""
+) -> tuple[Figure, list[tuple[Axes, str, str, pd.DataFrame]]]:
+    """A panel a task (row) and model (column, the source first), with both names and its rows; sizes in inches."""
     own = table["phase"] == "source" if "phase" in table else np.zeros(len(table), bool)
     tasks, hosts = list(dict.fromkeys(table["task"])), list(dict.fromkeys([*table["target"][own], *table["target"]]))
     size = (wide * len(hosts) + beside, high * len(tasks) + 0.8)
@@ -169,7 +169,7 @@ def _grid(
     for i, task in enumerate(tasks):
         axes[i, 0].set_ylabel(task + y)
     places = [(ax, tasks[i], hosts[j]) for (i, j), ax in np.ndenumerate(axes)]
-    return fig, [(ax, t, table[(table["task"] == t) & (table["target"] == host)]) for ax, t, host in places]
+    return fig, [(ax, t, h, table[(table["task"] == t) & (table["target"] == h)]) for ax, t, h in places]
 
 
 def _mark(label: str, colour: str, mark: str = "o", **look: Any) -> Line2D:
@@ -219,7 +219,7 @@ def calibration(table: pd.DataFrame) -> Figure:
     fig, cells = _grid(table, *size, sharex=True, sharey=True)
     both = table[["predicted", "measured"]].to_numpy()
     ends = both.min() - 0.02, both.max() + 0.02
-    for ax, _, rows in cells:
+    for ax, _, _, rows in cells:
         ax.plot(ends, ends, color=CONTROL, linewidth=1, zorder=0)
         for arm, mine in rows.groupby("arm"):
             colour, mark = LOOKS[str(arm)]
@@ -277,8 +277,7 @@ def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[tuple
     table = table[table["phase"].isin(phases)]
     arms = list(dict.fromkeys(a for phase in phases for a in _present(table["arm"][table["phase"] == phase])))
     fig, cells = _grid(table, 2.4, 0.27 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
-    for ax, _, rows in cells:
-        host = rows["target"].iloc[0] if len(rows) else ""
+    for ax, _, host, rows in cells:
         absent = partial(_absent, host, undefined=undefined)
         _arm_rows(ax, rows.set_index("arm").reindex(arms).reset_index(), absent)
     families = {name: colour for name, (colour, _, members) in FAMILIES.items() if set(members) & set(arms)}
@@ -408,7 +407,7 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
     fig, cells = _grid(table, 2.25, 2.3, 0.6, label, ": test score, %", sharex=True, sharey=True)
     fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
     least, most = float(table[column][table[column] > 0].min()), 2.5 * float(table[column].max())
-    for ax, _, rows in cells:
+    for ax, _, _, rows in cells:
         left = offset_copy(ax.transData, fig, x=-4.0, units="points")
         for _, cell in rows.iterrows():
             hollow, control = cell["phase"] == "zero-shot", cell["arm"] in CONTROLS
@@ -439,13 +438,12 @@ def slopes(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Fi
     shown = table[table["phase"].isin(["zero-shot", "tuned"])]
     arms = _present(shown["arm"])
     fig, cells = _grid(shown, 2.4, 0.3 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
-    for ax, _, rows in cells:
+    for ax, _, host, rows in cells:
         for place, arm in zip(np.arange(len(arms), dtype=float), arms, strict=True):
             pair = rows[rows["arm"] == arm].set_index("phase").reindex(["zero-shot", "tuned"])
             heights, middle = [place - 0.17, place + 0.17], pair["score"].mean()
             ax.plot(pair["score"], heights, color=LOOKS[arm][0], linewidth=1)
             if np.isnan(middle):
-                host = rows["target"].iloc[0] if len(rows) else ""
                 _note(ax, _absent(host, arm, undefined), y=place, across=ax.get_yaxis_transform())
                 continue
             for (phase, cell), at in zip(pair.iterrows(), heights, strict=True):
@@ -472,8 +470,8 @@ def learning_curves(table: pd.DataFrame, window: int = 5) -> Figure:
     family = {arm: name for name, members in LEARNERS.items() for arm in members}
     shown = shown.assign(task=shown["task"] + "\n" + shown["arm"].map(family)).sort_values("task", kind="stable")
     fig, cells = _grid(shown, 1.4, 1.5, 3.3, "step", sharey="row")
-    ends = {task: ax for ax, task, _ in cells}.values()  # the last of each row
-    for ax, task, rows in cells:
+    ends = {task: ax for ax, task, *_ in cells}.values()  # the last of each row
+    for ax, task, _, rows in cells:
         for k, arm in enumerate(_present(shown["arm"][shown["task"] == task])):
             loss = rows[rows["arm"] == arm].groupby("step")["loss"].agg(["mean", "min", "max"])
             ax.plot(loss["mean"], color=f"C{k}", linestyle=("-", "--", ":", "-.")[k % 4], label=NAMES.get(arm, arm))
