@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -137,22 +140,39 @@ def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]
 
 
+def snakemake(runs, *arguments):
+    """What Snakemake said, with ``runs`` as the folder of runs."""
+    command = [Path(sys.executable).parent / "snakemake", *arguments]
+    environment = {**os.environ, "UHL_RUNS": str(runs)}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("where", [["--cores", "2"], ["--workflow-profile", "profiles/slurm"]], ids=["here", "slurm"])
 def test_snakemake_plans_the_whole_grid(tmp_path, where):
-    import subprocess
-    import sys
-
-    snakemake = Path(sys.executable).parent / "snakemake"
-    command = [snakemake, "-n", *where, "--config", "profile=offline-full"]
-    environment = {**os.environ, "UHL_RUNS": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    counts = dict(re.findall(r"^(\w+)\s+(\d+)$", done.stdout + done.stderr, re.M))
+    said = snakemake(tmp_path, "-n", *where, "--config", "profile=offline-full")
+    counts = dict(re.findall(r"^(\w+)\s+(\d+)$", said, re.M))
     assert counts["pretrain"] == "12"
     assert counts["port"] == counts["tune"] == "12"
     assert counts["baselines"] == "18"
     assert not {"attempts", "compress"} & set(counts)  # by `make attempts` and `make copies` alone
-    assert ("cpus_per_task=2" in done.stdout + done.stderr) == ("profiles/slurm" in where)
+    assert ("cpus_per_task=2" in said) == ("profiles/slurm" in where)
+
+
+@pytest.mark.slow
+def test_two_local_workers_run_cells_side_by_side_and_once(tmp_path):
+    """As `make run` calls them, two cells of the demo profile on real models."""
+    cells = [tmp_path / "demo" / "movies-s0" / f"pretrain-{p}" / "manifest.json" for p in ("canonical", "dimension")]
+    call = ["--nolock", "--cores", "2", "--rerun-triggers", "mtime", "--config", "profile=demo", "--", *cells]
+    assert len(re.findall(r"\d\d:\d\d:\d\d  started  ", snakemake(tmp_path, *call))) == 2
+    ran = [json.loads((c.parent / "notebook.ipynb").read_text())["metadata"]["papermill"] for c in cells]
+    assert max(r["start_time"] for r in ran) < min(r["end_time"] for r in ran)
+    table = pd.read_csv(tmp_path / "demo" / "results.csv")
+    assert set(table["arm"]) == {"uhl-canonical", "uhl-dimension"}  # both wrote it, one after the other
+    before = [c.stat().st_mtime_ns for c in cells]
+    assert "Nothing to be done" in snakemake(tmp_path, *call)
+    assert [c.stat().st_mtime_ns for c in cells] == before
 
 
 # --- real data, where UHL_DATA names a folder of it ---

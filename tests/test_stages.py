@@ -237,6 +237,33 @@ def test_an_interrupted_trial_is_run_again(tiny_world, monkeypatch):
         search.search(tiny_world, "lora", {"rate": [1e-3]})
 
 
+def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, monkeypatch):
+    space = {"tune_rate": [1e-3, 1e-2], "lambda_q": [0.0]}
+    with pytest.raises(UHLError, match="train it first: make port PROFILE=t TARGET=small"):
+        search.search(tiny_world, "tune-anchor", space)
+    stages.pretrain(tiny_world, "canonical")
+    file = stages.adapter_path(tiny_world, "anchor")
+    before = file.read_bytes()
+    study = search.search(tiny_world, "tune-anchor", space)
+    assert [t.params["tune_rate"] for t in study.trials] == [1e-3, 1e-2]
+    assert [sorted(t.intermediate_values) for t in study.trials] == [[1, 2, 3]] * 2  # watched, so that it can be pruned
+    stored = [json.loads(p.read_text()) for p in (runs.root() / "t-search").glob("*/*/trial/manifest.json")]
+    assert {(row["phase"], row["split"], row["target"]) for m in stored for row in m["rows"]} == {
+        ("tuned", "dev", "small")
+    }
+    assert file.read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "tune", None)  # finished trials are read
+        assert len(search.search(tiny_world, "tune-anchor", space).trials) == 2
+    other = tiny_world.model_copy(update={"rate": 2e-3})
+    stages.pretrain(other, "canonical")
+    assert file.read_bytes() != before
+    calls, tune = [], stages.tune
+    monkeypatch.setattr(stages, "tune", lambda *a, **k: calls.append(a) or tune(*a, **k))
+    search.search(tiny_world, "tune-anchor", space)  # another adapter: another study, and its trials are run
+    assert len(calls) == 2
+
+
 def test_a_range_is_sampled_within_its_bounds_and_the_best_is_written(tiny_world, tmp_path):
     space = {"lora_rate": search.Range(low=1e-4, high=1e-1, log=True), "batch": search.Range(low=8, high=16)}
     study = search.search(tiny_world, "lora-r8", space, trials=3)

@@ -1,5 +1,6 @@
 """Readers for every format, fixed splits, tokenised labels, and an error for each kind of bad input."""
 
+import copy
 import gzip
 import json
 import shutil
@@ -78,6 +79,35 @@ def test_conll_columns_become_bio_on_first_pieces(tmp_path, tokenizer, name):
     pieces = tokenizer.convert_ids_to_tokens(made["input_ids"])
     assert pieces == ["[CLS]", "good", "##joy", "film", "[SEP]"]
     assert made["labels"] == [IGNORE, 1, IGNORE, 0, IGNORE]
+
+
+def test_tokens_are_kept_for_other_seeds_and_stages(task, tokenizer, tmp_path, monkeypatch):
+    rows = task.data["train"]
+    first = encode(task.kind, rows, tokenizer, 16).to_dict()
+    others = [(task.data["dev"], tokenizer, 16), (rows, tokenizer, 8), (rows, copy.deepcopy(tokenizer), 16)]
+    others[2][1].add_tokens(["unheard"])
+    for split, own, length in others:  # other rows, another length, another tokenizer
+        encode(task.kind, split, own, length)
+    (kept,) = {p for p in (tmp_path / "tokens").iterdir() if p.stat().st_size} - {
+        tmp_path / "tokens" / f"{tasks._mark(task.kind, s, own, n)}.arrow" for s, own, n in others
+    }
+    assert len(list((tmp_path / "tokens").iterdir())) == 4
+    whole = kept.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:-100], b"", b"nonsense" * 40):
+        kept.write_bytes(damaged)
+        assert encode(task.kind, rows, tokenizer, 16).to_dict() == first
+        assert kept.read_bytes() == whole
+
+    def again(*_, **__):
+        raise AssertionError("tokenised again")
+
+    monkeypatch.setattr(type(tokenizer), "__call__", again)
+    assert encode(task.kind, rows, tokenizer, 16).to_dict() == first
+
+
+def test_tokens_are_not_kept_where_nothing_can_be_written(task, tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "tokens").write_text("a file where the folder should be")
+    assert len(encode(task.kind, task.data["train"], tokenizer)) == len(task.data["train"])
 
 
 @pytest.mark.parametrize("blank", [" ", "\t", " \t\r", "\r"])

@@ -149,14 +149,16 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Search the spaces of params/<profile>/search.yaml on the profile's source, dev scores only; print CSV."""
+    """Search the spaces of params/<profile>/search.yaml on the profile's source, `tune-anchor` on its first target; dev
+    scores only; print CSV.
+    """
     try:
         from uhl import search as searching
     except ModuleNotFoundError as error:
         raise UHLError(f"uhl search needs Optuna ({error}); pip install 'uhl[notebooks]'") from error
     grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
     changes = {"task": options.task, "seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
-    changes["source"] = grid.source
+    changes |= {"source": grid.source, "target": options.target or target_of(grid.profile, grid.targets[0])}
     settings = Settings(**read_yaml(file) | {k: v for k, v in changes.items() if v is not None})
     spaces = searching.read_spaces(PARAMS / options.profile / "search.yaml")
     methods = options.method or list(spaces)
@@ -236,6 +238,7 @@ def main() -> None:
     three.add_argument("--profile", default="offline-full")
     three.add_argument("--task", default="movies")
     three.add_argument("--seed", type=int, default=0)
+    three.add_argument("--target", help="where `tune-anchor` tunes; by default the profile's first target")
     three.add_argument("--epochs", type=float, help="instead of the profile's")
     three.add_argument("--train-size", type=int, help="instead of the profile's")
     three.add_argument("--method", action="append", help="one of the file's, which are searched all by default")

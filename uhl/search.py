@@ -1,5 +1,7 @@
 """Settings by dev score, with Optuna: each method's search space on the source, and no test label.
 
+Tuning is searched on the target: `tune-anchor` tunes the profile's trained adapter, ported there by its anchors.
+
 ``params/<profile>/search.yaml`` maps a method to settings, and a setting to what may be tried: a list of values, or a
 range `{low: .., high: .., log: true}`. A method whose settings are all lists has every combination tried; others are
 sampled (TPE). A study of a method, its settings and its space lives in a database (SQLite under runs/<profile>-search/,
@@ -37,11 +39,13 @@ from uhl import runs, stages
 from uhl.baselines import RATES
 from uhl.config import _Strict
 from uhl.errors import DivergenceError, UHLError, one_of
-from uhl.files import write_text
+from uhl.files import sha256, write_text
+from uhl.outcome import Outcome
 from uhl.runs import Settings
 from uhl.train import Watch
 
-METHODS = ("uhl-canonical", "uhl-dimension", *RATES)
+TUNE = "tune-anchor"
+METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
 UNUSED = {*RATES.values(), "baselines", "arms"}  # settings that belong to one baseline alone, or to none
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
@@ -116,7 +120,7 @@ def ask(trial: Trial, space: Space) -> dict[str, Any]:
 
 
 def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch | None = None) -> dict[str, object]:
-    """Train a method on the source with ``values`` for some settings; its dev row. A finished run is read.
+    """Train a method with ``values`` for some settings; its dev row. A finished run is read.
 
     ``watch`` is told dev scores on the way and may raise, which ends the run; its folder is then removed. Of several
     processes one runs, and the others wait for it.
@@ -125,21 +129,44 @@ def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch
     chosen = settings.model_copy(update={"profile": profile, "splits": ("dev",), **values})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
     others = UNUSED - set(values)  # another default there makes no other trial
+    own = _adapter(settings, method)
     with runs.locked(runs.root() / profile / ".lock"):
-        if not path.is_file() or _without(json.loads(path.read_text())["parameters"], others) != _without(
-            chosen.model_dump(mode="json"), others
-        ):
+        found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
+        kept, wanted = _without(found["parameters"], others), _without(chosen.model_dump(mode="json"), others)
+        if kept != wanted or found.get("adapter") != own:
             try:
                 if method.startswith("uhl-"):
                     _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"), watch)
+                elif method == TUNE:
+                    outcome = _tuned(chosen, watch, settings)
                 else:
                     outcome = stages.baseline(chosen, "source", method, stages.baseline_start(chosen, "source"), watch)
             except optuna.TrialPruned:
                 shutil.rmtree(path.parent.parent)  # of this task and seed
                 raise
-            runs.write_manifest(chosen, "trial", outcome.rows)
+            runs.write_manifest(chosen, "trial", outcome.rows, adapter=own)
         (row,) = json.loads(path.read_text())["rows"]
     return dict(row)
+
+
+def _tuned(chosen: Settings, watch: Watch | None, trained: Settings) -> Outcome:
+    outcome = stages.tune(chosen, "anchor", watch=watch, trained=trained)
+    assert outcome is not None  # anchors serve every host
+    return outcome
+
+
+def _adapter(settings: Settings, method: str) -> str | None:
+    """Hash of the file that `tune-anchor` tunes; None for other methods."""
+    if method != TUNE:
+        return None
+    path = stages.adapter_path(settings, "anchor")
+    if not path.is_file():
+        raise UHLError(
+            f"{TUNE} tunes a trained adapter, and {path} is missing; train it first: "
+            f"make port PROFILE={settings.profile} TARGET={runs.slug(settings.target)} TASK={settings.task_name} "
+            f"SEED={settings.seed}"
+        )
+    return sha256(path)
 
 
 def _text(value: object) -> str:
@@ -178,7 +205,8 @@ def study(settings: Settings, method: str, space: Space, url: str | None = None)
     """
     kept = _without(settings.model_dump(mode="json"), UNUSED | set(space) | {"profile"})
     tried = {name: t.model_dump() if isinstance(t, Range) else list(t) for name, t in sorted(space.items())}
-    mark = hashlib.sha256(json.dumps([kept, tried], sort_keys=True).encode()).hexdigest()[:8]
+    own = _adapter(settings, method)
+    mark = hashlib.sha256(json.dumps([kept, tried, *([own] if own else [])], sort_keys=True).encode()).hexdigest()[:8]
     with runs.locked(runs.root() / f"{settings.profile}-search" / ".study.lock"):  # another worker may begin as well
         made = optuna.create_study(
             study_name=f"{settings.profile}, {method}, {settings.task_name}, seed {settings.seed}, {mark}",

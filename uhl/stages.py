@@ -240,9 +240,14 @@ def agreement(settings: Settings, found: Prediction, split: str = "test") -> flo
 
 def adapter_for(settings: Settings, arm: str) -> tuple[UHLAdapter, Path]:
     """The trained adapter whose projector the arm needs, read from its file."""
-    projector = "dimension" if arm == "dimension" else "canonical"
-    path = runs.cell_dir(settings, f"pretrain-{projector}") / "adapter.safetensors"
+    path = adapter_path(settings, arm)
     return store.load(path), path
+
+
+def adapter_path(settings: Settings, arm: str) -> Path:
+    """File of the trained adapter whose projector the arm needs."""
+    projector = "dimension" if arm == "dimension" else "canonical"
+    return runs.cell_dir(settings, f"pretrain-{projector}") / "adapter.safetensors"
 
 
 def check_labels(adapter: UHLAdapter, name: str, task: Task) -> None:
@@ -255,17 +260,24 @@ def check_labels(adapter: UHLAdapter, name: str, task: Task) -> None:
         )
 
 
-def tune(settings: Settings, arm: str, shared: Shared | None = None) -> Outcome | None:
+def tune(
+    settings: Settings,
+    arm: str,
+    shared: Shared | None = None,
+    watch: Watch | None = None,
+    trained: Settings | None = None,
+) -> Outcome | None:
     """Tune the 4-bit task bias and the head on the target for ``tune_steps`` steps; None where an arm is undefined.
 
     Two are controls: `zero-atoms` tunes the ported head alone; `untrained` has random atoms and routes where the
     trained ones were (mixer and head stay), and is ported as `anchor` is, its scale chosen anew. ``shared`` is what
-    :func:`observe_target` returned. Scores are those of the tuned adapter's file.
+    :func:`observe_target` returned; ``watch`` is :func:`uhl.train.train`'s. The adapter is the one that the settings
+    ``trained`` have trained, by default these. Scores are those of the tuned adapter's file.
     """
     one_of(arm, TUNED_ARMS, "arm to tune")
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
-    adapter, _ = adapter_for(settings, arm)
+    adapter, _ = adapter_for(trained or settings, arm)
     rules = "anchor" if arm == "untrained" else arm
     if why_not(adapter, target, rules, source):
         return None
@@ -274,7 +286,7 @@ def tune(settings: Settings, arm: str, shared: Shared | None = None) -> Outcome 
         adapter.redraw(settings.seed)
     ported = port(adapter, target, settings.task_name, rules, source, settings.seed, shared)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
-    log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}")
+    log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}", watch)
     _say_where(settings, adapter, target, ported)
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
     details = {"scale": ported.scale}
@@ -299,7 +311,13 @@ def observe_target(settings: Settings) -> Shared:
 
 
 def tune_task(
-    settings: Settings, adapter: UHLAdapter, target: Encoder, task: Task, ported: Port, folder: Path
+    settings: Settings,
+    adapter: UHLAdapter,
+    target: Encoder,
+    task: Task,
+    ported: Port,
+    folder: Path,
+    watch: Watch | None = None,
 ) -> TrainLog:
     """The tuning itself: everything but the task bias and the head is frozen.
 
@@ -322,7 +340,7 @@ def tune_task(
     with at_work(adapter, target, settings.task_name, ported.arm, ported.frame, ported.scale) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
         fit_head(classifier, target, task, config.max_length, only_if_better=True)
-        return train(classifier, target, task, config, folder, settings.model_dump_json())
+        return train(classifier, target, task, config, folder, settings.model_dump_json(), watch)
 
 
 def _place(settings: Settings, host: str) -> tuple[str, Path]:

@@ -12,14 +12,19 @@ what tables report. ``unlabelled`` is text without labels, disjoint from dev and
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import PreTrainedTokenizerBase
@@ -150,7 +155,11 @@ def plain_text(task: Task, split: str) -> list[str]:
 
 
 def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
-    """Tokenise a split. Adds ``labels``: a class, or for token tasks a tag on each word's first piece, else -100."""
+    """Tokenise a split. Adds ``labels``: a class, or for token tasks a tag on each word's first piece, else -100.
+
+    The result is kept in :func:`tokens_dir` under a hash of rows, tokenizer and length, so that other seeds and stages
+    read it. It is not kept where that folder cannot be written, or for a tokenizer that is not of `tokenizers`.
+    """
 
     def one(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         if task_kind == "token":
@@ -163,11 +172,53 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
             out["labels"] = batch["label"]
         return dict(out)
 
-    # nothing is cached, so any name will do; the default is a hash of the function with all the globals it reaches
-    name = generate_random_fingerprint()
+    name = _mark(task_kind, rows, tokenizer, max_length)
+    file = _kept_tokens(name) if name else None
+    # a name of our own: the default is a hash of the function with all the globals it reaches
     return rows.map(
-        one, batched=True, remove_columns=rows.column_names, load_from_cache_file=False, new_fingerprint=name
+        one,
+        batched=True,
+        remove_columns=rows.column_names,
+        load_from_cache_file=file is not None,
+        cache_file_name=None if file is None else str(file),
+        new_fingerprint=name or generate_random_fingerprint(),
     )
+
+
+def tokens_dir() -> Path:
+    """Where tokenised splits are kept: `tokens` in the cache folder."""
+    return sources.cache_dir() / "tokens"
+
+
+def _mark(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str | None:
+    """Hash of all that tokens depend on; None where the tokenizer does not tell its state."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # of the last call
+    sides = tokenizer.truncation_side, tokenizer.model_input_names
+    known = [task_kind, max_length, state, sides, type(tokenizer).__name__, version("tokenizers"), rows.to_dict()]
+    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+
+
+def _kept_tokens(name: str) -> Path | None:
+    """File of a tokenised split, a damaged one removed; None where none can be written."""
+    file = tokens_dir() / f"{name}.arrow"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and not _is_whole(file):
+            file.unlink()
+    except OSError:
+        return None
+    return file if os.access(file.parent, os.W_OK) else None
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        Dataset.from_file(str(file))
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return True
 
 
 def kept_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
