@@ -38,6 +38,17 @@ def _read_predictions(path: Path, _changed: int) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in stored.files}
 
 
+def manifests(profile: str) -> dict[Path, dict[str, Any]]:
+    """Folder to manifest of every finished cell of a profile, in order; files that did not change are parsed once."""
+    cells = sorted((runs.root() / profile).glob("*-s*/*/manifest.json"))
+    return {path.parent: _read_manifest(path, path.stat().st_mtime_ns) for path in cells}
+
+
+@lru_cache(maxsize=4096)
+def _read_manifest(path: Path, _changed: int) -> dict[str, Any]:
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
 def _stored(cell: Path, arm: str, split: str) -> list[np.ndarray]:
     """Labels, gold labels and lengths of one arm from a cell's predictions."""
     path = cell / "predictions.npz"
@@ -52,8 +63,8 @@ def cell_counts(cell: Path, arm: str, split: str, metric: str) -> np.ndarray:
     labels, gold, length = _stored(cell, arm, split)
     if metric != "f1":
         return stats.counts(labels, gold)
-    if (cell / "manifest.json").is_file():
-        names = json.loads((cell / "manifest.json").read_text())["labels"]
+    if (path := cell / "manifest.json").is_file():
+        names = _read_manifest(path, path.stat().st_mtime_ns)["labels"]
     else:  # a pruned copy's
         names = json.loads((cell / "outcome.json").read_text())["about"]["labels"]
     cuts = np.cumsum(length)[:-1]
@@ -118,6 +129,7 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     frame = frame[frame["split"] == split]
     tables = gather(profile, split)
     known = stats.prior(stats.score_of(stack(cell).sum(1)) for cell in tables.values())
+    finished = manifests(profile)
     rows = []
     for key, group in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
@@ -126,8 +138,8 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
         mean["adapter_bytes"] = group["adapter_bytes"].max()
-        places = (_cell(profile, task, int(s), phase, target, arm) / "manifest.json" for s in group["seed"])
-        mean["top_k"] = max(json.loads(place.read_text())["parameters"]["top_k"] for place in places)
+        cells = [finished[_cell(profile, task, int(s), phase, target, arm)] for s in group["seed"]]
+        mean["top_k"] = max(cell["parameters"]["top_k"] for cell in cells)
         rows.append(
             {"task": task, "target": target, "phase": phase, "arm": arm, "score": made.value, "low": made.low}
             | {"high": made.high, "seeds": len(group), "n": int(group["n"].iloc[0])}
@@ -162,15 +174,16 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     frame = runs.load_results(profile)
     scores = frame[frame["split"] == split].set_index(["task", "target", "phase", "arm", "seed"])["score"]
     rows = []
-    for path in sorted((runs.root() / profile).glob("*/port-*/manifest.json")):
-        entry = json.loads(path.read_text())
-        source = _predictions(path.parent.parent / "pretrain-canonical" / "predictions.npz")
-        said, cell = source[f"uhl-canonical/{split}/labels"], entry["rows"][0]
+    for cell, entry in manifests(profile).items():
+        if not cell.name.startswith("port-"):
+            continue
+        source = _predictions(cell.parent / "pretrain-canonical" / "predictions.npz")
+        said, row = source[f"uhl-canonical/{split}/labels"], entry["rows"][0]
         for arm, made in entry.get("reports", {}).items():
             if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
-                same = said == _predictions(path.parent / "predictions.npz")[f"{arm}/{split}/labels"]
-                task, target, seed = cell["task"], cell["target"], cell["seed"]
-                own = float(scores[task, cell["source"], "source", "uhl-canonical", seed])
+                same = said == _predictions(cell / "predictions.npz")[f"{arm}/{split}/labels"]
+                task, target, seed = row["task"], row["target"], row["seed"]
+                own = float(scores[task, row["source"], "source", "uhl-canonical", seed])
                 ported = float(scores[task, target, "zero-shot", arm, seed])
                 kappa = made.get("kappa", float("nan"))
                 rows.append((task, target, seed, arm, made["agreement"], float(same.mean()), kappa, own, ported))
@@ -299,8 +312,7 @@ def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
 def curves(profile: str) -> pd.DataFrame:
     """Training loss by step of every cell that trained: columns task, target, phase, arm, seed, step, loss."""
     rows = []
-    for path in sorted((runs.root() / profile).glob("*-s*/*/manifest.json")):
-        entry = json.loads(path.read_text())
+    for entry in manifests(profile).values():
         phases = {row["arm"]: (row["task"], row["target"], row["phase"]) for row in entry["rows"]}
         for arm, losses in entry.get("curves", {}).items():
             rows += [(*phases[arm], arm, entry["seed"], step, loss) for step, loss in losses]
@@ -363,23 +375,22 @@ def missing(profile: str) -> list[str]:
     frame = runs.load_results(profile)
     keys = ["task", "seed", "target", "phase", "arm", "split"]
     there = set(frame[keys].itertuples(index=False, name=None))
-    for path in sorted(folder.glob("*-s*/*/manifest.json")):
-        entry = json.loads(path.read_text())
+    finished = manifests(profile)
+    for cell, entry in finished.items():
         asked = Settings.model_construct(**entry["parameters"])  # unchecked: perhaps of an earlier release
+        port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
         left += [
-            f"{path.parent.relative_to(folder)}: {arm} on {split}"
-            for host, phase, arm in _asked(path.parent, asked)
+            f"{cell.relative_to(folder)}: {arm} on {split}"
+            for host, phase, arm in _asked(cell.name, asked, port)
             for split in asked.splits
             if (asked.task_name, asked.seed, host, phase, arm, split) not in there
         ]
     return left
 
 
-def _asked(cell: Path, settings: Settings) -> Iterator[tuple[str, str, str]]:
-    """(host, phase, arm) of the rows that a finished cell should have."""
-    stage, _, rest = cell.name.partition("-")
-    path = cell.parent / f"port-{runs.slug(settings.target)}" / "manifest.json"
-    port = json.loads(path.read_text()) if path.is_file() else {}
+def _asked(cell: str, settings: Settings, port: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """(host, phase, arm) of the rows that a finished cell should have; ``port``: manifest of the port to its target."""
+    stage, _, rest = cell.partition("-")
     ported = port.get("parameters", {}).get("arms", settings.arms)
     if stage == "pretrain":
         yield settings.source, "source", f"uhl-{rest}"
@@ -420,8 +431,8 @@ def markdown(profile: str, target: str | None = None) -> str:
 
 def undefined(profile: str) -> list[tuple[str, str]]:
     """(target, arm) that a port's manifest marks as not defined, each once."""
-    entries = [json.loads(p.read_text()) for p in sorted((runs.root() / profile).glob("*/port-*/manifest.json"))]
-    return list(dict.fromkeys((e["parameters"]["target"], arm) for e in entries for arm in e.get("undefined", {})))
+    found = (e for cell, e in manifests(profile).items() if cell.name.startswith("port-"))
+    return list(dict.fromkeys((e["parameters"]["target"], arm) for e in found for arm in e.get("undefined", {})))
 
 
 def _cell_text(cell: pd.Series) -> str:
@@ -429,10 +440,10 @@ def _cell_text(cell: pd.Series) -> str:
 
 
 def _caption(profile: str, table: pd.DataFrame) -> str:
-    manifests = [json.loads(p.read_text()) for p in sorted((runs.root() / profile).glob("*/*/manifest.json"))]
-    hardware = {part for m in manifests for part in m["hardware"].split(" and ")}
-    commits = {part for m in manifests for part in m["commit"].split(", ")}
-    trained = [m["parameters"] for m in manifests if m["rows"]]
+    finished = manifests(profile).values()
+    hardware = {part for m in finished for part in m["hardware"].split(" and ")}
+    commits = {part for m in finished for part in m["commit"].split(", ")}
+    trained = [m["parameters"] for m in finished if m["rows"]]
     sizes = {p["train_size"] for p in trained}
     most = ", ".join(f"{size:,}" for size in sorted(filter(None, sizes)))
     either = [f"at most {most} training labels"] if most else []

@@ -1,0 +1,151 @@
+"""Figures of ports: what they say of themselves, ways to port that were tried, pruned copies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from uhl.errors import UHLError
+from uhl.viz.base import BASELINE, CONTROL, LOOKS, NAMES, OURS, in_order, key_below, key_mark, task_grid
+
+
+def calibration(table: pd.DataFrame) -> Figure:
+    """Predicted against measured agreement with the source, a point a ported cell; from :func:`report.calibration`.
+
+    Marks are hollow, so that arms that coincide are seen; on the diagonal a port does what it says.
+    """
+    size = (2.9, 2.7, 0.6, "agreement predicted at the port", ": measured on test")
+    fig, cells = task_grid(table, *size, sharex=True, sharey=True)
+    both = table[["predicted", "measured"]].to_numpy()
+    ends = both.min() - 0.02, both.max() + 0.02
+    for ax, _, _, rows in cells:
+        ax.plot(ends, ends, color=CONTROL, linewidth=1, zorder=0)
+        for arm, mine in rows.groupby("arm"):
+            colour, mark = LOOKS[str(arm)]
+            ax.plot(mine["predicted"], mine["measured"], mark, color=colour, mfc="none", mew=1.4)
+        ax.set(xlim=ends, ylim=ends, aspect="equal")
+        ax.locator_params(nbins=5)
+    key_below(fig, [key_mark(NAMES.get(a, a), *LOOKS[a], mfc="none", mew=1.4) for a in in_order(table["arm"])])
+    return fig
+
+
+def _attempt_colour(name: str, group: str) -> str:
+    return BASELINE if group == "taught" else CONTROL if name.startswith("random-p") else OURS
+
+
+def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
+    """Dev scores of the attempts of notebook 07, by group; the band is one standard error about the best of a group."""
+    groups = list(dict.fromkeys(table["group"]))
+    sizes = [int((table["group"] == g).sum()) for g in groups]
+    fig, axes = plt.subplots(
+        len(groups),
+        1,
+        figsize=(7.5, 0.27 * sum(sizes) + 0.55 * len(groups)),
+        squeeze=False,
+        sharex=True,
+        height_ratios=[n + 1 for n in sizes],
+    )
+    for ax, group in zip(axes[:, 0], groups, strict=True):
+        rows = table[table["group"] == group]
+        y = np.arange(len(rows))[::-1]
+        ax.axvspan(rows["dev"].max() - error, rows["dev"].max(), color=CONTROL, alpha=0.3, linewidth=0)
+        ax.scatter(rows["dev"], y, color=[_attempt_colour(a, group) for a in rows["attempt"]], zorder=3)
+        ax.set_yticks(y, rows["attempt"], fontsize=8)
+        ax.set(title=group, ylim=(-0.7, len(rows) - 0.3))
+    axes[-1, 0].set_xlabel("dev score, %")
+    fig.tight_layout()
+    return fig
+
+
+def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
+    """Dev score against the bytes that anchors take, for the attempts that change them."""
+    shown = table[table["group"].isin(["texts", "dims", "bits"])]
+    fig, ax = plt.subplots(figsize=(6, 3.6))
+    sns.scatterplot(shown, x="bytes", y="dev", hue="group", style="group", s=70, ax=ax)
+    ax.set(title="Dev score against the bytes of the anchors", xlabel="bytes", ylabel="dev score, %", xscale="log")
+    ax.axvline(1e6, color=CONTROL, linestyle="--", linewidth=1)
+    ax.legend(title=None)
+    return fig
+
+
+def attempt_changes(table: pd.DataFrame) -> Figure:
+    """Attempts of notebook 07 (rows) on several tasks and targets (columns): agreement with the source's decisions on
+    dev, in points more or less than the port as it is has, whose own stands below each column.
+    """
+    places = ["task", "target"]
+    usual = table[table["attempt"] == "anchor, scale chosen without labels"].groupby(places)["same"].mean()
+    if usual.empty:
+        raise UHLError("the port as it is was not measured; set `attempts` to groups with `scale` among them")
+    shown = table.assign(attempt=table["group"] + ": " + table["attempt"])
+    wide = shown.pivot_table(index="attempt", columns=places, values="same", sort=False)
+    usual = usual.reindex(wide.columns)
+    fig, ax = plt.subplots(figsize=(1.3 * wide.shape[1] + 4.2, 0.27 * len(wide) + 1.2))
+    sns.heatmap(wide - usual, annot=True, fmt="+.1f", cmap="vlag_r", center=0, vmin=-8, vmax=8, cbar=False, ax=ax)
+    labels = ["\n".join([*map(str, place), f"{own:.1f} %"]) for place, own in usual.items()]  # type: ignore[call-overload]
+    ax.set_xticklabels(labels, rotation=0, fontsize=8)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.grid(False)
+    ax.set(xlabel="", ylabel="", title="Decisions shared with the source on dev: points beside the port as it is")
+    fig.tight_layout()
+    return fig
+
+
+def compression(table: pd.DataFrame) -> Figure:
+    """Score over the share of the source's weights that a pruned copy keeps, a panel a task (row) and part that was cut
+    (column), from :func:`report.compressed`. The source itself begins every line.
+    """
+    parts = [part for part in dict.fromkeys(table["part"]) if part]
+    tasks = list(dict.fromkeys(table["task"]))
+    if not parts:
+        raise UHLError("no pruned copy was measured; set `copies`")
+    size = (3.1 * len(parts) + 2.2, 2.9 * len(tasks) + 0.3)
+    fig, axes = plt.subplots(len(tasks), len(parts), figsize=size, squeeze=False, sharey="row", sharex=True)
+    for i, task in enumerate(tasks):
+        for j, part in enumerate(parts):
+            cells = table[(table["task"] == task) & table["part"].isin(["", part])]
+            _compressed_lines(axes[i, j], cells.sort_values("kept", ascending=False, kind="stable"))
+            cut = {"width": "narrower", "several": "several parts"}.get(part, f"fewer {part}")
+            axes[i, j].set(title=f"{task}: {cut}")
+        axes[i, 0].set_ylabel("test score, %")
+    for ax in axes[-1]:
+        ax.set(xlabel="% of the linear weights kept", xlim=(105, 100 * table["kept"].min() - 5))
+    axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    fig.tight_layout()
+    return fig
+
+
+def losses(table: pd.DataFrame, doubtful: float) -> Figure:
+    """Points lost against the source over the Cohen's kappa that each anchored port predicted of itself, from
+    :func:`report.compressed`; below ``doubtful`` a port warns. A point a copy, a colour a part that was cut.
+    """
+    own = table[(table["part"] == "") & (table["arm"] == "lineage")].set_index("task")["score"]
+    shown = table[table["arm"] == "anchor"]
+    lost = shown["task"].map(own) - shown["score"]
+    shown = shown.assign(lost=lost, part=shown["part"].replace("", "nothing"))
+    fig, ax = plt.subplots(figsize=(5.2, 3.6))
+    sns.scatterplot(shown, x="kappa", y="lost", hue="part", style="task", s=60, ax=ax)
+    ax.axvspan(min(0.0, float(shown["kappa"].min())), doubtful, color=CONTROL, alpha=0.25, linewidth=0)
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set(title="Does a port know when it fails?", xlabel="Cohen's kappa with the source, predicted at the port")
+    ax.set(ylabel="points lost against the source")
+    ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    return fig
+
+
+def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
+    looks = {"lineage": ("#3aa655", "-", "s"), "anchor": (OURS, "-", "o"), "zero-atoms": (CONTROL, "--", "o")}
+    looks |= {"random-p": (CONTROL, ":", "v"), "head": (BASELINE, "-", "^")}
+    label = NAMES | {"lineage": "lineage (the file as it is)", "head": "head fitted to labels"}
+    for place, (arm, rows) in enumerate(cells.groupby("arm", sort=False)):
+        colour, line, mark = looks[str(arm)]
+        error = np.abs([rows["score"] - rows["low"], rows["high"] - rows["score"]])
+        line = "" if "several" in set(rows["part"]) else line  # cuts of several parts are no series
+        style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": mark, "label": label.get(str(arm), arm)}
+        apart = 100 * rows["kept"] + 0.7 * place  # so that bars do not hide one another
+        ax.errorbar(apart, rows["score"], yerr=error, markersize=4, elinewidth=1, **style)

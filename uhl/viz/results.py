@@ -1,0 +1,197 @@
+"""Figures of a profile's results: scores, gaps, budgets, learning curves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import offset_copy
+
+from uhl.config import METHODS
+from uhl.viz.base import (
+    CONTROL,
+    CONTROLS,
+    FAMILIES,
+    LOOKS,
+    NAMES,
+    OURS,
+    empty_figure,
+    in_order,
+    interval_mark,
+    key_below,
+    key_mark,
+    note,
+    task_grid,
+    why_absent,
+)
+
+LEARNERS = {  # whose learning curves share a panel
+    "UHL, controls": FAMILIES["ours"][2] + CONTROLS,
+    "small PEFT": ("bitfit", "vera", "vb-lora", "uni-lora"),
+    "LoRA to full": ("lora-r8", "lora-1mb", "sat-lora", "hf-sat-lora", "full"),
+}
+
+
+def _arm_rows(ax: Axes, table: pd.DataFrame, absent: Callable[[str], str] = str) -> None:
+    y = np.arange(len(table), dtype=float)[::-1]
+    for place, (_, cell) in zip(y, table.iterrows(), strict=True):
+        if np.isnan(cell["score"]):
+            note(ax, absent(cell["arm"]), y=place, across=ax.get_yaxis_transform())
+            continue
+        interval_mark(ax, cell, place, fmt="o", capsize=2)
+        ax.annotate(f"{cell['score']:.1f}", (cell["score"], place), (0, 4), textcoords="offset points", fontsize=8)
+    ax.set_yticks(y, [NAMES.get(a, a) for a in table["arm"]])
+    ax.set_ylim(-0.6, len(table) - 0.2)
+    ax.margins(x=0.08)
+
+
+def arm_scores(table: pd.DataFrame, title: str) -> Figure:
+    """Scores by arm with intervals, coloured by family. Columns arm, score, low, high."""
+    fig, ax = plt.subplots(figsize=(6, 0.4 * len(table) + 1))
+    _arm_rows(ax, table)
+    ax.set(title=title, xlabel="test score, %")
+    return fig
+
+
+def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[tuple[str, str]] = ()) -> Figure:
+    """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary, on one scale.
+
+    ``undefined``: (target, arm) that cannot be there, from :func:`uhl.report.undefined`.
+    """
+    table = table[table["phase"].isin(phases)]
+    arms = list(dict.fromkeys(a for phase in phases for a in in_order(table["arm"][table["phase"] == phase])))
+    fig, cells = task_grid(table, 2.4, 0.27 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
+    for ax, _, host, rows in cells:
+        absent = partial(why_absent, host, undefined=undefined)
+        _arm_rows(ax, rows.set_index("arm").reindex(arms).reset_index(), absent)
+    families = {name: colour for name, (colour, _, members) in FAMILIES.items() if set(members) & set(arms)}
+    key_below(fig, [key_mark(name, colour) for name, colour in families.items()])
+    return fig
+
+
+def gap_heat(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Figure:
+    """Gap recovered by arm (rows), task and target (columns), a panel a phase: 0 is no adapter, 1 is LoRA retrained
+    there. Hatched where there is no gap to recover or no port (``undefined`` as in :func:`panels`); with intervals
+    where the table has ``low`` and ``high``.
+    """
+    if table["gap"].isna().all():
+        return empty_figure("no gap to recover: LoRA was not run here or is not above no adapter")
+    bounds = {"low", "high"} <= set(table.columns)
+    places = list(dict.fromkeys(zip(table["task"], table["target"], strict=True)))
+    phases = {phase: rows.set_index(["arm", "task", "target"]) for phase, rows in table.groupby("phase", sort=False)}
+    arms = {phase: in_order(rows.index.get_level_values("arm")) for phase, rows in phases.items()}
+    sizes = [len(shown) for shown in arms.values()]
+    size = (1.1 * len(places) + 2.1, (0.42 if bounds else 0.3) * sum(sizes) + 0.4 * len(sizes) + 0.6)
+    shared: dict[str, Any] = {"squeeze": False, "sharex": True, "height_ratios": sizes, "layout": "constrained"}
+    fig, axes = plt.subplots(len(sizes), 1, figsize=size, **shared)
+    for ax, (phase, rows) in zip(axes[:, 0], phases.items(), strict=True):
+        gaps = rows["gap"].unstack(["task", "target"]).reindex(index=arms[phase], columns=places)
+        ax.patch.set(hatch="///", edgecolor="#c0c0c0", facecolor="white")
+        sns.heatmap(gaps, annot=True, fmt=".2f", cmap="Blues", vmin=0, vmax=1.2, cbar=False, ax=ax, linewidths=1)
+        for text in ax.texts if bounds else ():
+            i, j = (int(place) for place in reversed(text.get_position()))
+            low, high = (rows[end].loc[(arms[phase][i], *places[j])] for end in ("low", "high"))
+            if low <= high:
+                text.set_text(f"{text.get_text()}\n{low:.2f} to {high:.2f}")
+            text.set_fontsize(8.5)
+        for i, j in np.argwhere(gaps.isna()):
+            arm, (task, target) = arms[phase][i], places[j]
+            why = "no gap" if (arm, task, target) in rows.index else why_absent(target, arm, undefined)
+            note(ax, why, j + 0.5, i + 0.5, ax.transData)
+        ax.set_yticklabels([NAMES.get(arm, arm) for arm in arms[phase]], rotation=0)
+        ax.set_xticklabels([f"{task}\n{target}" for task, target in places], rotation=0)
+        ax.set(title=phase, xlabel="", ylabel="")
+        ax.grid(False)
+    fig.suptitle("Gap recovered (1: rank-8 LoRA retrained there)", fontsize=10, weight="bold")
+    return fig
+
+
+def score_against(table: pd.DataFrame, column: str, label: str, limit: float, budget: str) -> Figure:
+    """Score over what a method adds to the host (``column``), a panel a task and model, with the budget's ``limit``.
+
+    Hollow marks had no labels, and stand a little left of what costs the same; controls are bars behind.
+    """
+    fig, cells = task_grid(table, 2.25, 2.3, 0.6, label, ": test score, %", sharex=True, sharey=True)
+    fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
+    least, most = float(table[column][table[column] > 0].min()), 2.5 * float(table[column].max())
+    for ax, _, _, rows in cells:
+        left = offset_copy(ax.transData, fig, x=-4.0, units="points")
+        for _, cell in rows.iterrows():
+            hollow, control = cell["phase"] == "zero-shot", cell["arm"] in CONTROLS
+            look: dict[str, Any] = {"mec": "white", "mew": 0.5, "ms": 6.5, "zorder": 3 + (cell["arm"] not in METHODS)}
+            if control:
+                look = {"fmt": "_", "ms": 10, "zorder": 2}
+            elif hollow:
+                look = {"zorder": 4, "transform": left}
+            interval_mark(ax, cell, float(cell[column]), upright=True, hollow=hollow, elinewidth=0.8, **look)
+        ax.axvline(limit, color="black", linestyle=":", linewidth=1)
+        note(ax, f" budget\n {budget}", limit, 0.02, ax.get_xaxis_transform(), ha="left", va="bottom", fontsize=8)
+        ax.set_xscale("symlog", linthresh=least, linscale=0.5)
+        ax.set(xlim=(-0.7 * least, most), ylim=(table["low"].min() - 2, table["high"].max() + 2))
+    first, last = np.ceil(np.log10(least)), np.log10(most)
+    powers = 10.0 ** np.arange(first, last, 1 if last - first < 4 else 2)
+    ax.set_xticks([0, *powers], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in powers)])
+    named = [key_mark(NAMES.get(a, a), *LOOKS[a]) for a in in_order(table["arm"], LOOKS) if a not in CONTROLS]
+    hollow_mark, filled = key_mark("without labels", OURS, mfc="white"), key_mark("trained with labels", OURS)
+    key_below(fig, [*named, key_mark("control", CONTROL, "_", ms=10), hollow_mark, filled], 3)
+    return fig
+
+
+def slopes(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Figure:
+    """Each arm's score without labels (hollow) joined to its score after tuning (filled), a panel a task and target.
+
+    ``undefined`` as in :func:`panels`.
+    """
+    shown = table[table["phase"].isin(["zero-shot", "tuned"])]
+    arms = in_order(shown["arm"])
+    fig, cells = task_grid(shown, 2.4, 0.3 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
+    for ax, _, host, rows in cells:
+        for place, arm in zip(np.arange(len(arms), dtype=float), arms, strict=True):
+            pair = rows[rows["arm"] == arm].set_index("phase").reindex(["zero-shot", "tuned"])
+            heights, middle = [place - 0.17, place + 0.17], pair["score"].mean()
+            ax.plot(pair["score"], heights, color=LOOKS[arm][0], linewidth=1)
+            if np.isnan(middle):
+                note(ax, why_absent(host, arm, undefined), y=place, across=ax.get_yaxis_transform())
+                continue
+            for (phase, cell), at in zip(pair.iterrows(), heights, strict=True):
+                if np.isnan(cell["score"]):
+                    note(ax, "not tuned" if phase == "tuned" else "not run", middle, at, ax.transData, fontsize=8)
+                else:
+                    interval_mark(ax, cell, at, hollow=phase == "zero-shot", fmt="o")
+        ax.set_yticks(range(len(arms)), [NAMES.get(arm, arm) for arm in arms])
+        ax.set_ylim(len(arms) - 0.4, -0.6)
+        ax.margins(x=0.12)
+    key_below(fig, [key_mark("zero-shot", OURS, mfc="white"), key_mark("tuned", OURS), key_mark("control", CONTROL)])
+    return fig
+
+
+def learning_curves(table: pd.DataFrame, window: int = 5) -> Figure:
+    """Training loss by task and family (rows) and model (columns, the source first): means over seeds, bands from the
+    least to the greatest seed. Batches are grouped by length, so losses are means of ``window`` logged ones in turn.
+    A family whose runs kept no losses has no row.
+    """
+    if table.empty:
+        return empty_figure("these runs kept no losses")
+    run = table.sort_values("step").groupby(["task", "target", "phase", "arm", "seed"])["loss"]
+    shown = table.assign(loss=run.transform(lambda v: v.rolling(window, center=True, min_periods=1).mean()))
+    family = {arm: name for name, members in LEARNERS.items() for arm in members}
+    shown = shown.assign(task=shown["task"] + "\n" + shown["arm"].map(family)).sort_values("task", kind="stable")
+    fig, cells = task_grid(shown, 1.4, 1.5, 3.3, "step", sharey="row")
+    ends = {task: ax for ax, task, *_ in cells}.values()  # the last of each row
+    for ax, task, _, rows in cells:
+        for k, arm in enumerate(in_order(shown["arm"][shown["task"] == task])):
+            loss = rows[rows["arm"] == arm].groupby("step")["loss"].agg(["mean", "min", "max"])
+            ax.plot(loss["mean"], color=f"C{k}", linestyle=("-", "--", ":", "-.")[k % 4], label=NAMES.get(arm, arm))
+            ax.fill_between(loss.index, loss["min"], loss["max"], color=f"C{k}", alpha=0.15, linewidth=0)
+        if ax in ends:
+            ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1.05), frameon=False)
+    fig.supylabel(f"training loss, mean of {window} logged losses; band: range of seeds", fontsize=10)
+    return fig

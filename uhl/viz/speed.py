@@ -1,0 +1,74 @@
+"""Figures of what the layers cost in time."""
+
+from __future__ import annotations
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from uhl.viz.base import BASELINE, CONTROL, OURS, plain_ticks
+
+WAYS = {"bare": "#404040", "LoRA r8": BASELINE, "dense": CONTROL, "gather": OURS, "reference": "#7a5195"}
+WAYS |= {"gather, compiled": "#3aa655"}  # of one weight's update
+
+
+def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figure, pd.DataFrame]:
+    """Time of one weight over the bare weight's, as each size is varied about ``base``; forward above, training below.
+
+    ``measured`` as from :func:`uhl.bench.weights`. Bars span the quartiles of the rounds' ratios.
+    """
+    names = {"tokens": "tokens T", "d_in": "width D", "atoms": "atoms A", "top_k": "active atoms K"}
+    colours = {step: WAYS[step] for step in WAYS if step != "bare" and step in set(measured["step"])}
+    fig, axes = plt.subplots(2, len(names), figsize=(12, 6), sharey="row")
+    for row, train in zip(axes, (False, True), strict=True):
+        for ax, (name, label) in zip(row, names.items(), strict=True):
+            fixed = [k for k in base if k != name and not (name == "d_in" and k == "d_out")]
+            here = measured[(measured[fixed] == pd.Series(base)[fixed]).all(axis=1) & (measured["train"] == train)]
+            if name != "d_in":
+                here = here[(here["d_in"] == base["d_in"])]
+            for step, colour in colours.items():
+                line = here[here["step"] == step].sort_values(name)
+                error = [line["ratio"] - line["ratio low"], line["ratio high"] - line["ratio"]]
+                ax.errorbar(line[name], line["ratio"], error, color=colour, marker="o", ms=4, label=step)
+            ax.axhline(1, color="black", lw=0.8)
+            ax.set(xscale="log", xlabel=label)
+            values = sorted(here[name].unique())
+            places = np.log(values) / np.log(values[-1] / values[0] if len(values) > 1 else 2)
+            low = ["\n" if gap < 0.12 else "" for gap in np.diff(places, prepend=-np.inf)]  # else they run together
+            plain = [f"{v / 1024:g}k" if v % 1024 == 0 else f"{v:g}" for v in values]
+            ax.set_xticks(values, [drop + text for drop, text in zip(low, plain, strict=True)], fontsize=9)
+            ax.minorticks_off()
+        row[0].set(yscale="log", ylabel=f"{'training' if train else 'forward'}: time / bare weight")
+        plain_ticks(row[0], (1, 1.5, 2, 3, 4, 6, 8, 12))
+    axes[0][0].legend(fontsize=8)
+    fig.tight_layout()
+    return fig, measured
+
+
+def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.DataFrame]:
+    """What each way achieves at each size, below the machine's roofs; forward left, training right.
+
+    ``points`` from :func:`uhl.roofline.roofline`, ``roofs`` from :func:`uhl.roofline.machine`; both logarithmic.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    span = np.geomspace(points["FLOP/byte"].min() / 2, points["FLOP/byte"].max() * 2, 200)
+    for ax, train in zip(axes, (False, True), strict=True):
+        here = points[points["train"] == train]
+        ax.plot(span, np.minimum(roofs["GFLOP/s"], roofs["GB/s"] * span), color="black", lw=1.5)
+        for step, mark in zip(WAYS, "osD^vP", strict=True):
+            found = here[here["step"] == step]
+            if len(found):
+                ax.plot(found["FLOP/byte"], found["GFLOP/s"], mark, color=WAYS[step], ms=5, alpha=0.8, label=step)
+        ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must move")
+        ticks = [2.0**n for n in range(-2, 12) if span[0] <= 2.0**n <= span[-1]]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
+        ax.set_title("training" if train else "forward")
+    label = f"{roofs['GFLOP/s']:.0f} GFLOP/s, {roofs['GB/s']:.0f} GB/s"
+    axes[0].annotate(label, (span[-1], roofs["GFLOP/s"]), (0, 4), textcoords="offset points", ha="right", fontsize=8)
+    axes[0].set_ylabel("GFLOP/s")
+    plain_ticks(axes[0], (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
+    axes[0].legend(fontsize=8, loc="lower right")
+    fig.tight_layout()
+    return fig, points
