@@ -78,7 +78,7 @@ def check_forward(model, compiled):
 
 
 KINDS = [
-    ({"router": "token"}, "eager"),  # traced, not compiled, which takes minutes
+    ({"router": "token", "layers": 1}, "eager"),  # traced, not compiled, which takes minutes
     ({"router": "static", "layers": 1}, "eager"),
     ({"routing": "weight", "layers": 1}, "eager"),
     ({"routing": "model"}, "eager"),
@@ -115,11 +115,11 @@ def test_inductors_code_for_a_host():
 @plain
 def test_what_compiled_hosts_hold_has_memory_of_its_own():
     """Inductor's code for GPUs was wrong where a refreshed tensor was a view of others' memory."""
-    model = bert().eval()
+    model = bert(layers=1).eval()
     with torch.no_grad():
         run(torch.compile(model, fullgraph=True, backend="eager"))
     tensors = model.base_model.attached().folds._cache.compiled.tensors
-    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) > 12
+    assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) > 6
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
 
 

@@ -296,6 +296,22 @@ def test_broken_file(tmp_path):
         load_task(TaskSpec(str(tmp_path), "sentence"))
 
 
+@pytest.mark.parametrize("rows", [["a,1,9", "b,0,8"], ["a,1", "b,0,8"], ["a,1,9", "b,0"]])
+@pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
+def test_a_row_with_a_cell_too_many_shifts_no_column(tmp_path, rows, suffix, mark):
+    text = "\n".join(["text,label", *rows, *["c,0"] * 20]).replace(",", mark)
+    path = tmp_path / f"train.{suffix}"
+    path.write_text(text + "\n")
+    with pytest.raises(UHLError, match=r"train.*(more cells than columns|Expected 2 fields in line 3, saw 3)"):
+        load_task(TaskSpec(str(tmp_path), "sentence"))
+
+
+def test_a_word_without_a_tag(tmp_path):
+    (tmp_path / "train.conll").write_text("EU B-ORG\nrejects\n\nPeter B-PER\n")
+    with pytest.raises(UHLError, match="'rejects' has no tag; expected a word and its tag on each line"):
+        load_task(TaskSpec(str(tmp_path), "token"))
+
+
 def test_unknown_name_lists_the_choices():
     with pytest.raises(UHLError, match="offline names: movies, amazon; hub names: sst2, conll2003"):
         load_task("moovies")

@@ -7,9 +7,11 @@ reported test.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import logging
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,13 +124,18 @@ def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
         if name.endswith((".jsonl", ".json")):
             return pd.read_json(path, lines=True, dtype=False)
         texts = {spec.columns.get(key, key): str for key in ("text", "text_pair")}  # also where all are digits
-        if name.endswith(".csv"):
-            return pd.read_csv(path, dtype=texts, keep_default_na=False)
-        if name.endswith(".tsv"):
-            return pd.read_csv(path, dtype=texts, sep="\t", quoting=3, keep_default_na=False)
+        if name.endswith((".csv", ".tsv")):
+            form: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
+            with warnings.catch_warnings():  # of a row with more cells than there are columns
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                return pd.read_csv(path, dtype=texts, index_col=False, keep_default_na=False, **form)
         return _read_conll(path, spec)
     except UHLError:
         raise
+    except pd.errors.ParserWarning as error:
+        raise UHLError(
+            f"{path} has a row with more cells than columns; quote a text that holds the separator, or give jsonl"
+        ) from error
     except Exception as error:  # pandas raises many kinds
         raise UHLError(f"{path} could not be read ({error}); expected {name.rsplit('.', 1)[-1]} rows") from error
 
@@ -136,9 +143,11 @@ def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
 def _read_conll(path: Path, spec: TaskSpec) -> pd.DataFrame:
     """Columns separated by blanks, first the word, last the tag; a blank line ends a sentence (IOB1 becomes BIO)."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
-    rows = []
+    rows: list[dict[str, list[str]]] = []
     for block in re.split(r"\n\s*\n", text):
         cells = [line.split() for line in block.splitlines() if line.strip() and not line.startswith("-DOCSTART-")]
+        if single := next((c[0] for c in cells if len(c) == 1), None):
+            raise UHLError(f"{path}: {single!r} has no tag; expected a word and its tag on each line")
         if cells:
             rows.append({"tokens": [c[0] for c in cells], "tags": to_bio([c[-1] for c in cells])})
     columns = {spec.columns.get(key, key): [row[key] for row in rows] for key in ("tokens", "tags")}
