@@ -23,7 +23,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
 
-from uhl import runs, tasks
+from uhl import runs
 from uhl.adapter import UHLAdapter
 from uhl.config import Sizes
 from uhl.models import Encoder
@@ -58,7 +58,6 @@ def _quiet(tmp_path, monkeypatch):
     runs.quiet()
     torch.manual_seed(0)
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr(tasks, "tokens_dir", lambda: tmp_path / "tokens")
 
 
 @pytest.fixture(scope="session")

@@ -214,7 +214,8 @@ def test_a_search_goes_on_where_it_was_stopped_and_never_scores_test(tiny_world,
         url = f"sqlite:///{runs.root() / 'other.db'}"
         other = search.search(tiny_world, "uhl-canonical", grid, url=url)
         assert sorted(search.table([other])["score"]) == sorted(rows["score"])
-        assert len(search.search(tiny_world, "uhl-canonical", grid).trials) == 2  # nothing is left to try
+        elsewhere = tiny_world.model_copy(update={"target": "other", "tune_rate": 0.5})  # no settings of the source
+        assert len(search.search(elsewhere, "uhl-canonical", grid).trials) == 2  # nothing is left to try
     wider = tiny_world.model_copy(update={"lambda_f": 0.02})  # another study
     assert len(search.table([search.search(wider, "uhl-canonical", grid, trials=1)])) == 1
 
@@ -235,6 +236,9 @@ def test_an_interrupted_trial_is_run_again(tiny_world, monkeypatch):
     assert sorted(search.table([study])["settings"]) == ["rate 0.001", "rate 0.003"]
     with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical"):
         search.search(tiny_world, "lora", {"rate": [1e-3]})
+    spaces = {"full": {"full_rate": [1e-3]}, "tune-anchor": {"tune_rate": [1e-3]}}
+    assert list(search.methods_of(spaces)) == ["full"]  # the other needs a trained adapter
+    assert list(search.methods_of(spaces, ["tune-anchor"])) == ["tune-anchor"]
 
 
 def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, monkeypatch):
@@ -253,8 +257,11 @@ def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, 
     }
     assert file.read_bytes() == before
     with monkeypatch.context() as patch:
-        patch.setattr(stages, "tune", None)  # finished trials are read
-        assert len(search.search(tiny_world, "tune-anchor", space).trials) == 2
+        patch.setattr(stages, "tune", None)  # finished trials are read, not run, in another database too
+        url = f"sqlite:///{runs.root() / 'other.db'}"
+        assert len(search.search(tiny_world, "tune-anchor", space, url=url).trials) == 2
+        elsewhere = tiny_world.model_copy(update={"epochs": 3.0, "rate": 0.1})  # no settings of tuning
+        assert len(search.search(elsewhere, "tune-anchor", space).trials) == 2
     other = tiny_world.model_copy(update={"rate": 2e-3})
     stages.pretrain(other, "canonical")
     assert file.read_bytes() != before

@@ -81,19 +81,14 @@ def test_conll_columns_become_bio_on_first_pieces(tmp_path, tokenizer, name):
     assert made["labels"] == [IGNORE, 1, IGNORE, 0, IGNORE]
 
 
-def test_tokens_are_kept_for_other_seeds_and_stages(task, tokenizer, tmp_path, monkeypatch):
+def test_tokens_are_kept_for_other_seeds_and_stages(task, tokenizer, monkeypatch):
     rows = task.data["train"]
     first = encode(task.kind, rows, tokenizer, 16).to_dict()
-    others = [(task.data["dev"], tokenizer, 16), (rows, tokenizer, 8), (rows, copy.deepcopy(tokenizer), 16)]
-    others[2][1].add_tokens(["unheard"])
-    for split, own, length in others:  # other rows, another length, another tokenizer
-        encode(task.kind, split, own, length)
-    (kept,) = {p for p in (tmp_path / "tokens").iterdir() if p.stat().st_size} - {
-        tmp_path / "tokens" / f"{tasks._mark(task.kind, s, own, n)}.arrow" for s, own, n in others
-    }
-    assert len(list((tmp_path / "tokens").iterdir())) == 4
+    (kept,) = tasks.tokens_dir().iterdir()
     whole = kept.read_bytes()
-    for damaged in (whole[: len(whole) // 2], whole[:-100], b"", b"nonsense" * 40):
+    few = tasks.tokens_dir() / "few.arrow"
+    rows.select(range(4)).map(lambda row: row, cache_file_name=str(few))
+    for damaged in (whole[: len(whole) // 2], whole[:-100], b"", b"nonsense" * 40, few.read_bytes()):
         kept.write_bytes(damaged)
         assert encode(task.kind, rows, tokenizer, 16).to_dict() == first
         assert kept.read_bytes() == whole
@@ -103,11 +98,40 @@ def test_tokens_are_kept_for_other_seeds_and_stages(task, tokenizer, tmp_path, m
 
     monkeypatch.setattr(type(tokenizer), "__call__", again)
     assert encode(task.kind, rows, tokenizer, 16).to_dict() == first
+    other = copy.deepcopy(tokenizer)
+    other.truncation_side = "left"
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens(["unheard"])
+    for kind, split, own, length in [
+        (task.kind, task.data["dev"], tokenizer, 16),
+        (task.kind, rows, tokenizer, 8),
+        (task.kind, rows, other, 16),
+        (task.kind, rows, larger, 16),
+        ("pair", rows, tokenizer, 16),
+    ]:
+        with pytest.raises(AssertionError, match="tokenised again"):
+            encode(kind, split, own, length)
+    monkeypatch.setattr(tasks, "FORM", 0)
+    with pytest.raises(AssertionError, match="tokenised again"):
+        encode(task.kind, rows, tokenizer, 16)
 
 
-def test_tokens_are_not_kept_where_nothing_can_be_written(task, tokenizer, tmp_path, monkeypatch):
-    (tmp_path / "tokens").write_text("a file where the folder should be")
-    assert len(encode(task.kind, task.data["train"], tokenizer)) == len(task.data["train"])
+def test_tokens_that_cannot_be_kept_are_made(task, tokenizer, monkeypatch):
+    rows = task.data["train"]
+    tasks.tokens_dir().parent.mkdir(parents=True)
+    tasks.tokens_dir().write_text("a file where the folder should be")
+    first = encode(task.kind, rows, tokenizer)
+    assert len(first) == len(rows)
+    tasks.tokens_dir().unlink()
+    whole = type(rows).map
+
+    def full(self, *given, cache_file_name=None, **more):
+        if cache_file_name is not None:
+            raise OSError(28, "No space left on device")
+        return whole(self, *given, **more)
+
+    monkeypatch.setattr(type(rows), "map", full)
+    assert encode(task.kind, rows, tokenizer).to_dict() == first.to_dict()
 
 
 @pytest.mark.parametrize("blank", [" ", "\t", " \t\r", "\r"])
@@ -302,13 +326,13 @@ def test_a_row_with_a_cell_too_many_shifts_no_column(tmp_path, rows, suffix, mar
     text = "\n".join(["text,label", *rows, *["c,0"] * 20]).replace(",", mark)
     path = tmp_path / f"train.{suffix}"
     path.write_text(text + "\n")
-    with pytest.raises(UHLError, match=r"train.*(more cells than columns|Expected 2 fields in line 3, saw 3)"):
+    with pytest.raises(UHLError, match=r"train.*(more cells than its first line|Expected 2 fields in line 3, saw 3)"):
         load_task(TaskSpec(str(tmp_path), "sentence"))
 
 
 def test_a_word_without_a_tag(tmp_path):
     (tmp_path / "train.conll").write_text("EU B-ORG\nrejects\n\nPeter B-PER\n")
-    with pytest.raises(UHLError, match="'rejects' has no tag; expected a word and its tag on each line"):
+    with pytest.raises(UHLError, match="line 2: 'rejects' has no tag; expected a word and its tag"):
         load_task(TaskSpec(str(tmp_path), "token"))
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from uhl import claims, report, runs, store, viz
 from uhl.config import ARMS
-from uhl.errors import UHLError, one_of
+from uhl.errors import UHLError
 from uhl.fileformat import Header, read_either
-from uhl.grid import PARAMS, Grid, target_of
+from uhl.grid import PARAMS, Grid, target_of, task_file
 from uhl.models import OFFLINE, cut_of, load_encoder, resolve
 from uhl.porting import DOUBTFUL, port, predict_texts
 from uhl.runs import Settings, read_yaml
@@ -157,20 +157,27 @@ def search(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise UHLError(f"uhl search needs Optuna ({error}); pip install 'uhl[notebooks]'") from error
     grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
-    changes = {"task": options.task, "seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
-    changes |= {"source": grid.source, "target": options.target or target_of(grid.profile, grid.targets[0])}
-    settings = Settings(**read_yaml(file) | {k: v for k, v in changes.items() if v is not None})
+    own, target = task_file(options.profile, options.task), options.target or grid.targets[0]
+    if (PARAMS / options.profile / f"{target}.yaml").is_file():
+        target = target_of(options.profile, target)
+    changes = {"seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
+    changes |= {"source": grid.source, "target": target}
+    settings = Settings(
+        **read_yaml(file)
+        | {"task": options.task}
+        | (read_yaml(own) if own else {})
+        | {k: v for k, v in changes.items() if v is not None}
+    )
     spaces = searching.read_spaces(PARAMS / options.profile / "search.yaml")
-    methods = options.method or list(spaces)
-    for method in methods:
-        one_of(method, tuple(spaces), "method to search")
+    chosen = searching.methods_of(spaces, options.method or ())
 
     def told(row: dict[str, object]) -> None:
         print(*(row[key] for key in ("method", "trial", "state", "score", "settings")), file=sys.stderr, flush=True)
 
-    studies = []
-    for method in methods:
-        studies.append(searching.search(settings, method, spaces[method], options.trials, options.storage, told))
+    studies = [
+        searching.search(settings, method, space, options.trials, options.storage, told)
+        for method, space in chosen.items()
+    ]
     print(searching.table(studies).to_csv(index=False, float_format="%g"), end="")
     if options.save:
         searching.write_settings(file, searching.best(studies))
@@ -241,7 +248,7 @@ def main() -> None:
     three.add_argument("--target", help="where `tune-anchor` tunes; by default the profile's first target")
     three.add_argument("--epochs", type=float, help="instead of the profile's")
     three.add_argument("--train-size", type=int, help="instead of the profile's")
-    three.add_argument("--method", action="append", help="one of the file's, which are searched all by default")
+    three.add_argument("--method", action="append", help="one of the file's; by default all but tune-anchor")
     three.add_argument("--trials", type=int, help="of each method, at most; by default a whole grid, else 12")
     three.add_argument("--storage", help="URL of the database, for several workers; by default SQLite in runs/")
     three.add_argument("--save", action="store_true", help="write the best values into the profile's settings.yaml")

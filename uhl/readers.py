@@ -134,7 +134,8 @@ def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
         raise
     except pd.errors.ParserWarning as error:
         raise UHLError(
-            f"{path} has a row with more cells than columns; quote a text that holds the separator, or give jsonl"
+            f"{path} has a row with more cells than its first line has names; take the separator out of texts (csv: or "
+            "quote them) and from the ends of rows, name the first column, or give jsonl"
         ) from error
     except Exception as error:  # pandas raises many kinds
         raise UHLError(f"{path} could not be read ({error}); expected {name.rsplit('.', 1)[-1]} rows") from error
@@ -144,12 +145,18 @@ def _read_conll(path: Path, spec: TaskSpec) -> pd.DataFrame:
     """Columns separated by blanks, first the word, last the tag; a blank line ends a sentence (IOB1 becomes BIO)."""
     text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
     rows: list[dict[str, list[str]]] = []
-    for block in re.split(r"\n\s*\n", text):
-        cells = [line.split() for line in block.splitlines() if line.strip() and not line.startswith("-DOCSTART-")]
-        if single := next((c[0] for c in cells if len(c) == 1), None):
-            raise UHLError(f"{path}: {single!r} has no tag; expected a word and its tag on each line")
-        if cells:
-            rows.append({"tokens": [c[0] for c in cells], "tags": to_bio([c[-1] for c in cells])})
+    words: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate([*text.split("\n"), ""], start=1):
+        cells = re.findall(r"[^ \t\r]+", line)
+        if cells and not cells[0].startswith("-DOCSTART-"):
+            if len(cells) == 1:
+                raise UHLError(f"{path}, line {number}: {cells[0]!r} has no tag; expected a word and its tag")
+            words.append(cells[0])
+            tags.append(cells[-1])
+        elif not cells and words:
+            rows.append({"tokens": words, "tags": to_bio(tags)})
+            words, tags = [], []
     columns = {spec.columns.get(key, key): [row[key] for row in rows] for key in ("tokens", "tags")}
     return pd.DataFrame(columns)
 

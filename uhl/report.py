@@ -138,8 +138,10 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
         mean["adapter_bytes"] = group["adapter_bytes"].max()
-        cells = [finished[_cell(profile, task, int(s), phase, target, arm)] for s in group["seed"]]
-        mean["top_k"] = max(cell["parameters"]["top_k"] for cell in cells)
+        cells = [_cell(profile, task, int(s), phase, target, arm) for s in group["seed"]]
+        if lost := [cell for cell in cells if cell not in finished]:
+            raise UHLError(f"{lost[0]} has rows in results.csv and no manifest; run the cell again")
+        mean["top_k"] = max(finished[cell]["parameters"]["top_k"] for cell in cells)
         rows.append(
             {"task": task, "target": target, "phase": phase, "arm": arm, "score": made.value, "low": made.low}
             | {"high": made.high, "seeds": len(group), "n": int(group["n"].iloc[0])}

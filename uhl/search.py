@@ -1,6 +1,7 @@
 """Settings by dev score, with Optuna: each method's search space on the source, and no test label.
 
-Tuning is searched on the target: `tune-anchor` tunes the profile's trained adapter, ported there by its anchors.
+Tuning is searched on the target, where it is named: `tune-anchor` tunes the profile's trained adapter, ported there by
+its anchors. Workers that share a database share its study where they have the same file of that adapter.
 
 ``params/<profile>/search.yaml`` maps a method to settings, and a setting to what may be tried: a list of values, or a
 range `{low: .., high: .., log: true}`. A method whose settings are all lists has every combination tried; others are
@@ -46,7 +47,9 @@ from uhl.train import Watch
 
 TUNE = "tune-anchor"
 METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
-UNUSED = {*RATES.values(), "baselines", "arms"}  # settings that belong to one baseline alone, or to none
+UNUSED = {*RATES.values(), "baselines", "arms", "hosts", "projectors", "refresh_steps", "attempts", "copies"}
+OF_TUNING = {"target", *(name for name in Settings.model_fields if name.startswith("tune_"))}
+OF_SOURCE = {"epochs", "batch", "rate", "mixer_rate", "head_rate", "lambda_f"}  # what a trained adapter has behind it
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
 
@@ -125,10 +128,11 @@ def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch
     ``watch`` is told dev scores on the way and may raise, which ends the run; its folder is then removed. Of several
     processes one runs, and the others wait for it.
     """
-    profile = f"{settings.profile}-search/" + "-".join([method, *(f"{k}-{_text(v)}" for k, v in values.items())])
+    named = [f"{method}-{runs.slug(settings.target)}"] if method == TUNE else [method]
+    profile = f"{settings.profile}-search/" + "-".join([*named, *(f"{k}-{_text(v)}" for k, v in values.items())])
     chosen = settings.model_copy(update={"profile": profile, "splits": ("dev",), **values})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
-    others = UNUSED - set(values)  # another default there makes no other trial
+    others = _unused(method) - set(values)  # another default there makes no other trial
     own = _adapter(settings, method)
     with runs.locked(runs.root() / profile / ".lock"):
         found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
@@ -151,8 +155,19 @@ def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch
 
 def _tuned(chosen: Settings, watch: Watch | None, trained: Settings) -> Outcome:
     outcome = stages.tune(chosen, "anchor", watch=watch, trained=trained)
-    assert outcome is not None  # anchors serve every host
+    if outcome is None:
+        raise UHLError(f"{stages.adapter_path(trained, 'anchor')} has no anchors, by which {TUNE} ports it")
     return outcome
+
+
+def _unused(method: str) -> set[str]:
+    """Settings that no trial of a method depends on: those of other methods, and of the other side of a port."""
+    return UNUSED | (OF_SOURCE if method == TUNE else OF_TUNING)
+
+
+def methods_of(spaces: Mapping[str, Space], named: Sequence[str] = ()) -> dict[str, Space]:
+    """The spaces of some methods, by default of all that need no trained adapter. Raises :class:`UHLError`."""
+    return {one_of(m, tuple(spaces), "method to search"): spaces[m] for m in named or [m for m in spaces if m != TUNE]}
 
 
 def _adapter(settings: Settings, method: str) -> str | None:
@@ -162,8 +177,8 @@ def _adapter(settings: Settings, method: str) -> str | None:
     path = stages.adapter_path(settings, "anchor")
     if not path.is_file():
         raise UHLError(
-            f"{TUNE} tunes a trained adapter, and {path} is missing; train it first: "
-            f"make port PROFILE={settings.profile} TARGET={runs.slug(settings.target)} TASK={settings.task_name} "
+            f"{TUNE} tunes a trained adapter, and {path} is missing; train it first: make port "
+            f"PROFILE={settings.profile} TARGET={runs.slug(settings.target)} TASK={settings.task_name} "
             f"SEED={settings.seed}"
         )
     return sha256(path)
@@ -203,7 +218,7 @@ def study(settings: Settings, method: str, space: Space, url: str | None = None)
 
     In the profile's own database a new study is seeded; workers that share one draw by chance.
     """
-    kept = _without(settings.model_dump(mode="json"), UNUSED | set(space) | {"profile"})
+    kept = _without(settings.model_dump(mode="json"), _unused(method) | set(space) | {"profile"})
     tried = {name: t.model_dump() if isinstance(t, Range) else list(t) for name, t in sorted(space.items())}
     own = _adapter(settings, method)
     mark = hashlib.sha256(json.dumps([kept, tried, *([own] if own else [])], sort_keys=True).encode()).hexdigest()[:8]
@@ -309,7 +324,9 @@ def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, object]:
     known = {"method": study.user_attrs["method"], "trial": trial.number, "state": trial.state.name.lower()}
     values = ", ".join(f"{name} {_text(value)}" for name, value in trial.params.items())
     known |= {"settings": values, "task": Settings(**settings).task_name}
-    known |= {key: settings[key] for key in ("train_size", "epochs", "seed")}
+    tuned = known["method"] == TUNE
+    known |= {"target": settings["target"] if tuned else None, "train_size": settings["train_size"]}
+    known |= {"epochs": None if tuned else settings["epochs"], "seed": settings["seed"]}
     known |= {"split": "dev", "score": score}
     return known | {key: trial.user_attrs.get(key) for key in ("metric", "n", "active_atoms", "seconds")}
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from uhl import sources
 from uhl.config import PAIR, Kind
 from uhl.errors import UHLError
 from uhl.readers import SPLIT_SEED, TaskSpec, read
+from uhl.runs import root
 
 IGNORE = -100
 NEUTRAL = 0.3  # offline sentences whose mean rating is nearer to zero carry no label
@@ -172,22 +172,28 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
             out["labels"] = batch["label"]
         return dict(out)
 
-    name = _mark(task_kind, rows, tokenizer, max_length)
-    file = _kept_tokens(name) if name else None
     # a name of our own: the default is a hash of the function with all the globals it reaches
-    return rows.map(
-        one,
-        batched=True,
-        remove_columns=rows.column_names,
-        load_from_cache_file=file is not None,
-        cache_file_name=None if file is None else str(file),
-        new_fingerprint=name or generate_random_fingerprint(),
-    )
+    name = _mark(task_kind, rows, tokenizer, max_length)
+    shared: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
+    shared["new_fingerprint"] = name or generate_random_fingerprint()
+    if name is not None:
+        file = tokens_dir() / f"{name}.arrow"
+        if (kept := _read_tokens(file, len(rows))) is not None:
+            return kept
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            return rows.map(one, cache_file_name=str(file), load_from_cache_file=False, **shared)
+        except OSError:  # no space, or no right to write
+            pass
+    return rows.map(one, load_from_cache_file=False, **shared)
+
+
+FORM = 1  # of tokenised splits; another where :func:`encode` makes others of the same rows
 
 
 def tokens_dir() -> Path:
-    """Where tokenised splits are kept: `tokens` in the cache folder."""
-    return sources.cache_dir() / "tokens"
+    """Where tokenised splits are kept: beside the runs, with which they go."""
+    return root() / ".tokens"
 
 
 def _mark(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str | None:
@@ -196,29 +202,19 @@ def _mark(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, ma
     if backend is None:
         return None
     state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # of the last call
-    sides = tokenizer.truncation_side, tokenizer.model_input_names
-    known = [task_kind, max_length, state, sides, type(tokenizer).__name__, version("tokenizers"), rows.to_dict()]
+    own = tokenizer.truncation_side, tokenizer.model_input_names, getattr(tokenizer, "split_special_tokens", False)
+    made_by = FORM, type(tokenizer).__name__, version("tokenizers"), version("transformers")
+    known = [task_kind, max_length, state, own, made_by, rows.to_dict()]
     return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
 
-def _kept_tokens(name: str) -> Path | None:
-    """File of a tokenised split, a damaged one removed; None where none can be written."""
-    file = tokens_dir() / f"{name}.arrow"
+def _read_tokens(file: Path, count: int) -> Dataset | None:
+    """A tokenised split that was kept; None where there is none, or one that is cut off."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and not _is_whole(file):
-            file.unlink()
-    except OSError:
+        found = Dataset.from_file(str(file))
+    except (OSError, ValueError, pa.ArrowException):
         return None
-    return file if os.access(file.parent, os.W_OK) else None
-
-
-def _is_whole(file: Path) -> bool:
-    try:
-        Dataset.from_file(str(file))
-    except (OSError, pa.ArrowInvalid):
-        return False
-    return True
+    return found if len(found) == count else None
 
 
 def kept_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:

@@ -37,6 +37,7 @@ NAMES = {
     "refresh": "anchor, refreshed",
     "refresh-random": "refreshed, random P",
     "untrained": "ported head, untrained atoms",
+    "tune-anchor": "tuning, by anchors",
 }
 ORDER = (
     *("no-adapter", "head", "uhl-dimension", "uhl-canonical"),

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from uhl.viz.base import CONTROL, LOOKS, NAMES, ORDER, OURS
+from uhl.viz.base import CONTROL, LOOKS, NAMES, ORDER, OURS, in_order
 
 
 def search_history(table: pd.DataFrame) -> Figure:
@@ -72,7 +72,7 @@ def search_rates(table: pd.DataFrame) -> Figure:
 
     Scores more than 12 points below the best of all lie on the lower edge.
     """
-    methods, columns = [m for m in ORDER if m in set(table["method"])], 4
+    methods, columns = in_order(table["method"], dict.fromkeys((*ORDER, *table["method"]))), 4
     rows = -(-len(methods) // columns)
     floor = table["score"].max() - 12
     fig, axes = plt.subplots(rows, columns, figsize=(9, 2.0 * rows), sharey=True, squeeze=False)
@@ -81,7 +81,7 @@ def search_rates(table: pd.DataFrame) -> Figure:
     for ax, method in zip(axes.flat, methods, strict=False):
         mine = table[table["method"] == method].sort_values("value")
         scores = mine["score"].clip(lower=floor)
-        ax.plot(mine["value"], scores, "o-", color=LOOKS[method][0], markersize=4)
+        ax.plot(mine["value"], scores, "o-", color=LOOKS.get(method, (OURS,))[0], markersize=4)
         best = int(scores.to_numpy().argmax())
         ax.plot(mine["value"].iloc[best], scores.iloc[best], "o", color="black", markersize=5)
         ax.set(xscale="log", xlim=(mine["value"].min() / 2, mine["value"].max() * 2))
