@@ -15,7 +15,8 @@ hardly or by eight points. (Bootstrapping seeds and examples together: in 86 to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,19 +71,29 @@ def bootstrap(
 
     ``groups`` (n,) are what is drawn where examples are not independent: the sentences of one review stay together.
     """
-    rng = np.random.default_rng(seed)
     seeds, n, _ = tables.shape
     names, place = np.unique(np.arange(n) if groups is None else groups, return_inverse=True)
     count = len(names)
     units = np.zeros((count, seeds, 3))
     np.add.at(units, place, tables.transpose(1, 0, 2))
-    out = np.empty((repeats, seeds))
+    draw = _kept_draws if repeats * count <= 50_000_000 else _draws  # 100 MB
+    sums = np.concatenate([times @ units.reshape(count, -1) for times in draw(count, repeats, seed)])
+    return score_of(sums.reshape(repeats, seeds, 3))
+
+
+def _draws(count: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of ``count`` units is drawn, (rows, count) for some of the ``repeats`` at a time."""
+    rng = np.random.default_rng(seed)
     for begin in range(0, repeats, step := max(1, 2_000_000 // count)):
         rows = min(step, repeats - begin)
         drawn = rng.integers(0, count, (rows, count)) + count * np.arange(rows)[:, None]
-        weight = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
-        out[begin : begin + rows] = score_of((weight @ units.reshape(count, -1)).reshape(rows, seeds, 3))
-    return out
+        yield np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count).astype(np.int16)
+
+
+@lru_cache(maxsize=4)
+def _kept_draws(count: int, repeats: int, seed: int) -> tuple[np.ndarray, ...]:
+    """The same for all cells of a task."""
+    return tuple(_draws(count, repeats, seed))
 
 
 class Prior(NamedTuple):
