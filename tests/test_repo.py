@@ -91,20 +91,17 @@ def test_notebook_is_whole_and_tidy(path):
 
 def test_nbval_fails_on_a_changed_output(tmp_path):
     """Without this, a notebook stored without outputs or with everything ignored would pass unseen."""
-    import subprocess
-    import sys
-
     book = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
     book.cells = [nbformat.v4.new_code_cell("print('atoms:', 64 + 64)", execution_count=1)]
-    said = {}
     for told in ("128", "129"):
         book.cells[0].outputs = [nbformat.v4.new_output("stream", name="stdout", text=f"atoms: {told}\n")]
         nbformat.write(book, tmp_path / f"{told}.ipynb")
-        command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", str(tmp_path / f"{told}.ipynb")]
-        said[told] = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (said["128"].returncode, said["129"].returncode) == (0, 1)
-    assert "1 passed" in said["128"].stdout
-    assert "1 failed" in said["129"].stdout
+    command = [sys.executable, "-m", "pytest", "--nbval", "-rA", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(r"^PASSED .*128\.ipynb", done.stdout, re.M)
+    assert re.search(r"^FAILED .*129\.ipynb", done.stdout, re.M)
+    assert "1 failed, 1 passed" in done.stdout
 
 
 @pytest.mark.parametrize("profile", ["offline", "offline-full", "local", "paper"])
