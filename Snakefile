@@ -41,7 +41,9 @@ def own_task(w):
 
 
 def own_list(name):
-    """The parameter file of a notebook outside of the batch; none where a profile leaves it at its stored values."""
+    """A parameter file that a profile may have beside its settings: of a notebook outside of the batch, or of baselines
+    retrained on targets.
+    """
     path = f"params/{GRID.profile}/{name}.yaml"
     return [path] if os.path.exists(path) else []
 
@@ -120,7 +122,7 @@ rule baselines:
     input:
         SETTINGS,
         own_task,
-        lambda w: [] if w.model == GRID.source else TARGET.format(target=w.model),
+        lambda w: [] if w.model == GRID.source else [TARGET.format(target=w.model), *own_list("retrained")],
     output:
         f"{CELL}/baselines-{{model}}/manifest.json",
     log:
@@ -129,7 +131,8 @@ rule baselines:
         own=lambda w: f"{task(w)} -p seed {w.seed} " + (
             "-y 'hosts: [source]'"
             if w.model == GRID.source
-            else f"-f params/{GRID.profile}/{w.model}.yaml -y 'hosts: [target]'"
+            else "".join(f"-f {f} " for f in (TARGET.format(target=w.model), *own_list("retrained")))
+            + "-y 'hosts: [target]'"
         ),
     shell:
         papermill("05_baselines")

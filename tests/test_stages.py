@@ -237,12 +237,17 @@ def test_an_interrupted_trial_is_run_again(tiny_world, monkeypatch):
     with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical"):
         search.search(tiny_world, "lora", {"rate": [1e-3]})
     spaces = {"full": {"full_rate": [1e-3]}, "tune-anchor": {"tune_rate": [1e-3]}}
-    assert list(search.methods_of(spaces)) == ["full"]  # the other needs a trained adapter
-    assert list(search.methods_of(spaces, ["tune-anchor"])) == ["tune-anchor"]
+    spaces["uhl-canonical"] = {"rate": [1e-3]}
+    assert list(search.methods_of(spaces, "source")) == ["full", "uhl-canonical"]
+    assert list(search.methods_of(spaces, "target")) == ["full"]  # tuning needs a trained adapter
+    assert list(search.methods_of(spaces, "target", ["tune-anchor"])) == ["tune-anchor"]
+    with pytest.raises(UHLError, match="unknown method to search on the source 'tune-anchor'"):
+        search.methods_of(spaces, "source", ["tune-anchor"])
 
 
 def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, monkeypatch):
     space = {"tune_rate": [1e-3, 1e-2], "lambda_q": [0.0]}
+    tiny_world = tiny_world.model_copy(update={"hosts": ("target",)})
     with pytest.raises(UHLError, match="train it first: make port PROFILE=t TARGET=small"):
         search.search(tiny_world, "tune-anchor", space)
     stages.pretrain(tiny_world, "canonical")
@@ -269,6 +274,27 @@ def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, 
     monkeypatch.setattr(stages, "tune", lambda *a, **k: calls.append(a) or tune(*a, **k))
     search.search(tiny_world, "tune-anchor", space)  # another adapter: another study, and its trials are run
     assert len(calls) == 2
+
+
+def test_a_search_on_a_target_retrains_as_the_batch_does_and_saves_beside_the_settings(
+    tiny_world, tmp_path, monkeypatch
+):
+    there = tiny_world.model_copy(update={"hosts": ("target",), "tune_steps": 3})
+    study = search.search(there, "lora-r8", {"lora_rate": [1e-3, 3e-3]})
+    (first, _) = sorted((runs.root() / "t-search").glob("lora-r8-small-*/*/trial/manifest.json"))
+    (row,) = json.loads(first.read_text())["rows"]
+    assert (row["phase"], row["target"], row["split"], row["steps"]) == ("retrained", "small", "dev", 3)
+    assert set(search.table([study])["target"]) == {"small"}
+    longer = there.model_copy(update={"tune_steps": 4, "epochs": 9.0})  # another study; epochs are nothing to it
+    assert len(search.table([search.search(longer, "lora-r8", {"lora_rate": [1e-3]})])) == 1
+    same = there.model_copy(update={"epochs": 9.0})
+    monkeypatch.setattr(stages, "baseline", None)
+    assert len(search.search(same, "lora-r8", {"lora_rate": [1e-3, 3e-3]}).trials) == 2
+    monkeypatch.setattr(search, "PARAMS", tmp_path)
+    search.save(there, [study])
+    assert runs.read_yaml(tmp_path / "t" / "retrained.yaml") == study.best_params
+    with pytest.raises(UHLError, match="a search is on one host"):
+        search.search(tiny_world.model_copy(update={"hosts": ("source", "target")}), "full", {"full_rate": [1e-3]})
 
 
 def test_a_range_is_sampled_within_its_bounds_and_the_best_is_written(tiny_world, tmp_path):

@@ -149,9 +149,7 @@ def bench(options: argparse.Namespace) -> None:
 
 
 def search(options: argparse.Namespace) -> None:
-    """Search the spaces of params/<profile>/search.yaml on the profile's source, `tune-anchor` on its first target; dev
-    scores only; print CSV.
-    """
+    """Search the spaces of params/<profile>/search.yaml on the source or a target, by dev scores; print CSV."""
     try:
         from uhl import search as searching
     except ModuleNotFoundError as error:
@@ -161,7 +159,7 @@ def search(options: argparse.Namespace) -> None:
     if (PARAMS / options.profile / f"{target}.yaml").is_file():
         target = target_of(options.profile, target)
     changes = {"seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
-    changes |= {"source": grid.source, "target": target}
+    changes |= {"source": grid.source, "target": target, "hosts": (options.host,)}
     settings = Settings(
         **read_yaml(file)
         | {"task": options.task}
@@ -169,7 +167,7 @@ def search(options: argparse.Namespace) -> None:
         | {k: v for k, v in changes.items() if v is not None}
     )
     spaces = searching.read_spaces(PARAMS / options.profile / "search.yaml")
-    chosen = searching.methods_of(spaces, options.method or ())
+    chosen = searching.methods_of(spaces, options.host, options.method or ())
 
     def told(row: dict[str, object]) -> None:
         print(*(row[key] for key in ("method", "trial", "state", "score", "settings")), file=sys.stderr, flush=True)
@@ -180,7 +178,7 @@ def search(options: argparse.Namespace) -> None:
     ]
     print(searching.table(studies).to_csv(index=False, float_format="%g"), end="")
     if options.save:
-        searching.write_settings(file, searching.best(studies))
+        searching.save(settings, studies)
 
 
 def main() -> None:
@@ -245,13 +243,14 @@ def main() -> None:
     three.add_argument("--profile", default="offline-full")
     three.add_argument("--task", default="movies")
     three.add_argument("--seed", type=int, default=0)
-    three.add_argument("--target", help="where `tune-anchor` tunes; by default the profile's first target")
+    three.add_argument("--host", choices=("source", "target"), default="source", help="where methods train")
+    three.add_argument("--target", help="by default the profile's first")
     three.add_argument("--epochs", type=float, help="instead of the profile's")
     three.add_argument("--train-size", type=int, help="instead of the profile's")
     three.add_argument("--method", action="append", help="one of the file's; by default all but tune-anchor")
     three.add_argument("--trials", type=int, help="of each method, at most; by default a whole grid, else 12")
     three.add_argument("--storage", help="URL of the database, for several workers; by default SQLite in runs/")
-    three.add_argument("--save", action="store_true", help="write the best values into the profile's settings.yaml")
+    three.add_argument("--save", action="store_true", help="write the best values into params/<profile>/")
     three.set_defaults(run=search)
     options = parser.parse_args()
     try:

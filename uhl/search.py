@@ -1,7 +1,9 @@
 """Settings by dev score, with Optuna: each method's search space on the source, and no test label.
 
-Tuning is searched on the target, where it is named: `tune-anchor` tunes the profile's trained adapter, ported there by
-its anchors. Workers that share a database share its study where they have the same file of that adapter.
+With `hosts: [target]` trials run on a target: the baselines as they are retrained there, for as many steps as tuning
+takes, whose best rates go to ``params/<profile>/retrained.yaml``; and, where it is named, tuning: `tune-anchor` tunes
+the profile's trained adapter, ported there by its anchors. Workers that share a database share its study where they
+have the same file of that adapter.
 
 ``params/<profile>/search.yaml`` maps a method to settings, and a setting to what may be tried: a list of values, or a
 range `{low: .., high: .., log: true}`. A method whose settings are all lists has every combination tried; others are
@@ -41,15 +43,17 @@ from uhl.baselines import RATES
 from uhl.config import _Strict
 from uhl.errors import DivergenceError, UHLError, one_of
 from uhl.files import sha256, write_text
+from uhl.grid import PARAMS
 from uhl.outcome import Outcome
 from uhl.runs import Settings
 from uhl.train import Watch
 
 TUNE = "tune-anchor"
 METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
-UNUSED = {*RATES.values(), "baselines", "arms", "hosts", "projectors", "refresh_steps", "attempts", "copies"}
-OF_TUNING = {"target", *(name for name in Settings.model_fields if name.startswith("tune_"))}
-OF_SOURCE = {"epochs", "batch", "rate", "mixer_rate", "head_rate", "lambda_f"}  # what a trained adapter has behind it
+UNUSED = {*RATES.values(), "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}  # by no trial
+UNUSED_BY_RETRAINING = {"epochs", "batch", "rate", "tune_rate", "tune_head_rate"}
+UNUSED_BY_TUNING = {"epochs", "batch", "rate", "mixer_rate", "head_rate", "lambda_f"}  # an adapter has them behind it
+UNUSED_BY_THE_SOURCE = {"target", *(name for name in Settings.model_fields if name.startswith("tune_"))}
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
 
@@ -59,7 +63,7 @@ class SearchSettings(Settings):
     methods: tuple[str, ...] = Field((), description="methods of the search file; none: all")
     trials: int | None = Field(None, ge=1, description="of each method, at most; None: a whole grid, else 12")
     storage: str | None = Field(None, description="URL of the database, for several workers; None: SQLite in runs/")
-    save: bool = Field(False, description="write the best values into the profile's settings.yaml")
+    save: bool = Field(False, description="write the best values into params/<profile>; see file_of")
 
     @property
     def of_a_trial(self) -> Settings:
@@ -128,11 +132,12 @@ def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch
     ``watch`` is told dev scores on the way and may raise, which ends the run; its folder is then removed. Of several
     processes one runs, and the others wait for it.
     """
-    named = [f"{method}-{runs.slug(settings.target)}"] if method == TUNE else [method]
+    host = _host(settings)
+    named = [f"{method}-{runs.slug(settings.target)}"] if host == "target" else [method]
     profile = f"{settings.profile}-search/" + "-".join([*named, *(f"{k}-{_text(v)}" for k, v in values.items())])
     chosen = settings.model_copy(update={"profile": profile, "splits": ("dev",), **values})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
-    others = _unused(method) - set(values)  # another default there makes no other trial
+    others = _unused(settings, method) - set(values)  # another default there makes no other trial
     own = _adapter(settings, method)
     with runs.locked(runs.root() / profile / ".lock"):
         found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
@@ -144,7 +149,7 @@ def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch
                 elif method == TUNE:
                     outcome = _tuned(chosen, watch, settings)
                 else:
-                    outcome = stages.baseline(chosen, "source", method, stages.baseline_start(chosen, "source"), watch)
+                    outcome = stages.baseline(chosen, host, method, stages.baseline_start(chosen, host), watch)
             except optuna.TrialPruned:
                 shutil.rmtree(path.parent.parent)  # of this task and seed
                 raise
@@ -160,14 +165,25 @@ def _tuned(chosen: Settings, watch: Watch | None, trained: Settings) -> Outcome:
     return outcome
 
 
-def _unused(method: str) -> set[str]:
+def _host(settings: Settings) -> str:
+    """Where trials run: `source` or `target`."""
+    if len(settings.hosts) != 1:
+        raise UHLError(f"a search is on one host, got hosts {', '.join(settings.hosts)}; name `source` or `target`")
+    return settings.hosts[0]
+
+
+def _unused(settings: Settings, method: str) -> set[str]:
     """Settings that no trial of a method depends on: those of other methods, and of the other side of a port."""
-    return UNUSED | (OF_SOURCE if method == TUNE else OF_TUNING)
+    if _host(settings) == "source":
+        return UNUSED | UNUSED_BY_THE_SOURCE
+    return UNUSED | (UNUSED_BY_TUNING if method == TUNE else UNUSED_BY_RETRAINING)
 
 
-def methods_of(spaces: Mapping[str, Space], named: Sequence[str] = ()) -> dict[str, Space]:
-    """The spaces of some methods, by default of all that need no trained adapter. Raises :class:`UHLError`."""
-    return {one_of(m, tuple(spaces), "method to search"): spaces[m] for m in named or [m for m in spaces if m != TUNE]}
+def methods_of(spaces: Mapping[str, Space], host: str, named: Sequence[str] = ()) -> dict[str, Space]:
+    """The spaces of some methods, by default of all that train on the host from nothing. Raises :class:`UHLError`."""
+    fit = [m for m in spaces if m != TUNE and (host == "source" or not m.startswith("uhl-"))]
+    known = fit if host == "source" else [m for m in spaces if m in {*fit, TUNE}]
+    return {one_of(method, tuple(known), f"method to search on the {host}"): spaces[method] for method in named or fit}
 
 
 def _adapter(settings: Settings, method: str) -> str | None:
@@ -218,7 +234,7 @@ def study(settings: Settings, method: str, space: Space, url: str | None = None)
 
     In the profile's own database a new study is seeded; workers that share one draw by chance.
     """
-    kept = _without(settings.model_dump(mode="json"), _unused(method) | set(space) | {"profile"})
+    kept = _without(settings.model_dump(mode="json"), _unused(settings, method) | set(space) | {"profile"})
     tried = {name: t.model_dump() if isinstance(t, Range) else list(t) for name, t in sorted(space.items())}
     own = _adapter(settings, method)
     mark = hashlib.sha256(json.dumps([kept, tried, *([own] if own else [])], sort_keys=True).encode()).hexdigest()[:8]
@@ -324,9 +340,9 @@ def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, object]:
     known = {"method": study.user_attrs["method"], "trial": trial.number, "state": trial.state.name.lower()}
     values = ", ".join(f"{name} {_text(value)}" for name, value in trial.params.items())
     known |= {"settings": values, "task": Settings(**settings).task_name}
-    tuned = known["method"] == TUNE
-    known |= {"target": settings["target"] if tuned else None, "train_size": settings["train_size"]}
-    known |= {"epochs": None if tuned else settings["epochs"], "seed": settings["seed"]}
+    there = settings["hosts"] == ["target"]
+    known |= {"target": settings["target"] if there else None, "train_size": settings["train_size"]}
+    known |= {"epochs": None if there else settings["epochs"], "seed": settings["seed"]}
     known |= {"split": "dev", "score": score}
     return known | {key: trial.user_attrs.get(key) for key in ("metric", "n", "active_atoms", "seconds")}
 
@@ -346,9 +362,24 @@ def best(studies: Sequence[optuna.Study]) -> dict[str, Any]:
     return values
 
 
+def file_of(profile: str, method: str, host: str) -> Path:
+    """The parameter file that a method's best values belong in."""
+    return PARAMS / profile / ("retrained.yaml" if host == "target" and method != TUNE else "settings.yaml")
+
+
+def save(settings: Settings, studies: Sequence[optuna.Study]) -> None:
+    """Write the best values of studies into the profile's parameter files."""
+    files: dict[Path, list[optuna.Study]] = {}
+    for one in studies:
+        place = file_of(settings.profile, one.user_attrs["method"], _host(settings))
+        files.setdefault(place, []).append(one)
+    for path, some in files.items():
+        write_settings(path, best(some))
+
+
 def write_settings(path: Path, values: Mapping[str, Any]) -> None:
     """Set values in a parameter file of one setting a line; its other lines and comments stay as they are."""
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
     for name, value in values.items():
         line = f"{name}: {json.dumps(value)}"
         text, count = re.subn(rf"(?m)^{name}:.*$", line, text)
