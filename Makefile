@@ -65,7 +65,7 @@ copies: $(STAMP)
 
 # Two at a time, because each has long stretches with one process; every line says whose it is.
 test: $(STAMP)
-	@$(MAKE) --no-print-directory -j2 notebooks unit lint conformance
+	@$(MAKE) --no-print-directory -j2 notebooks unit lint conformance QUICK=--quick
 
 FAILS = set -o pipefail; export PYTHONUNBUFFERED=1;
 NAMED = 2>&1 | while IFS= read -r line || [ -n "$$line" ]; do printf '%s\n' "$@  $$line"; done
@@ -80,16 +80,17 @@ lint: $(STAMP)
 
 unit: export OMP_NUM_THREADS = 1
 unit: fetch
-	@$(FAILS) $(BIN)/pytest -n $(CORES) $(NAMED)
+	@$(FAILS) $(BIN)/pytest -n $(CORES) --dist worksteal $(NAMED)
 
 notebooks: export OMP_NUM_THREADS = 1
 notebooks: fetch
 	@$(FAILS) UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg \
 		--nbval-cell-timeout 300 -n $(CORES) notebooks $(NAMED)
 
-# PEFT's own tests on our method; a minute, and peft's source distribution is fetched on first use.
+# PEFT's own tests on our method (`make test` leaves out what one router shows as well as two); some minutes, and peft's
+# source distribution is fetched on first use.
 conformance: $(STAMP)
-	@$(FAILS) $(BIN)/python tests/conformance.py -n $(CORES) $(NAMED)
+	@$(FAILS) $(BIN)/python tests/conformance.py -n $(CORES) $(QUICK) $(NAMED)
 
 # Times and memory on this machine: notebook 08 in full, on BERT-base. Goes on where it stopped; writes figures/speed_*.
 bench: export UHL_BATCH = 1

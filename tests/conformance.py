@@ -1,10 +1,12 @@
 """PEFT's own tests, run on :class:`uhl.UHLConfig` in place of PEFT's methods.
 
     python tests/conformance.py                     # static and token router
+    python tests/conformance.py --quick             # without what one router shows as well as two
     python tests/conformance.py -k checkpointing    # further arguments go to pytest
 
-The static router runs all of them, the token router all but those of merging. The tests come from the source
-distribution of the installed peft; models that they take from the hub are replaced by random ones of the same family.
+The static router runs all of them, the token router all but those of merging; with ``--quick`` the static router runs,
+on models of the hub's families, those of merging alone. The tests come from the source distribution of the installed
+peft; models that they take from the hub are replaced by random ones of the same family.
 The file is its own pytest plugin: while PEFT's test modules are imported, lists of methods in `pytest.mark.parametrize`
 are replaced by ours, and tests that have none are left out.
 """
@@ -80,6 +82,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from uhl import UHLConfig
 
     kept = [i for i in items if UHLConfig in getattr(getattr(i, "callspec", None), "params", {}).values()]
+    if "UHL_QUICK" in os.environ:
+        kept = [i for i in kept if not is_told_by_the_other(i)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
     for item in kept:
@@ -96,6 +100,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Let collections, one or more a test, look at what tests made, not at a million objects of the libraries."""
     gc.freeze()
+
+
+def is_told_by_the_other(item: pytest.Item) -> bool:
+    """Whether a test is of the static router, does not merge, and is of a model that the token router is tested on."""
+    static = not by_token(*item.callspec.params.values())  # type: ignore[attr-defined]
+    return (
+        static
+        and "merg" not in item.name.split("[")[0]
+        and "model_id" in item.callspec.params
+        and (  # type: ignore[attr-defined]
+            "/" in str(item.callspec.params["model_id"])  # type: ignore[attr-defined]
+        )
+    )
 
 
 def by_token(*given: object) -> bool:
@@ -188,6 +205,7 @@ def main() -> int:
     """Fetch, make, run; the exit status is pytest's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", default="2", help="processes")
+    parser.add_argument("--quick", action="store_true", help="without what one router shows as well as two")
     options, rest = parser.parse_known_args()
     folder = cache_dir() / "conformance"
     models, site = folder / "models", folder / "site"
@@ -197,6 +215,8 @@ def main() -> int:
     tests = fetch_tests(folder)
     make_models(models)
     environment = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    if options.quick:
+        environment["UHL_QUICK"] = "1"
     here = Path(__file__).resolve().parent
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, here.parent, site, tests)))
     command = [sys.executable, "-m", "pytest", "-p", "conformance", "-c", os.devnull, "--rootdir", str(tests), "-q"]

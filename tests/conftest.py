@@ -54,6 +54,13 @@ def pytest_collection_finish():
 
 
 @pytest.fixture(autouse=True)
+def _types(request):
+    """Checks take a third of the time; tests that make the same long runs as others do without."""
+    unchecked = request.node.get_closest_marker("unchecked") and not request.node.get_closest_marker("checked")
+    jaxtyping.config.update("jaxtyping_disable", bool(unchecked))
+
+
+@pytest.fixture(autouse=True)
 def _quiet(tmp_path, monkeypatch):
     runs.quiet()
     torch.manual_seed(0)

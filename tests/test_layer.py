@@ -454,7 +454,9 @@ def test_scores_are_in_float32_whatever_the_states():
 def test_the_explorer_shows_the_layer_and_the_text_that_are_chosen(encoder, adapter, monkeypatch):
     shown = []
     draw = viz.routing_map
-    monkeypatch.setattr(viz, "routing_map", lambda table, layers: shown.append((table, layers)) or draw(table, layers))
+    monkeypatch.setattr(
+        viz.routing, "routing_map", lambda table, layers: shown.append((table, layers)) or draw(table, layers)
+    )
     with attach(encoder.model, adapter, "mood") as attached:
         box, controls, _ = viz.routing_explorer(attached, encoder, "good film").children
         slider, every = controls.children

@@ -23,6 +23,8 @@ from uhl.runs import Settings
 from uhl.tasks import load_task
 from uhl.train import Classifier, predict, train
 
+pytestmark = pytest.mark.unchecked
+
 
 @pytest.fixture
 def tiny_world(make_encoder, task, monkeypatch):
@@ -91,6 +93,7 @@ def run_all(settings):
     return outcome
 
 
+@pytest.mark.checked
 @pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
 def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     settings = tiny_world if kind == "sentence" else own_files(kind)

@@ -20,6 +20,8 @@ from uhl.quant import dequantise
 from uhl.sat import SATAdapter
 from uhl.train import Classifier, predict
 
+pytestmark = pytest.mark.unchecked
+
 
 def build(encoder, task, config, train_config, seed=0):
     adapter = UHLAdapter(config)
