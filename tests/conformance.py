@@ -104,15 +104,9 @@ def pytest_collection_finish() -> None:
 
 def is_told_by_the_other(item: pytest.Item) -> bool:
     """Whether a test is of the static router, does not merge, and is of a model that the token router is tested on."""
-    static = not by_token(*item.callspec.params.values())  # type: ignore[attr-defined]
-    return (
-        static
-        and "merg" not in item.name.split("[")[0]
-        and "model_id" in item.callspec.params
-        and (  # type: ignore[attr-defined]
-            "/" in str(item.callspec.params["model_id"])  # type: ignore[attr-defined]
-        )
-    )
+    params = item.callspec.params  # type: ignore[attr-defined]
+    model, test = str(params.get("model_id")), item.name.split("[")[0]
+    return not by_token(*params.values()) and "/" in model and "merg" not in test
 
 
 def by_token(*given: object) -> bool:

@@ -495,6 +495,7 @@ def test_refreshing_moves_the_bias_alone_and_keeps_the_best(encoder, make_encode
         port(start, target, "mood", "refresh")
 
 
+@pytest.mark.unchecked
 def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, monkeypatch):
     import uhl.porting
 
