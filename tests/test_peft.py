@@ -20,6 +20,8 @@ from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.peft_method import attach
 
+pytestmark = pytest.mark.unchecked
+
 IDS = torch.randint(5, 60, (2, 7), generator=torch.Generator().manual_seed(3))
 SMALL = {"atoms": 12, "width": 16, "hidden": 6, "seed": 5, "init_weights": False, "alpha": 0.3}
 
