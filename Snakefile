@@ -48,6 +48,11 @@ def own_list(name):
     return [path] if os.path.exists(path) else []
 
 
+def on_target(w):
+    """The parameter files of baselines on a target; none on the source."""
+    return [] if w.model == GRID.source else [TARGET.format(target=w.model), *own_list("retrained")]
+
+
 def task(w):
     return f"-f {own_task(w)[0]}" if own_task(w) else f"-p task {w.task}"
 
@@ -122,18 +127,14 @@ rule baselines:
     input:
         SETTINGS,
         own_task,
-        lambda w: [] if w.model == GRID.source else [TARGET.format(target=w.model), *own_list("retrained")],
+        on_target,
     output:
         f"{CELL}/baselines-{{model}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{model}}.log",
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed} " + (
-            "-y 'hosts: [source]'"
-            if w.model == GRID.source
-            else "".join(f"-f {f} " for f in (TARGET.format(target=w.model), *own_list("retrained")))
-            + "-y 'hosts: [target]'"
-        ),
+        own=lambda w: f"{task(w)} -p seed {w.seed} " + "".join(f"-f {f} " for f in on_target(w))
+        + f"-y 'hosts: [{'target' if on_target(w) else 'source'}]'",
     shell:
         papermill("05_baselines")
 

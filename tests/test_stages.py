@@ -93,9 +93,8 @@ def run_all(settings):
     return outcome
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.checked) for k in ("sentence", "token")] + [pytest.param("pair")]
-)
+@pytest.mark.checked
+@pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
 def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     settings = tiny_world if kind == "sentence" else own_files(kind)
     methods = METHODS if kind == "sentence" else ("head", "sat-lora", "full")
