@@ -237,8 +237,11 @@ def test_an_interrupted_trial_is_run_again(tiny_world, monkeypatch):
     study = search.search(tiny_world, "uhl-canonical", {"rate": [1e-3, 3e-3]})
     assert len(calls) == 1
     assert sorted(search.table([study])["settings"]) == ["rate 0.001", "rate 0.003"]
-    with pytest.raises(UHLError, match="unknown method to search 'lora'; choose one of: uhl-canonical"):
+    with pytest.raises(UHLError, match="unknown method to search on the source 'lora'; choose one of: uhl-canonical"):
         search.search(tiny_world, "lora", {"rate": [1e-3]})
+    on_target = tiny_world.model_copy(update={"hosts": ("target",)})
+    with pytest.raises(UHLError, match="unknown method to search on the target 'uhl-canonical'"):
+        search.search(on_target, "uhl-canonical", {"rate": [1e-3]})
     spaces = {"full": {"full_rate": [1e-3]}, "tune-anchor": {"tune_rate": [1e-3]}}
     spaces["uhl-canonical"] = {"rate": [1e-3]}
     assert list(search.methods_of(spaces, "source")) == ["full", "uhl-canonical"]

@@ -85,7 +85,6 @@ class _Pass(threading.local):
         """Put the pass that is running aside, for :meth:`resume`."""
         mine = {name: value for name, value in vars(self).items() if name != "outer"}
         self.outer.append((mine, folds.suspended()))
-        self.paths = dict(self.paths)
 
     def resume(self, folds: Folds) -> None:
         """Go on with the pass that was put aside last."""
@@ -239,7 +238,7 @@ class Attached:
 
     def _begin_pass(self, inside: bool = False) -> None:
         now = self._now
-        now.routes, now.layer, now.last, now.reading = {}, None, -1, None
+        now.routes, now.paths, now.layer, now.last, now.reading = {}, {}, None, -1, None
         self.folds.begin(inside)
 
     @property

@@ -63,7 +63,7 @@ class SearchSettings(Settings):
     methods: tuple[str, ...] = Field((), description="methods of the search file; none: all")
     trials: int | None = Field(None, ge=1, description="of each method, at most; None: a whole grid, else 12")
     storage: str | None = Field(None, description="URL of the database, for several workers; None: SQLite in runs/")
-    save: bool = Field(False, description="write the best values into params/<profile>; see file_of")
+    save: bool = Field(False, description="write the best values into params/<profile>; see search.save")
 
     @property
     def of_a_trial(self) -> Settings:
@@ -179,11 +179,16 @@ def _unused(settings: Settings, method: str) -> set[str]:
     return UNUSED | (UNUSED_BY_TUNING if method == TUNE else UNUSED_BY_RETRAINING)
 
 
+def methods_on(host: str) -> tuple[str, ...]:
+    """Methods that may be searched on a `source` or a `target`."""
+    return tuple(m for m in METHODS if (m != TUNE if host == "source" else not m.startswith("uhl-")))
+
+
 def methods_of(spaces: Mapping[str, Space], host: str, named: Sequence[str] = ()) -> dict[str, Space]:
     """The spaces of some methods, by default of all that train on the host from nothing. Raises :class:`UHLError`."""
-    fit = [m for m in spaces if m != TUNE and (host == "source" or not m.startswith("uhl-"))]
-    known = fit if host == "source" else [m for m in spaces if m in {*fit, TUNE}]
-    return {one_of(method, tuple(known), f"method to search on the {host}"): spaces[method] for method in named or fit}
+    known = [m for m in spaces if m in methods_on(host)]
+    chosen = named or [m for m in known if m != TUNE]
+    return {one_of(method, tuple(known), f"method to search on the {host}"): spaces[method] for method in chosen}
 
 
 def _adapter(settings: Settings, method: str) -> str | None:
@@ -280,7 +285,8 @@ def search(
     finite fails a trial and not the search; anything else ends the search, and the trial is run again by the next.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    made = study(settings, one_of(method, METHODS, "method to search"), space, url)
+    host = _host(settings)
+    made = study(settings, one_of(method, methods_on(host), f"method to search on the {host}"), space, url)
     whole = grid(space)
     wanted = trials or 12 if whole is None else min(trials or len(whole), len(whole))
 
@@ -362,19 +368,14 @@ def best(studies: Sequence[optuna.Study]) -> dict[str, Any]:
     return values
 
 
-def file_of(profile: str, method: str, host: str) -> Path:
-    """The parameter file that a method's best values belong in."""
-    return PARAMS / profile / ("retrained.yaml" if host == "target" and method != TUNE else "settings.yaml")
-
-
 def save(settings: Settings, studies: Sequence[optuna.Study]) -> None:
-    """Write the best values of studies into the profile's parameter files."""
-    files: dict[Path, list[optuna.Study]] = {}
+    """Write the best values into a profile: of baselines on a target into `retrained.yaml`, others `settings.yaml`."""
+    files: dict[str, list[optuna.Study]] = {}
     for one in studies:
-        place = file_of(settings.profile, one.user_attrs["method"], _host(settings))
-        files.setdefault(place, []).append(one)
-    for path, some in files.items():
-        write_settings(path, best(some))
+        retrained = _host(settings) == "target" and one.user_attrs["method"] != TUNE
+        files.setdefault("retrained.yaml" if retrained else "settings.yaml", []).append(one)
+    for name, some in files.items():
+        write_settings(PARAMS / settings.profile / name, best(some))
 
 
 def write_settings(path: Path, values: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from uhl.viz.base import CONTROL, LOOKS, NAMES, ORDER, OURS, in_order
@@ -68,27 +69,33 @@ def search_parallel(values: pd.DataFrame, scores: pd.Series, logs: Sequence[str]
 
 
 def search_rates(table: pd.DataFrame) -> Figure:
-    """Dev score against each method's learning rate (``value``), a panel a method, the best one black.
+    """Dev score against each method's learning rate (``value``), a panel a method, a line a ``host``, the best black.
 
-    Scores more than 12 points below the best of all lie on the lower edge.
+    Hosts are drawn solid, dashed and so on in the order in which the table has them. Scores more than 12 points below
+    the best of all lie on the lower edge.
     """
     methods, columns = in_order(table["method"], dict.fromkeys((*ORDER, *table["method"]))), 4
+    styles = dict(zip(dict.fromkeys(table["host"]), ("-", "--", ":", "-."), strict=False))
     rows = -(-len(methods) // columns)
     floor = table["score"].max() - 12
     fig, axes = plt.subplots(rows, columns, figsize=(9, 2.0 * rows), sharey=True, squeeze=False)
     for ax in axes.flat[len(methods) :]:
         ax.set_visible(False)
     for ax, method in zip(axes.flat, methods, strict=False):
-        mine = table[table["method"] == method].sort_values("value")
-        scores = mine["score"].clip(lower=floor)
-        ax.plot(mine["value"], scores, "o-", color=LOOKS.get(method, (OURS,))[0], markersize=4)
-        best = int(scores.to_numpy().argmax())
-        ax.plot(mine["value"].iloc[best], scores.iloc[best], "o", color="black", markersize=5)
-        ax.set(xscale="log", xlim=(mine["value"].min() / 2, mine["value"].max() * 2))
+        of_method = table[table["method"] == method]
+        for host, mine in of_method.sort_values("value").groupby("host", sort=False):
+            scores = mine["score"].clip(lower=floor)
+            colour = LOOKS.get(method, (OURS,))[0]
+            ax.plot(mine["value"], scores, styles[host], marker="o", color=colour, markersize=4, label=host)
+            best = int(scores.to_numpy().argmax())
+            ax.plot(mine["value"].iloc[best], scores.iloc[best], "o", color="black", markersize=5)
+        ax.set(xscale="log", xlim=(of_method["value"].min() / 2, of_method["value"].max() * 2))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(NAMES.get(method, method), fontsize=9)
     for ax in axes[:, 0]:
         ax.set_ylabel("dev score, %")
+    lines = [Line2D([], [], color=CONTROL, linestyle=style, label=host) for host, style in styles.items()]
+    fig.legend(handles=lines, loc="lower right", frameon=False)
     fig.supxlabel("learning rate", fontsize=9)
     fig.tight_layout()
     return fig
