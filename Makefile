@@ -87,7 +87,7 @@ notebooks: fetch
 	@$(FAILS) UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg \
 		--nbval-cell-timeout 300 -n $(CORES) notebooks $(NAMED)
 
-# PEFT's own tests on our method (`make test` leaves out what one router shows as well as two); some minutes, and peft's
+# PEFT's own tests on our method (`make test` leaves out what others show as well); some minutes, and peft's
 # source distribution is fetched on first use.
 conformance: $(STAMP)
 	@$(FAILS) $(BIN)/python tests/conformance.py -n $(CORES) $(QUICK) $(NAMED)

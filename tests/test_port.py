@@ -500,7 +500,7 @@ def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, m
     import uhl.porting
 
     monkeypatch.setattr("uhl.porting.FEWEST_SHARED", 16)
-    target, shared, way = make_encoder(layers=2, width=24, seed=0), Shared(), Way(refresh_steps=10)
+    target, shared, way = make_encoder(layers=2, width=24, seed=0), Shared(), Way(refresh_steps=3)
     arms = [arm for arm in ARMS if arm != "dimension"]
     watched = []
     for name in ("observe", "_anchored"):
@@ -527,7 +527,7 @@ def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, m
     changed.redraw(0)
     for adapter, seed, chosen in [
         (copy.deepcopy(made), 1, way),
-        (copy.deepcopy(made), 0, Way(refresh_steps=10, scales=(1.0,))),
+        (copy.deepcopy(made), 0, Way(refresh_steps=3, scales=(1.0,))),
         (changed, 0, way),
     ]:
         watched.clear()
