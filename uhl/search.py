@@ -13,9 +13,10 @@ trial is an ordinary run of :mod:`uhl.stages` that scores dev alone, in a folder
 equal values are run once. Trials that at a quarter, half or three quarters of their steps lie below the median of the
 earlier ones are pruned.
 
-The default rates of ``uhl.runs.Settings`` are the best of figures/search.csv (both projectors share the one that is
-best for `canonical`): trials of ``uhl search --profile offline-full --epochs 1 --train-size 3000``, in the order of
-their values.
+The default rates of ``uhl.runs.Settings`` are the best of figures/search.csv on the source (both projectors share the
+one that is best for `canonical`): trials of ``uhl search --profile offline-full --epochs 1 --train-size 3000``, in the
+order of their values. Its rows with a target are of ``uhl search --profile offline-full --host target``; their best are
+in ``params/offline-full/retrained.yaml``.
 """
 
 from __future__ import annotations
@@ -384,6 +385,6 @@ def write_settings(path: Path, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         line = f"{name}: {json.dumps(value)}"
         text, count = re.subn(rf"(?m)^{name}:.*$", line, text)
-        text = text if count else f"{text.rstrip()}\n{line}\n"
+        text = text if count else f"{text.rstrip()}\n{line}\n".lstrip()
     Settings(**yaml.safe_load(text))
     write_text(path, text)
