@@ -255,7 +255,7 @@ def test_names_that_are_no_file_names_make_no_pack(name, config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_split_and_join_by_command(tmp_path, monkeypatch, capsys):
+def test_split_and_join_by_command(tmp_path, path, monkeypatch, capsys):
     from uhl import __main__ as command
 
     store.save(full_size(), tmp_path / "whole.safetensors")
@@ -263,9 +263,10 @@ def test_split_and_join_by_command(tmp_path, monkeypatch, capsys):
     def run(*words):
         monkeypatch.setattr("sys.argv", ["uhl", *map(str, words)])
         command.main()
-        return capsys.readouterr().out
+        told = capsys.readouterr()
+        return told.out + told.err
 
-    run("split", tmp_path / "whole.safetensors", "--into", tmp_path / "parts")
+    assert "anchors" not in run("split", tmp_path / "whole.safetensors", "--into", tmp_path / "parts")
     parts = tmp_path / "parts"
     assert sorted(p.name for p in parts.iterdir()) == [
         "dictionary.safetensors",
@@ -277,6 +278,7 @@ def test_split_and_join_by_command(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert "uhl-task version 1" in run("verify", parts / "mood.task.safetensors")
     assert "labels negative, positive" in run("inspect", parts / "mood.task.safetensors")
+    assert f"no anchored port; keep {path}" in run("split", path, "--into", tmp_path / "without")
     told = run("inspect", tmp_path / "whole.safetensors")
     assert "bytes      dictionary    66,048" in told
     assert "token router" in told

@@ -111,8 +111,16 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def split(options: argparse.Namespace) -> None:
-    """Cut an adapter into a dictionary and one task pack a task, which fit together again with `uhl join`."""
+    """Cut an adapter into a dictionary and one task pack a task, which fit together again with `uhl join`, but for
+    anchors: these stay in the whole file alone, and with them what ports it.
+    """
     adapter = store.load(options.file)
+    if adapter.anchors:
+        print(
+            f"anchors are in neither part: what is joined of these has no anchored port; keep {options.file}, which "
+            f"takes task packs as well (`uhl join {options.file} PACK ...`)",
+            file=sys.stderr,
+        )
     made = [store.save_dictionary(adapter, options.into / "dictionary.safetensors")]
     made += [store.save_task(adapter, name, options.into / f"{name}.task.safetensors") for name in adapter.tasks]
     for path in made:
