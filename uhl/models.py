@@ -7,6 +7,8 @@
 | `mpnet-base`   | MPNet 12 x 768 (all-mpnet-base-v2), 440 MB, on request  | five PyPI packages                   |
 | `minilm-4x312` | a narrow student of `minilm-l6`, see :mod:`uhl.student` | this repository, 8-bit               |
 
+Both released MiniLMs began as layers of one model of twelve (MiniLM-L12-H384), so their bases are related.
+
 A name may say how a copy of the model is to be pruned, as in ``minilm-l6@layers=4``; see :mod:`uhl.pruning`.
 
 Nothing is ever executed from a model: ``trust_remote_code`` is off, offline names are read from safetensors and ONNX
