@@ -92,13 +92,21 @@ def test_missing_manifest_names_the_cell():
 def test_every_profile_is_whole(profile):
     made = grid.Grid.read(profile)
     folder = grid.PARAMS / profile
-    assert len(made.cells()) == len(made.seeds) * len(made.tasks) * (2 + 1 + 3 * len(made.targets))
-    for name in made.targets:
+    each = 2 + 1 + 3 * len(made.targets) + 2 * len(made.ported)
+    assert len(set(made.cells())) == len(made.seeds) * len(made.tasks) * each
+    for name in made.hosts:
         path = folder / f"{name}.yaml"
         first = path.read_text().splitlines()[0]
         assert first.startswith("# make port TARGET=" + name), path
         assert runs.slug(runs.read_yaml(path)["target"]) == name
     assert report.missing(profile) == made.cells()
+
+
+def test_a_target_may_be_ported_to_and_not_tuned_on():
+    values = grid.Grid.read("offline").model_dump() | {"seeds": (0,), "ported": ("mpnet-base",)}
+    cells = grid.Grid(**values).cells()
+    assert [c for c in cells if "mpnet" in c] == ["movies-s0/port-mpnet-base", "movies-s0/baselines-mpnet-base"]
+    assert "movies-s0/tune-minilm-l3" in cells
 
 
 def test_a_parameter_file_is_named_after_its_target(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ HERE = Path(__file__).parent.parent
 def fetch(options: argparse.Namespace) -> None:
     """Fetch the offline weights and text that a profile needs, so that parallel jobs find them."""
     grid = Grid.read(options.profile)
-    targets = [options.model] if options.model else grid.targets
+    targets = [options.model] if options.model else grid.hosts
     for name in (grid.source, *(target_of(options.profile, t) for t in targets)):
         whole, _ = cut_of(name)
         if whole in OFFLINE or Path(whole).is_dir():

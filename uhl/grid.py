@@ -41,13 +41,14 @@ def task_file(profile: str, name: str) -> Path | None:
 
 
 class Grid(_Strict):
-    """Targets x tasks x seeds; notebooks 00 and 01 need no batch."""
+    """Targets x tasks x seeds; notebooks 00 and 01 need no batch. ``ported`` are further targets, not tuned on."""
 
     profile: str
     source: str
     targets: tuple[str, ...] = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
+    ported: tuple[str, ...] = ()
     projectors: tuple[ProjectorKind, ...] = ("canonical", "dimension")
 
     @classmethod
@@ -61,14 +62,20 @@ class Grid(_Strict):
         if grid.profile != profile:
             raise UHLError(f"params/{profile}/grid.yaml names profile {grid.profile!r}")
         read_yaml(folder / "settings.yaml")
-        for name in grid.targets:
+        for name in grid.hosts:
             target_of(profile, name)
         for name in grid.tasks:
             task_file(profile, name)
         return grid
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """All targets."""
+        return (*self.targets, *self.ported)
+
     def cells(self) -> list[str]:
         """Folders of all cells, relative to the profile's run folder."""
         stages = [f"pretrain-{p}" for p in self.projectors] + [f"baselines-{self.source}"]
-        stages += [f"{stage}-{t}" for t in self.targets for stage in ("port", "tune", "baselines")]
+        stages += [f"{stage}-{t}" for t in self.hosts for stage in ("port", "baselines")]
+        stages += [f"tune-{t}" for t in self.targets]
         return [f"{task}-s{seed}/{stage}" for seed in self.seeds for task in self.tasks for stage in stages]
