@@ -20,6 +20,7 @@ from uhl.adapter import UHLAdapter
 from uhl.anchors import Codes, Probe, batches, final_means, fragments, observe, pieces_of, unit_states
 from uhl.config import ARMS, Sizes
 from uhl.errors import UHLError
+from uhl.frame import LAST
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
@@ -636,7 +637,7 @@ def test_sentence_means_ignore_padding(encoder):
     seen = observe(encoder, Probe(["good", "bad plot"], words=2))
     assert seen.units.shape == (encoder.layers + 1, 2, 24)
     assert seen.words.shape == (encoder.layers + 1, 4, 24)
-    torch.testing.assert_close(seen.final[0], final_means(encoder, ["good"])[0], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(seen.at(LAST)[0], final_means(encoder, ["good"])[0], atol=1e-5, rtol=1e-4)
     with torch.no_grad():
         states = [
             torch.cat([s[0] for s in encoder.model(**inputs, output_hidden_states=True).hidden_states])

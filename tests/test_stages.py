@@ -165,6 +165,35 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert report.missing("t") == []
 
 
+def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkeypatch):
+    """As many steps of as many sentences, one rate of the head, no charge for atoms, the same levels below the head."""
+    stages.pretrain(tiny_world, "canonical")
+    tuned, trained, train, baseline = [], [], stages.train, stages.run_baseline
+
+    def tune(classifier, encoder, task, config, *rest):
+        tuned.append((config, classifier.frame.levels))
+        return train(classifier, encoder, task, config, *rest)
+
+    def retrain(method, encoder, task, begin, config, *rest):
+        trained.append((config, begin.frame.levels))
+        return baseline(method, encoder, task, begin, config, *rest)
+
+    monkeypatch.setattr(stages, "train", tune)
+    monkeypatch.setattr(stages, "run_baseline", retrain)
+    stages.tune(tiny_world, "anchor")
+    methods = tiny_world.model_copy(update={"baselines": ("lora-r8", "sat-lora"), "top_k": 1})
+    stages.baselines(methods, "target")
+    ((config, levels),) = tuned
+    assert len(levels) > 1
+    assert len(trained) == 2
+    for rival, read in trained:
+        same = ("steps", "batch", "head_rate", "lambda_f", "max_length", "seed")
+        assert [getattr(rival, name) for name in same] == [getattr(config, name) for name in same]
+        assert read == levels
+    assert config.lambda_f == 0
+    assert config.head_rate == tiny_world.tune_head_rate != tiny_world.head_rate
+
+
 def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     _, outcome = stages.pretrain(tiny_world, "canonical")
     outcome.finish("pretrain-canonical")

@@ -342,10 +342,9 @@ class Observed:
     moment: Float[Tensor, "D D"]
     seconds: float
 
-    @property
-    def final(self) -> Float[Tensor, "U D"]:
-        """States of the units at the last level."""
-        return self.units[-1]
+    def at(self, levels: Sequence[int]) -> Float[Tensor, "U D_levels"]:
+        """States of the units at ``levels``, one behind the other, as :func:`read_levels` has them."""
+        return torch.cat([self.units[i] for i in levels], -1)
 
     def level(self, depth: float) -> int:
         """The level nearest to a relative depth."""

@@ -27,7 +27,7 @@ from uhl.config import PAIR, Method
 from uhl.errors import UHLError, one_of
 from uhl.host import find_slots
 from uhl.models import Encoder
-from uhl.porting import Shared, Way, at_work, port, source_basis
+from uhl.porting import Shared, Way, at_work, port, source_basis, upper_levels
 from uhl.runs import Settings
 from uhl.stages import agreement, anchor_pool, make_anchors
 from uhl.tasks import Task, score
@@ -147,8 +147,8 @@ def taught(settings: Settings, anchors: Anchors, target: Encoder, task: Task, me
 
     No label of the task is seen (but that learning rates were chosen with some): a fifth of the task's own texts, with
     the source's decisions, stands in for dev. It says what the file's texts and decisions teach a host by usual means,
-    without codes or atoms: decisions are hard, every text counts alike, and the head reads the last level. Where the
-    source decides one label alone, so does what it has taught.
+    without codes or atoms: decisions are hard, and every text counts alike. Where the source decides one label alone,
+    so does what it has taught.
     """
     probe, decided = anchors.probe, anchors.decided().argmax(1).tolist()
     own = len(anchors.texts) if anchors.own is None else anchors.own
@@ -168,7 +168,8 @@ def taught(settings: Settings, anchors: Anchors, target: Encoder, task: Task, me
         return Prediction(guess, gold, [], score(task, guess, gold), 0.0)
     data = {split: Dataset.from_list(found) for split, found in rows.items()}
     pseudo = replace(task, data=DatasetDict(data | {"test": task.data["dev"]}))
-    begin = start(target, pseudo, replace(probe.first(), words=0), settings.max_length)
+    levels = upper_levels(target.layers)
+    begin = start(target, pseudo, replace(probe.first(), words=0), settings.max_length, levels)
     config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
     with TemporaryDirectory() as folder:
         trained = run_baseline(method, target, pseudo, begin, config, folder)

@@ -31,7 +31,7 @@ from uhl.adapter import TaskPart
 from uhl.anchors import Probe, observe
 from uhl.config import METHODS, Sizes, TrainConfig
 from uhl.errors import one_of
-from uhl.frame import Frame
+from uhl.frame import LAST, Frame
 from uhl.head import fit_head
 from uhl.host import Slot, find_slots
 from uhl.models import Encoder
@@ -70,21 +70,22 @@ class Start:
     seconds: float
 
 
-def own_frame(encoder: Encoder, probe: Probe, width: int = 256) -> Frame:
-    """Head coordinates of a host from its own states on unlabelled texts: the same head capacity for every method.
+def own_frame(encoder: Encoder, probe: Probe, width: int = 256, levels: tuple[int, ...] = LAST) -> Frame:
+    """Head coordinates of a host from its own states on unlabelled texts, at ``levels``: the same head capacity for
+    every method.
 
     No weight has a pair in it: sparse adapters' atoms are of the weights' own sides.
     """
-    return replace(basis_of(observe(encoder, probe), width).frame([]), stream=False)
+    return replace(basis_of(observe(encoder, probe), width, levels).frame([]), stream=False)
 
 
-def start(encoder: Encoder, task: Task, probe: Probe, max_length: int = 64) -> Start:
-    """Fit the head on the bare host. Every method begins there, and `head` stays there."""
+def start(encoder: Encoder, task: Task, probe: Probe, max_length: int = 64, levels: tuple[int, ...] = LAST) -> Start:
+    """Fit the head on the bare host, whose ``levels`` it reads. Every method begins there, and `head` stays there."""
     part = TaskPart(Sizes(), task.labels, task.kind)
     for p in (part.embedding, part.bias):
         p.requires_grad_(False)
     device = next(encoder.model.parameters()).device
-    frame = own_frame(encoder, probe).to(device)
+    frame = own_frame(encoder, probe, levels=levels).to(device)
     seconds = fit_head(Classifier(encoder.model, part.to(device), frame), encoder, task, max_length)
     return Start(frame, part, seconds)
 
@@ -97,10 +98,11 @@ def run_baseline(
     config: TrainConfig,
     folder: str | Path,
     watch: Watch | None = None,
+    sizes: Sizes | None = None,
 ) -> Baseline:
     """Train one of :data:`uhl.config.METHODS` on the task's training split.
 
-    The encoder is changed in place, ``begin`` is not.
+    The encoder is changed in place, ``begin`` is not. ``sizes`` are a sparse method's; None: the hypothesis's.
     """
     one_of(method, METHODS, "baseline")
     part, frame = deepcopy(begin.part), begin.frame
@@ -113,7 +115,8 @@ def run_baseline(
         return Baseline(Classifier(model, part, frame), log, head_size(part, frame), 0.0)
     slots, flops, attached = find_slots(model), 0.0, None
     if method in SPARSE:
-        adapter = SATAdapter(Sizes(seed=config.seed), slots, encoder.width, functional=method == "hf-sat-lora")
+        sizes = sizes or Sizes(seed=config.seed)
+        adapter = SATAdapter(sizes, slots, encoder.width, functional=method == "hf-sat-lora")
         adapter.tasks["main"] = part
         part.embedding.requires_grad_(True)
         attached = attach(model, adapter, "main", frame)

@@ -13,7 +13,7 @@ models stand in for them is what the profile says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ import pandas as pd
 from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS
-from uhl.report import Cells, Groups, gather, groups_of, prior_of, stack, summary
+from uhl.report import Cells, Groups, gather, groups_of, priors, stack, summary
 from uhl.viz import CONTROLS
 
 PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
@@ -30,44 +30,61 @@ RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
 COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "seeds", "n", "verdict", "reason"]
 
 
-class About(NamedTuple):
-    """What intervals need beside the counts."""
+class Compared(NamedTuple):
+    """Two cells, of which a claim says by how much the first is above the second."""
 
-    groups: Groups  # of a task's examples
-    known: stats.Prior | None
+    claim: str
+    arm: str
+    task: str
+    target: str
+    cells: tuple[dict[int, np.ndarray], dict[int, np.ndarray]]
+    bound: float
+    rival: str
+
+    @property
+    def seeds(self) -> set[int]:
+        """Those that both cells have."""
+        return set(self.cells[0]) & set(self.cells[1])
+
+    @property
+    def stacked(self) -> tuple[np.ndarray, np.ndarray]:
+        """Counts (seeds, n, 3) of both."""
+        return stack(self.cells[0], self.seeds), stack(self.cells[1], self.seeds)
 
 
 def judge(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.DataFrame:
     """A row a claim, arm, target and task, from :func:`uhl.report.summary` and :func:`uhl.report.gather`.
 
-    ``effect`` is in points for claims about scores, else in the unit that the claim names.
+    ``effect`` is in points for claims about scores, else in the unit that the claim names. How much seeds vary is taken
+    from all differences of a task that are judged.
     """
-    about = About(groups, prior_of(tables))
-    rows = [*_zero_shot(tables, about), *_tuned(tables, about), *_memory(table), *_narrow(tables, about)]
-    return pd.DataFrame([*rows, *_budgets(table)], columns=COLUMNS)
+    zero_shot, tuned, narrow = (list(compared(tables)) for compared in (_zero_shot, _tuned, _narrow))
+    known = priors((c.task, stats.seeds_apart(*c.stacked)) for c in (*zero_shot, *tuned, *narrow) if c.seeds)
+
+    def rows(compared: Iterable[Compared]) -> list[list[object]]:
+        return [_judged(c, groups.get(c.task), known.get(c.task)) for c in compared]
+
+    found = [*rows(zero_shot), *rows(tuned), *_memory(table), *rows(narrow), *_budgets(table)]
+    return pd.DataFrame(found, columns=COLUMNS)
 
 
-def _compared(
-    name: str, arm: str, place: tuple[str, str], cells: tuple[dict[int, np.ndarray], dict[int, np.ndarray]],
-    bound: float, about: About, missing: str,
-) -> list[object]:  # fmt: skip
+def _judged(compared: Compared, group: np.ndarray | None, known: stats.Prior | None) -> list[object]:
     """One row: the difference of two cells against a bound."""
-    task, target = place
-    seeds = set(cells[0]) & set(cells[1])
-    if not seeds:
+    claim, arm, task, target, cells, bound, rival = compared
+    if not compared.seeds:
         nothing = [None, None, None, bound, 0, 0, "not decidable"]
-        lacks = f"{missing} was not run" if cells[0] else f"{arm} is not defined there, or was not run in this phase"
+        lacks = f"{rival} was not run" if cells[0] else f"{arm} is not defined there, or was not run in this phase"
         if all(cells):
-            lacks = f"{arm} and {missing} have no seed in common"
-        return [name, arm, target, task, *nothing, lacks]
-    one, other = (stack(cell, seeds) for cell in cells)
-    made = stats.difference(one, other, about.groups.get(task), about.known)
+            lacks = f"{arm} and {rival} have no seed in common"
+        return [claim, arm, target, task, *nothing, lacks]
+    one, other = compared.stacked
+    made = stats.difference(one, other, group, known)
     found = stats.verdict(made, bound)
     told = {"held": "all of the interval is above", "refuted": "none of the interval is above"}
     reason = f"{told.get(found, 'the interval holds')} {bound:+.1f}"
-    if len(seeds) == 1 and about.known is None:
+    if len(one) == 1 and known is None:
         found, reason = "not decidable", "one seed does not show how much seeds vary"
-    return [name, arm, target, task, made.value, made.low, made.high, bound, len(seeds), one.shape[1], found, reason]
+    return [claim, arm, target, task, made.value, made.low, made.high, bound, len(one), one.shape[1], found, reason]
 
 
 def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str, dict[int, np.ndarray]]]:
@@ -76,26 +93,26 @@ def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str, dict[int
         yield from ((task, target, arm, tables.get((task, target, phase, arm), {})) for arm in PORTED)
 
 
-def _zero_shot(tables: Cells, about: About) -> Iterator[list[object]]:
+def _zero_shot(tables: Cells) -> Iterator[Compared]:
     name = "1 zero-shot loses less than 1 point against the source"
     for task, target, arm, cell in _ported(tables, "zero-shot"):
         own = "uhl-dimension" if arm == "dimension" else "uhl-canonical"
         source = next((found for (t, _, p, a), found in tables.items() if (t, p, a) == (task, "source", own)), {})
-        yield _compared(name, arm, (task, target), (cell, source), -1.0, about, own)
+        yield Compared(name, arm, task, target, (cell, source), -1.0, own)
 
 
-def _tuned(tables: Cells, about: About) -> Iterator[list[object]]:
+def _tuned(tables: Cells) -> Iterator[Compared]:
     name = "2 tuned, it matches SAT-LoRA retrained (margin 1 point)"
     for task, target, arm, cell in _ported(tables, "tuned"):
         pair = cell, tables.get((task, target, "retrained", RIVAL), {})
-        yield _compared(name, arm, (task, target), pair, -1.0, about, "SAT-LoRA")
+        yield Compared(name, arm, task, target, pair, -1.0, "SAT-LoRA")
 
 
-def _narrow(tables: Cells, about: About) -> Iterator[list[object]]:
+def _narrow(tables: Cells) -> Iterator[Compared]:
     name = "3 tuned, 1.1 points over plain LoRA of the same budget"
     for task, target, arm, cell in _ported(tables, "tuned"):
         pair = cell, tables.get((task, target, "retrained", SAME_BUDGET), {})
-        yield _compared(name, arm, (task, target), pair, 1.1, about, "LoRA at 1 MB")
+        yield Compared(name, arm, task, target, pair, 1.1, "LoRA at 1 MB")
 
 
 def _fact(name: str, row: Mapping[Any, Any], value: float, bound: float, holds: bool, reason: str) -> list[object]:
@@ -106,17 +123,22 @@ def _fact(name: str, row: Mapping[Any, Any], value: float, bound: float, holds: 
 
 def _memory(table: pd.DataFrame) -> Iterator[list[object]]:
     """Bytes of files at one precision (8 bits, 4 where both have 4), and FLOPs, of ours and of the rival's."""
+    memory, flops = "2 with 97 % less memory than SAT-LoRA", "2 with SAT-LoRA's FLOPs or fewer"
     rivals = table[(table["arm"] == RIVAL) & (table["phase"] == "retrained")].to_dict("records")
     rival = {(row["task"], row["target"]): row for row in rivals}
     for row in table[(table["phase"] == "tuned") & table["arm"].isin(PORTED)].to_dict("records"):
-        place = (row["task"], row["target"])
-        if theirs := rival.get(place):
-            less = 100 * (1 - row["adapter_bytes"] / theirs["adapter_bytes"])
-            reason = f"{row['adapter_bytes']:,.0f} bytes against {theirs['adapter_bytes']:,.0f}"
-            yield _fact("2 with 97 % less memory than SAT-LoRA", row, less, 97.0, less >= 97.0, reason)
-            more = row["extra_flops_pct"] - theirs["extra_flops_pct"]
-            reason = f"{row['extra_flops_pct']:.2f} % against {theirs['extra_flops_pct']:.2f} % of the host's FLOPs"
-            yield _fact("2 with SAT-LoRA's FLOPs or fewer", row, more, 0.05, more < 0.05, reason)
+        theirs = rival.get((row["task"], row["target"]))
+        if theirs is None:
+            for name, bound in ((memory, 97.0), (flops, 0.05)):
+                nothing = [None, None, None, bound, 0, 0, "not decidable", "SAT-LoRA was not run"]
+                yield [name, row["arm"], row["target"], row["task"], *nothing]
+            continue
+        less = 100 * (1 - row["adapter_bytes"] / theirs["adapter_bytes"])
+        reason = f"{row['adapter_bytes']:,.0f} bytes against {theirs['adapter_bytes']:,.0f}"
+        yield _fact(memory, row, less, 97.0, less >= 97.0, reason)
+        more = row["extra_flops_pct"] - theirs["extra_flops_pct"]
+        reason = f"{row['extra_flops_pct']:.2f} % against {theirs['extra_flops_pct']:.2f} % of the host's FLOPs"
+        yield _fact(flops, row, more, 0.05, more < 0.05, reason)
 
 
 def _budgets(table: pd.DataFrame) -> Iterator[list[object]]:

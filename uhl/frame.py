@@ -142,7 +142,7 @@ class Basis:
 
 
 def canonical_basis(
-    moment: Float[Tensor, "D D"], final: Float[Tensor, "n2 D"], width: int, whiten: float = 0.5
+    moment: Float[Tensor, "D D"], final: Float[Tensor, "n2 D_levels"], width: int, whiten: float = 0.5
 ) -> Basis:
     """Basis from the second moment of a source's token states of all depths, and the states that its head will read.
 

@@ -433,9 +433,9 @@ def _embedding_basis(basis: Basis, source: Encoder, target: Encoder) -> tuple[Ba
     return made, there.explained
 
 
-def basis_of(seen: Observed, width: int) -> Basis:
-    """Canonical basis of a bare encoder that was observed on unlabelled texts."""
-    return canonical_basis(seen.moment, seen.final, width)
+def basis_of(seen: Observed, width: int, levels: tuple[int, ...] = LAST) -> Basis:
+    """Canonical basis of a bare encoder that was observed on unlabelled texts; its head reads ``levels``."""
+    return replace(canonical_basis(seen.moment, seen.at(levels), width), levels=levels)
 
 
 def _anchored(

@@ -128,12 +128,12 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     frame = runs.load_results(profile)
     frame = frame[frame["split"] == split]
     tables = gather(profile, split)
-    known = stats.prior(stats.score_of(stack(cell).sum(1)) for cell in tables.values())
+    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items())
     finished = manifests(profile)
     rows = []
     for key, group in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
-        made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split), known)
+        made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split), known[task])
         if abs(made.value - group["score"].mean()) > 0.05:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
@@ -224,10 +224,10 @@ def compressed(profile: str) -> pd.DataFrame:
     for (task, copy, arm), cell in tables.items():
         if {seed: len(c) for seed, c in cell.items()} != whole.get(task):
             raise UHLError(f"{arm} on {copy} ({task}) lacks seeds that the source has, or has other examples; {remedy}")
-    known = stats.prior(stats.score_of(stack(cell).sum(1)) for cell in tables.values())
+    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items())
     rows = []
     for (task, copy, arm), cell in tables.items():
-        made = stats.interval(stack(cell), groups_of(profile, task), known)
+        made = stats.interval(stack(cell), groups_of(profile, task), known[task])
         row = compression.described(copy, about[copy], ports[task, copy, arm])
         row |= {"task": task, "arm": arm, "seeds": len(cell), "n": len(next(iter(cell.values())))}
         rows.append(row | dict(zip(("score", "low", "high"), made, strict=True)))
@@ -267,9 +267,15 @@ def _pairs(tables: Cells) -> Iterator[tuple[tuple[str, str, str, str], np.ndarra
                 yield (task, target, f"{phase_a} {a}", f"{phase_b} {b}"), stack(first, seeds), stack(second, seeds)
 
 
-def prior_of(tables: Cells) -> stats.Prior | None:
-    """How much seeds vary in the differences of :data:`PAIRS`."""
-    return stats.prior(stats.seeds_apart(one, other) for _, one, other in _pairs(tables))
+def priors(scores: Iterable[tuple[str, np.ndarray]]) -> dict[str, stats.Prior | None]:
+    """How much seeds vary in each task, from (task, what the seeds of a cell show); see :func:`uhl.stats.prior`.
+
+    Tasks differ in it, not least by how many examples they are tested on.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    for task, values in scores:
+        found.setdefault(task, []).append(values)
+    return {task: stats.prior(values) for task, values in found.items()}
 
 
 def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
@@ -279,17 +285,19 @@ def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     table, and the verdict goes by it; a single seed decides nothing unless other cells show how much seeds vary. ``p
     mcnemar`` is the largest of the seeds', where the metric is an accuracy and examples stand alone.
     """
-    rows, known = [], prior_of(tables)
+    rows = []
+    known = priors((key[0], stats.seeds_apart(one, other)) for key, one, other in _pairs(tables))
     for key, one, other in _pairs(tables):
         group = (groups or {}).get(key[0])
         alone = (group is None or len(np.unique(group)) == len(group)) and bool((one[..., 1:] == 1).all())
         exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
-        rows.append((*key, len(one), *stats.difference(one, other, group, known), exact))
+        rows.append((*key, len(one), *stats.difference(one, other, group, known[key[0]]), exact))
     columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "p", "p mcnemar"]
     table = pd.DataFrame(rows, columns=columns)
     table.insert(9, "p holm", stats.holm(table["p"].tolist()))
     sign = np.where(table["difference"] > 0, "better", "worse")
-    told = (table["p holm"] < 0.05) & ((table["seeds"] > 1) | (known is not None))
+    shown = table["task"].map(lambda task: known[task] is not None)
+    told = (table["p holm"] < 0.05) & ((table["seeds"] > 1) | shown)
     return table.assign(verdict=np.where(told, sign, "undecided"))
 
 

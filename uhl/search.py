@@ -52,7 +52,7 @@ from uhl.train import Watch
 TUNE = "tune-anchor"
 METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
 UNUSED = {*RATES.values(), "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}  # by no trial
-UNUSED_BY_RETRAINING = {"epochs", "batch", "rate", "tune_rate", "tune_head_rate"}
+UNUSED_BY_RETRAINING = {"epochs", "batch", "rate", "head_rate", "lambda_f", "tune_rate"}
 UNUSED_BY_TUNING = {"epochs", "batch", "rate", "mixer_rate", "head_rate", "lambda_f"}  # an adapter has them behind it
 UNUSED_BY_THE_SOURCE = {"target", *(name for name in Settings.model_fields if name.startswith("tune_"))}
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another

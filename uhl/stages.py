@@ -22,13 +22,13 @@ from uhl.baselines import RATES, Start, run_baseline, start
 from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import MAX_TEXTS, MAX_UNITS
-from uhl.frame import Basis, Frame
+from uhl.frame import LAST, Basis, Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
-from uhl.porting import REFRESHED, RULES, Port, Shared, Way, at_work, basis_of, port, why_not
+from uhl.porting import REFRESHED, RULES, Port, Shared, Way, at_work, basis_of, port, upper_levels, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
@@ -329,13 +329,7 @@ def tune_task(
     part.head.requires_grad_(True)
     part.head_bias.requires_grad_(True)
     part.bias.requires_grad_(ported.arm != "zero-atoms")
-    config = settings.train_config(
-        steps=settings.tune_steps,
-        batch=settings.tune_batch,
-        mixer_rate=settings.tune_rate,
-        head_rate=settings.tune_head_rate,
-        lambda_f=0.0,
-    )
+    config = settings.train_config(mixer_rate=settings.tune_rate, **_as_tuned(settings))
     torch.manual_seed(settings.seed)
     with at_work(adapter, target, settings.task_name, ported.arm, ported.frame, ported.scale) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
@@ -352,12 +346,14 @@ def _place(settings: Settings, host: str) -> tuple[str, Path]:
 def baseline_start(settings: Settings, host: str) -> Start:
     """The fitted head that all baselines of the `source` or the `target` begin with."""
     task, encoder = load_data(settings), load_encoder(_place(settings, host)[0])
-    return start(encoder, task, replace(probe(settings, task).first(), words=0), settings.max_length)
+    texts = replace(probe(settings, task).first(), words=0)
+    levels = LAST if host == "source" else upper_levels(encoder.layers)  # as the heads of ours do
+    return start(encoder, task, texts, settings.max_length, levels)
 
 
 def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     """The settings' baselines on the `source` or the `target`, with the same labels and the same head at the start, and
-    as many steps as ours: ``epochs`` on the source, ``tune_steps`` of ``tune_batch`` on the target.
+    as many steps as ours: ``epochs`` on the source, on the target what tuning has.
 
     Each is kept in a folder of its own as soon as it is scored. A cell that was interrupted, or that has more methods
     now, reads those back and trains the others.
@@ -367,7 +363,8 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     revision = models.revision(name)
     revision = load_encoder(name).revision if revision == "unknown" else revision
     shared |= {"host": name, "revision": revision, "data": digest(task, probe(settings, task).first().texts)}
-    shared |= _lengths(settings, host)
+    if host == "target":
+        shared |= _as_tuned(settings) | {"levels": "upper"}
     begin: Start | None = None
     outcomes: dict[str, Outcome] = {}
     for method in settings.baselines:
@@ -381,9 +378,12 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     return outcomes
 
 
-def _lengths(settings: Settings, host: str) -> dict[str, int]:
-    """Steps and batch of training on the `target`; nothing for the `source`, where epochs say it."""
-    return {} if host == "source" else {"steps": settings.tune_steps, "batch": settings.tune_batch}
+def _as_tuned(settings: Settings) -> dict[str, int | float]:
+    """How every method is trained on a target: ours, which is tuned there, and baselines; sparse ones at no charge for
+    the atoms that they use.
+    """
+    steps = {"steps": settings.tune_steps, "batch": settings.tune_batch}
+    return steps | {"head_rate": settings.tune_head_rate, "lambda_f": 0.0}
 
 
 def digest(task: Task, texts: Sequence[str] = ()) -> str:
@@ -396,8 +396,10 @@ def baseline(settings: Settings, host: str, method: str, begin: Start, watch: Wa
     """Train one baseline on the `source` or the `target`."""
     name, folder = _place(settings, host)
     task, encoder = load_data(settings), load_encoder(name)
-    config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")), **_lengths(settings, host))
-    made = run_baseline(method, encoder, task, begin, config, folder / f"trainer-{method}", watch)
+    own = _as_tuned(settings) if host == "target" else {}
+    config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")), **own)
+    place, sizes = folder / f"trainer-{method}", settings.adapter_config("dimension")
+    made = run_baseline(method, encoder, task, begin, config, place, watch, sizes)
     outcome = Outcome(settings, task, curves={method: made.log.losses})
     outcome.score(
         made.classifier,

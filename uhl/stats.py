@@ -6,8 +6,8 @@ kinds of task. Where examples come in groups, whole groups are drawn.
 
 An interval has two parts, which are added in quadrature, as examples and seeds vary independently: the percentiles of a
 bootstrap over examples of the mean over seeds (Efron & Tibshirani 1993), and Student's interval of the seeds' scores.
-Three seeds say little of how much seeds vary, and one says nothing, so a table of many cells lends each cell what all
-of them show (:class:`Prior`, Smyth 2004). Where no cell has several seeds, intervals are over examples alone. What
+Three seeds say little of how much seeds vary, and one says nothing, so the cells of a task lend each cell what all of
+them show (:class:`Prior`, Smyth 2004). Where no cell has several seeds, intervals are over examples alone. What
 noise an example adds to one seed alone is in both parts, so intervals are rather too wide than too narrow: in
 simulations (tests/test_stats.py) those of three seeds hold the truth in 96 to 99 % of cases, whether seeds differ
 hardly or by eight points. (Bootstrapping seeds and examples together: in 86 to 99 %.)
@@ -27,6 +27,7 @@ from seqeval.metrics.sequence_labeling import get_entities
 
 REPEATS = 2000
 SMALLEST_P = 1e-15
+KEPT = 50_000_000  # draws, 100 MB
 
 
 class Interval(NamedTuple):
@@ -76,7 +77,7 @@ def bootstrap(
     count = len(names)
     units = np.zeros((count, seeds, 3))
     np.add.at(units, place, tables.transpose(1, 0, 2))
-    draw = _kept_draws if repeats * count <= 50_000_000 else _draws  # 100 MB
+    draw = _kept_draws if repeats * count <= KEPT else _draws
     sums = np.concatenate([times @ units.reshape(count, -1) for times in draw(count, repeats, seed)])
     return score_of(sums.reshape(repeats, seeds, 3))
 
@@ -97,10 +98,14 @@ def _kept_draws(count: int, repeats: int, seed: int) -> tuple[np.ndarray, ...]:
 
 
 class Prior(NamedTuple):
-    """How much the seeds' scores vary in the cells of a table: a variance, and what degrees of freedom it is worth."""
+    """How much the seeds' scores vary in the cells of a table: a variance, and what degrees of freedom it is worth.
+
+    ``most``: the degrees of freedom of all cells together, which no cell can have more of.
+    """
 
     variance: float
     df: float
+    most: float
 
 
 def prior(cells: Iterable[np.ndarray]) -> Prior | None:
@@ -112,12 +117,12 @@ def prior(cells: Iterable[np.ndarray]) -> Prior | None:
         return None
     d, variances = found.T
     e = np.log(variances) - digamma(d / 2) + np.log(d / 2)
-    apart = float(e.var(ddof=1) - polygamma(1, d / 2).mean())
+    apart, most = float(e.var(ddof=1) - polygamma(1, d / 2).mean()), float(d.sum())
     if apart <= 0:
-        return Prior(float(np.exp(e.mean())), np.inf)
+        return Prior(float(np.exp(e.mean())), np.inf, most)
     df = 2 * float(brentq(lambda x: float(polygamma(1, x)) - apart, 1e-3, 1e6)) if apart > 1e-5 else np.inf
     shift = float(digamma(df / 2) - np.log(df / 2)) if np.isfinite(df) else 0.0
-    return Prior(float(np.exp(e.mean() + shift)), df)
+    return Prior(float(np.exp(e.mean() + shift)), df, most)
 
 
 def _between(scores: np.ndarray, known: Prior | None) -> tuple[float, float]:
@@ -127,7 +132,7 @@ def _between(scores: np.ndarray, known: Prior | None) -> tuple[float, float]:
     df, variance = float(len(scores) - 1), float(scores.var(ddof=1)) if len(scores) > 1 else 0.0
     if known is not None:
         share = df / (df + known.df)
-        variance, df = share * variance + (1 - share) * known.variance, df + known.df
+        variance, df = share * variance + (1 - share) * known.variance, min(df + known.df, known.most)
     return float(np.sqrt(variance / len(scores))), df
 
 
