@@ -2,8 +2,9 @@
 
     loss = cross-entropy + lambda_F E[k] + lambda_Q ||d_theta||^2
 
-The host stays frozen. Every method, ours and the baselines, reads the host's last states through a frame's head
-coordinates into the same linear head, so head capacity is equal everywhere.
+The host stays frozen. Every method, ours and the baselines, reads a host's states through a frame's head coordinates
+into the same linear head, so head capacity is equal everywhere: the last states, and where a head was ported by anchors
+some levels below, which baselines on targets read as well.
 """
 
 from __future__ import annotations
