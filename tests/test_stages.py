@@ -167,7 +167,8 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
 
 def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkeypatch):
     """As many steps of as many sentences, one rate of the head, no charge for atoms, the same levels below the head."""
-    stages.pretrain(tiny_world, "canonical")
+    _, source = stages.pretrain(tiny_world.model_copy(update={"steps": 5}), "canonical")
+    assert {row["steps"] for row in source.rows} == {5}  # and not an epoch's
     tuned, trained, train, baseline = [], [], stages.train, stages.run_baseline
 
     def tune(classifier, encoder, task, config, *rest):

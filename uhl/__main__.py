@@ -171,6 +171,7 @@ def search(options: argparse.Namespace) -> None:
     settings = Settings(
         **read_yaml(file)
         | {"task": options.task}
+        | ({"steps": None} if options.epochs else {})
         | (read_yaml(own) if own else {})
         | {k: v for k, v in changes.items() if v is not None}
     )
@@ -253,7 +254,7 @@ def main() -> None:
     three.add_argument("--seed", type=int, default=0)
     three.add_argument("--host", choices=("source", "target"), default="source", help="where methods train")
     three.add_argument("--target", help="by default the profile's first")
-    three.add_argument("--epochs", type=float, help="instead of the profile's")
+    three.add_argument("--epochs", type=float, help="on the source, instead of the profile's steps or epochs")
     three.add_argument("--train-size", type=int, help="instead of the profile's")
     three.add_argument("--method", action="append", help="one of the file's; by default all but tune-anchor")
     three.add_argument("--trials", type=int, help="of each method, at most; by default a whole grid, else 12")

@@ -449,6 +449,13 @@ def _cell_text(cell: pd.Series) -> str:
     return f"{cell['score']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
 
 
+def _length(parameters: Mapping[str, Any]) -> str:
+    if steps := parameters.get("steps"):  # which older manifests do not have
+        return f"{steps:,} steps"
+    epochs = f"{parameters['epochs']:g}"
+    return f"{epochs} epoch{'' if epochs == '1' else 's'}"
+
+
 def _caption(profile: str, table: pd.DataFrame) -> str:
     finished = manifests(profile).values()
     hardware = {part for m in finished for part in m["hardware"].split(" and ")}
@@ -458,7 +465,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     most = ", ".join(f"{size:,}" for size in sorted(filter(None, sizes)))
     either = [f"at most {most} training labels"] if most else []
     labels = " or ".join([*either, "all training labels"] if None in sizes else either)
-    epochs, steps = (", ".join(f"{v:g}" for v in sorted({p[k] for p in trained})) for k in ("epochs", "tune_steps"))
+    lengths = ", ".join(sorted({_length(p) for p in trained}))
+    tuned = ", ".join(f"{steps:,}" for steps in sorted({p["tune_steps"] for p in trained}))
     groups = [
         f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
         for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
@@ -469,7 +477,7 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     return (
         f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % intervals over "
         f"{over} ({'; '.join(groups)}); {labels}, "
-        f"{epochs} epoch{'' if epochs == '1' else 's'}, then {steps} tuning steps. "
+        f"{lengths} on the source, then {tuned} tuning steps. "
         f"Italics: controls. Bytes: what the method adds to the bare host, head included; files of ours and SAT-LoRA's "
         f"hold 8 and 4 bits, the others' 16. FLOPs: added per token, in percent of the host's linear layers (both: the "
         f"larger task's). †: beyond 1 MB or 10 %. Ran on {' and '.join(sorted(hardware))}; "

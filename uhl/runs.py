@@ -73,6 +73,7 @@ class Settings(_Strict):
     anchor_cuts: int = Field(3, ge=0, le=16, description="fragments of each text but the generic, with logits alone")
     anchor_dims: int | None = Field(None, ge=1, description="coordinates of these codes; None: all")
     anchor_text: str = Field("in-domain", description="in-domain (the task's unlabelled split), train, or generic")
+    steps: int | None = Field(None, ge=1, description="of training on the source; None: ``epochs`` passes")
     epochs: float = Field(2.0, gt=0)
     batch: int = Field(32, ge=1)
     max_length: int = Field(64, ge=8)

@@ -52,8 +52,8 @@ from uhl.train import Watch
 TUNE = "tune-anchor"
 METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
 UNUSED = {*RATES.values(), "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}  # by no trial
-UNUSED_BY_RETRAINING = {"epochs", "batch", "rate", "head_rate", "lambda_f", "tune_rate"}
-UNUSED_BY_TUNING = {"epochs", "batch", "rate", "mixer_rate", "head_rate", "lambda_f"}  # an adapter has them behind it
+UNUSED_BY_RETRAINING = {"steps", "epochs", "batch", "rate", "head_rate", "lambda_f", "tune_rate"}
+UNUSED_BY_TUNING = {"steps", "epochs", "batch", "rate", "mixer_rate", "head_rate", "lambda_f"}  # the adapter's own
 UNUSED_BY_THE_SOURCE = {"target", *(name for name in Settings.model_fields if name.startswith("tune_"))}
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
@@ -349,7 +349,7 @@ def _row(study: optuna.Study, trial: FrozenTrial) -> dict[str, object]:
     known |= {"settings": values, "task": Settings(**settings).task_name}
     there = settings["hosts"] == ["target"]
     known |= {"target": settings["target"] if there else None, "train_size": settings["train_size"]}
-    known |= {"epochs": None if there else settings["epochs"], "seed": settings["seed"]}
+    known |= {"steps": trial.user_attrs.get("steps"), "seed": settings["seed"]}
     known |= {"split": "dev", "score": score}
     return known | {key: trial.user_attrs.get(key) for key in ("metric", "n", "active_atoms", "seconds")}
 

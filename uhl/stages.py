@@ -353,7 +353,7 @@ def baseline_start(settings: Settings, host: str) -> Start:
 
 def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     """The settings' baselines on the `source` or the `target`, with the same labels and the same head at the start, and
-    as many steps as ours: ``epochs`` on the source, on the target what tuning has.
+    as many steps as ours: ``steps`` or ``epochs`` on the source, on the target what tuning has.
 
     Each is kept in a folder of its own as soon as it is scored. A cell that was interrupted, or that has more methods
     now, reads those back and trains the others.
