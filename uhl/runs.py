@@ -79,7 +79,7 @@ class Settings(_Strict):
     max_length: int = Field(64, ge=8)
     rate: float = Field(5e-3, gt=0, description="dictionary, router and projector")
     mixer_rate: float = Field(1e-2, gt=0)
-    head_rate: float = Field(1e-3, gt=0)
+    head_rate: float = Field(1e-3, gt=0, description="of every method, on the source and on targets")
     baselines: tuple[Method, ...] = Field(("head", "lora-r8", "full"), min_length=1, description="methods to compare")
     bitfit_rate: float = Field(1e-3, gt=0, description="learning rate of each method beside its head")
     lora_rate: float = Field(3e-3, gt=0)
@@ -103,7 +103,6 @@ class Settings(_Strict):
     tune_steps: int = Field(500, ge=1)
     tune_batch: int = Field(16, ge=1)
     tune_rate: float = Field(1e-2, gt=0, description="learning rate of the task bias")
-    tune_head_rate: float = Field(5e-3, gt=0, description="learning rate of the head while tuning")
 
     @field_validator("copies")
     @classmethod

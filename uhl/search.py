@@ -52,8 +52,8 @@ from uhl.train import Watch
 TUNE = "tune-anchor"
 METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
 UNUSED = {*RATES.values(), "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}  # by no trial
-UNUSED_BY_RETRAINING = {"steps", "epochs", "batch", "rate", "head_rate", "lambda_f", "tune_rate"}
-UNUSED_BY_TUNING = {"steps", "epochs", "batch", "rate", "mixer_rate", "head_rate", "lambda_f"}  # the adapter's own
+UNUSED_BY_RETRAINING = {"steps", "epochs", "batch", "rate", "lambda_f", "tune_rate"}
+UNUSED_BY_TUNING = {"steps", "epochs", "batch", "rate", "mixer_rate", "lambda_f"}  # the adapter has them behind it
 UNUSED_BY_THE_SOURCE = {"target", *(name for name in Settings.model_fields if name.startswith("tune_"))}
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 

@@ -37,7 +37,7 @@ from uhl.train import Classifier, Prediction, TrainLog, Watch, train
 NOT_OF_BASELINES = {
     *("target", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
     *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims"),
-    *("tune_steps", "tune_batch", "tune_rate", "tune_head_rate"),
+    *("tune_steps", "tune_batch", "tune_rate"),
 }  # settings that no baseline depends on, beside the other methods' rates
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
@@ -382,8 +382,7 @@ def _as_tuned(settings: Settings) -> dict[str, int | float]:
     """How every method is trained on a target: ours, which is tuned there, and baselines; sparse ones at no charge for
     the atoms that they use.
     """
-    steps = {"steps": settings.tune_steps, "batch": settings.tune_batch}
-    return steps | {"head_rate": settings.tune_head_rate, "lambda_f": 0.0}
+    return {"steps": settings.tune_steps, "batch": settings.tune_batch, "lambda_f": 0.0}
 
 
 def digest(task: Task, texts: Sequence[str] = ()) -> str:
