@@ -1,5 +1,6 @@
 # make run [PROFILE=offline]   set up, run the whole workbook, print the results table
-# make test                    set up, lint, types, unit tests, PEFT's own tests, notebooks
+# make test                    set up, lint, types, unit tests, notebooks
+# make conformance             PEFT's own tests on our method
 # make port TARGET=minilm-l3   one target: pre-train if needed, port
 # make attempts                ways to port, compared on dev (notebook 07 for every task and target); writes figures/attempts.*
 # make copies                  the adapter on pruned copies of its source (notebook 10); writes figures/compression*
@@ -65,7 +66,7 @@ copies: $(STAMP)
 
 # Two at a time, because each has long stretches with one process; every line says whose it is.
 test: $(STAMP)
-	@$(MAKE) --no-print-directory -j2 notebooks unit lint conformance QUICK=--quick
+	@$(MAKE) --no-print-directory -j2 notebooks unit lint
 
 FAILS = set -o pipefail; export PYTHONUNBUFFERED=1;
 NAMED = 2>&1 | while IFS= read -r line || [ -n "$$line" ]; do printf '%s\n' "$@  $$line"; done
@@ -87,10 +88,9 @@ notebooks: fetch
 	@$(FAILS) UHL_BATCH=1 UHL_RUNS=$$(mktemp -d) $(BIN)/pytest --nbval --nbval-sanitize-with tests/nbval.cfg \
 		--nbval-cell-timeout 300 -n $(CORES) notebooks $(NAMED)
 
-# PEFT's own tests on our method (`make test` leaves out what others show as well); some minutes, and peft's
-# source distribution is fetched on first use.
+# PEFT's own tests on our method: some minutes, and peft's source distribution is fetched on first use.
 conformance: $(STAMP)
-	@$(FAILS) $(BIN)/python tests/conformance.py -n $(CORES) $(QUICK) $(NAMED)
+	@$(FAILS) $(BIN)/python tests/conformance.py -n $(CORES) $(NAMED)
 
 # Times and memory on this machine: notebook 08 in full, on BERT-base. Goes on where it stopped; writes figures/speed_*.
 bench: export UHL_BATCH = 1

@@ -1,13 +1,10 @@
 """PEFT's own tests, run on :class:`uhl.UHLConfig` in place of PEFT's methods.
 
     python tests/conformance.py                     # static and token router
-    python tests/conformance.py --quick             # without what another router or family shows as well
     python tests/conformance.py -k checkpointing    # further arguments go to pytest
 
-The static router runs all of them, the token router all but those of merging; with ``--quick`` the static router runs,
-on models of the hub's families, those of merging alone, and families like others (ALIKE) run none. The tests come from
-the source distribution of the installed peft; models that they take from the hub are replaced by random ones of the
-same family.
+The static router runs all of them, the token router all but those of merging. The tests come from the source
+distribution of the installed peft; models that they take from the hub are replaced by random ones of the same family.
 The file is its own pytest plugin: while PEFT's test modules are imported, lists of methods in `pytest.mark.parametrize`
 are replaced by ours, and tests that have none are left out.
 """
@@ -32,7 +29,6 @@ from uhl.sources import Package, cache_dir, fetch_folder
 FILES = ("custom_models", "config", "feature_extraction_models", "seq_classifier", "token_classification_qa")
 FILES += ("decoder_models", "encoder_decoder_models")
 LAYERS = (["lin0"], ["lin1"], ["lin0", "lin1"], "lin0")
-ALIKE = ("GPTJ", "qwen2", "Gemma3", "Roberta", "DebertaModel")  # of the kinds of layers that OPT, Llama, BERT have
 # PEFT leaves these out by name of the class, for its own methods with shared weights, and with updates by token.
 NOT_OURS = {"layer_indexing": "weights are shared by layers", "prompt_learning": "a test of prompt learning's models"}
 NOT_MERGED = {"merg": "a token router cannot be merged"}
@@ -84,8 +80,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from uhl import UHLConfig
 
     kept = [i for i in items if UHLConfig in getattr(getattr(i, "callspec", None), "params", {}).values()]
-    if "UHL_QUICK" in os.environ:
-        kept = [i for i in kept if not is_told_by_another(i)]
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = kept
     for item in kept:
@@ -102,15 +96,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Let collections, one or more a test, look at what tests made, not at a million objects of the libraries."""
     gc.freeze()
-
-
-def is_told_by_another(item: pytest.Item) -> bool:
-    """Whether a test's model is like another's, or it is of the static router and the token router has it as well."""
-    params = item.callspec.params  # type: ignore[attr-defined]
-    model, test = str(params.get("model_id")), item.name.split("[")[0]
-    if any(name in model for name in ALIKE):
-        return True
-    return not by_token(*params.values()) and "/" in model and "merg" not in test
 
 
 def by_token(*given: object) -> bool:
@@ -203,7 +188,6 @@ def main() -> int:
     """Fetch, make, run; the exit status is pytest's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-n", default="2", help="processes")
-    parser.add_argument("--quick", action="store_true", help="without what another router or family shows as well")
     options, rest = parser.parse_known_args()
     folder = cache_dir() / "conformance"
     models, site = folder / "models", folder / "site"
@@ -213,8 +197,6 @@ def main() -> int:
     tests = fetch_tests(folder)
     make_models(models)
     environment = dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
-    if options.quick:
-        environment["UHL_QUICK"] = "1"
     here = Path(__file__).resolve().parent
     environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, here.parent, site, tests)))
     command = [sys.executable, "-m", "pytest", "-p", "conformance", "-c", os.devnull, "--rootdir", str(tests), "-q"]

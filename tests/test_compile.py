@@ -78,7 +78,6 @@ def check_forward(model, compiled):
 
 
 KINDS = [
-    {"router": "token", "layers": 1},
     {"router": "static", "layers": 1},
     {"routing": "weight", "layers": 1},
     {"routing": "model"},
@@ -100,7 +99,7 @@ def test_compiled_host_is_the_eager_host(kind):
     model = made(kind).eval()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch._dynamo.utils.counters.clear()
-    if tested := kind in (KINDS[0], KINDS[-1]):  # the others fold as the first does
+    if tested := kind == KINDS[-1]:  # the others fold as the host of test_inductors_code_for_a_host does
         check_forward(model, compiled)
     model.train()
     for _ in range(2):
