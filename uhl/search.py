@@ -14,9 +14,9 @@ equal values are run once. Trials that at a quarter, half or three quarters of t
 earlier ones are pruned.
 
 The default rates of ``uhl.runs.Settings`` are the best of figures/search.csv on the source (both projectors share the
-one that is best for `canonical`): trials of ``uhl search --profile offline-full --epochs 1 --train-size 3000``, in the
-order of their values. Its rows with a target are of ``uhl search --profile offline-full --host target``; their best are
-in ``params/offline-full/retrained.yaml``.
+one that is best for `canonical`): trials on 3,000 labels of movies, one epoch with batches of 32, in the order of their
+values. Its rows with a target are of ``uhl search --profile offline-full --host target``; their best are in
+``params/offline-full/retrained.yaml``.
 """
 
 from __future__ import annotations
