@@ -78,6 +78,7 @@ def check_forward(model, compiled):
 
 
 KINDS = [
+    {"router": "token", "layers": 1},
     {"router": "static", "layers": 1},
     {"routing": "weight", "layers": 1},
     {"routing": "model"},

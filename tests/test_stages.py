@@ -175,9 +175,10 @@ def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkey
         tuned.append((config, classifier.frame.levels))
         return train(classifier, encoder, task, config, *rest)
 
-    def retrain(method, encoder, task, begin, config, *rest):
+    def retrain(method, encoder, task, begin, config, folder, watch, sizes):
         trained.append((config, begin.frame.levels))
-        return baseline(method, encoder, task, begin, config, *rest)
+        assert sizes.top_k == 1
+        return baseline(method, encoder, task, begin, config, folder, watch, sizes)
 
     monkeypatch.setattr(stages, "train", tune)
     monkeypatch.setattr(stages, "run_baseline", retrain)

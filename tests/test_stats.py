@@ -152,6 +152,9 @@ def test_cells_of_a_table_lend_one_another_how_much_seeds_vary():
     apart = stats.prior(rng.normal(70, np.exp(rng.normal(0, 1.5, 200))[:, None], (200, 3)))
     assert apart.df < 5
     assert stats.prior([np.array([1.0, 2.0]), np.array([3.0])]) is None
+    few = stats.prior([np.array([1.0, 2.0]), np.array([3.0, 4.1]), np.array([5.0, 6.2])])
+    assert few.df == np.inf  # alike by chance; their three degrees of freedom are all that there is
+    assert stats._between(np.array([1.0, 2.0]), few)[1] == 3
     held = widths = 0.0
     pairs = [seeds_of(t, 3, 500, 0.15) for t in range(150)]
     known = stats.prior(stats.seeds_apart(*pair) for pair in pairs)

@@ -118,7 +118,7 @@ def split(options: argparse.Namespace) -> None:
     if adapter.anchors:
         print(
             f"anchors are in neither part: what is joined of these has no anchored port; keep {options.file}, which "
-            f"takes task packs as well (`uhl join {options.file} PACK ...`)",
+            f"takes task packs as well (`uhl join {options.file} PACK ... --out FILE`)",
             file=sys.stderr,
         )
     made = [store.save_dictionary(adapter, options.into / "dictionary.safetensors")]
@@ -171,8 +171,8 @@ def search(options: argparse.Namespace) -> None:
     settings = Settings(
         **read_yaml(file)
         | {"task": options.task}
-        | ({"steps": None} if options.epochs else {})
         | (read_yaml(own) if own else {})
+        | ({"steps": None} if options.epochs else {})
         | {k: v for k, v in changes.items() if v is not None}
     )
     spaces = searching.read_spaces(PARAMS / options.profile / "search.yaml")

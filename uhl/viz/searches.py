@@ -82,11 +82,10 @@ def search_rates(table: pd.DataFrame) -> Figure:
     for ax in axes.flat[len(methods) :]:
         ax.set_visible(False)
     for ax, method in zip(axes.flat, methods, strict=False):
-        of_method = table[table["method"] == method]
+        of_method, colour = table[table["method"] == method], LOOKS.get(method, (OURS,))[0]
         for host, mine in of_method.sort_values("value").groupby("host", sort=False):
             scores = mine["score"].clip(lower=floor)
-            colour = LOOKS.get(method, (OURS,))[0]
-            ax.plot(mine["value"], scores, styles[host], marker="o", color=colour, markersize=4, label=host)
+            ax.plot(mine["value"], scores, styles[host], marker="o", color=colour, markersize=4)
             best = int(scores.to_numpy().argmax())
             ax.plot(mine["value"].iloc[best], scores.iloc[best], "o", color="black", markersize=5)
         ax.set(xscale="log", xlim=(of_method["value"].min() / 2, of_method["value"].max() * 2))
