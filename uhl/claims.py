@@ -72,11 +72,10 @@ def _judged(compared: Compared, group: np.ndarray | None, known: stats.Prior | N
     """One row: the difference of two cells against a bound."""
     claim, arm, task, target, cells, bound, rival = compared
     if not compared.seeds:
-        nothing = [None, None, None, bound, 0, 0, "not decidable"]
         lacks = f"{rival} was not run" if cells[0] else f"{arm} is not defined there, or was not run in this phase"
         if all(cells):
             lacks = f"{arm} and {rival} have no seed in common"
-        return [claim, arm, target, task, *nothing, lacks]
+        return _unknown(claim, (arm, target, task), bound, lacks)
     one, other = compared.stacked
     made = stats.difference(one, other, group, known)
     found = stats.verdict(made, bound)
@@ -85,6 +84,11 @@ def _judged(compared: Compared, group: np.ndarray | None, known: stats.Prior | N
     if len(one) == 1 and known is None:
         found, reason = "not decidable", "one seed does not show how much seeds vary"
     return [claim, arm, target, task, made.value, made.low, made.high, bound, len(one), one.shape[1], found, reason]
+
+
+def _unknown(claim: str, place: tuple[str, str, str], bound: float, why: str) -> list[object]:
+    """The row of a claim on an (arm, target, task) of which nothing was measured."""
+    return [claim, *place, None, None, None, bound, 0, 0, "not decidable", why]
 
 
 def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str, dict[int, np.ndarray]]]:
@@ -130,8 +134,7 @@ def _memory(table: pd.DataFrame) -> Iterator[list[object]]:
         theirs = rival.get((row["task"], row["target"]))
         if theirs is None:
             for name, bound in ((memory, 97.0), (flops, 0.05)):
-                nothing = [None, None, None, bound, 0, 0, "not decidable", "SAT-LoRA was not run"]
-                yield [name, row["arm"], row["target"], row["task"], *nothing]
+                yield _unknown(name, (row["arm"], row["target"], row["task"]), bound, "SAT-LoRA was not run")
             continue
         less = 100 * (1 - row["adapter_bytes"] / theirs["adapter_bytes"])
         reason = f"{row['adapter_bytes']:,.0f} bytes against {theirs['adapter_bytes']:,.0f}"
