@@ -2,7 +2,8 @@
 #   snakemake --cores 2 --config profile=offline        (what `make run` calls)
 #   snakemake -n --config profile=offline-full          (what would run)
 # A cell is done when its manifest exists and is newer than its parameter files. Training inside a cell resumes from its
-# last checkpoint. A change of the code does not run anything again: remove the cells that it concerns.
+# last checkpoint. A change of the code does not run anything again: the table names older cells that it concerns (see
+# uhl.runs.PROTOCOL); remove their folders.
 
 import os
 import sys

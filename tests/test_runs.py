@@ -130,7 +130,7 @@ def test_unknown_profile_and_bad_parameter_file(tmp_path):
 
 
 def test_the_readme_is_not_written_from_an_incomplete_profile(tmp_path):
-    with pytest.raises(UHLError, match="offline is not complete, 9 cells or rows are missing, first movies-s0/"):
+    with pytest.raises(UHLError, match="offline is not complete, 9 cells or rows are missing or old, first movies-s0/"):
         report.update_readme("offline", tmp_path / "README.md", tmp_path)
 
 
@@ -238,14 +238,14 @@ def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):
     runs.write_manifest(settings, "baselines-minilm-l3", [made], labels=["n", "p"])
     arrays = {"labels": [0, 1], "gold": [0, 0], "length": [1, 1]}
     np.savez(folder / "predictions.npz", **{f"head/test/{k}": np.array(v) for k, v in arrays.items()})
-    with pytest.raises(UHLError, match="cells or rows are missing"):
+    with pytest.raises(UHLError, match="cells or rows are missing or old"):
         report.update_readme("offline", readme, tmp_path)
     report.update_readme("offline", readme, tmp_path, partial=True)
     text = readme.read_text()
     assert text.startswith("a\n")
     assert text.endswith("b\n")
     lacks = len(grid.Grid.read("offline").cells()) - 1 + 2 * 3 - 1  # two splits of three baselines, but the one row
-    assert f"**Not complete: {lacks} cells or rows are missing, first movies-s0/pretrain-canonical.**" in text
+    assert f"**Not complete: {lacks} cells or rows are missing or old, first movies-s0/pretrain-canonical.**" in text
     assert "movies-s0/baselines-minilm-l3: lora-r8 on test" in report.missing("offline")
     assert "movies-s0/baselines-minilm-l3: head on test" not in report.missing("offline")
     assert "movies on minilm-l3: seeds 1, n = 2" in text

@@ -231,7 +231,7 @@ def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
 
 
 def test_a_search_goes_on_where_it_was_stopped_and_never_scores_test(tiny_world, monkeypatch):
-    told = []
+    told, trained, pretrain = [], [], stages.pretrain
     grid = {"rate": [1e-3, 3e-3], "top_k": [1]}
     study = search.search(tiny_world, "uhl-canonical", grid, trials=1, tell=told.append)
     assert len(search.table([study])) == 1
@@ -252,6 +252,10 @@ def test_a_search_goes_on_where_it_was_stopped_and_never_scores_test(tiny_world,
         assert len(search.search(elsewhere, "uhl-canonical", grid).trials) == 2  # nothing is left to try
     wider = tiny_world.model_copy(update={"lambda_f": 0.02})  # another study
     assert len(search.table([search.search(wider, "uhl-canonical", grid, trials=1)])) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "PROTOCOL", runs.PROTOCOL + 1)  # nor are scores of another release read
+        patch.setattr(stages, "pretrain", lambda *given: trained.append(given) or pretrain(*given))
+        assert len(search.table([search.search(tiny_world, "uhl-canonical", grid, trials=1)])) == len(trained) == 1
 
 
 def test_an_interrupted_trial_is_run_again(tiny_world, monkeypatch):
@@ -446,6 +450,13 @@ def test_finished_baselines_are_read_back(tiny_world, monkeypatch):
         assert ran.count("bitfit") == 1
         stages.baselines(settings.model_copy(update=longer), host)
     assert ran == ["head", "bitfit"] * 2
+    del ran[:]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "PROTOCOL", runs.PROTOCOL + 1)  # the same settings measure something else now
+        (stale,) = report.missing("t")
+        assert stale.startswith("mood-s0/baselines-small: measured by another release; delete the folder")
+        stages.baselines(settings.model_copy(update={"baselines": ("head",)}), "target")
+        assert ran == ["head"]
     del ran[:]
     for cut in (b"PK cut", b""):
         (runs.cell_dir(settings, "baselines-small") / "head" / "predictions.npz").write_bytes(cut)

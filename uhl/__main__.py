@@ -61,7 +61,7 @@ def table(options: argparse.Namespace) -> None:
     print(report.markdown(options.profile, options.target))
     left = report.missing(options.profile)
     if left and not options.target:
-        print(f"not complete: {len(left)} cells or rows are missing, first {left[0]}")
+        print(f"not complete: {len(left)} cells or rows are missing or old, first {left[0]}")
     folder = runs.root() / options.profile
     print(f"results    {folder / 'results.csv'}\nfigures    {folder / 'analysis'}")
     print(f"notebooks  {folder}/*/*/notebook.ipynb")

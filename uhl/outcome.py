@@ -123,7 +123,7 @@ class Outcome:
         self._save_predictions(folder / "predictions.npz")
         self.hardware = {runs.hardware()}
         where = {"commit": runs.commit(), "hardware": runs.hardware()}
-        entry = {"about": about, **where, "rows": self.rows, "curves": self.curves}
+        entry = {"about": _dated(about), **where, "rows": self.rows, "curves": self.curves}
         entry["details"] = self.details
         write_text(folder / "outcome.json", json.dumps(entry, indent=1))
 
@@ -132,7 +132,7 @@ class Outcome:
         """What :meth:`keep` wrote about the same run, for an interrupted cell to go on with; else None."""
         try:
             entry = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
-            if any(entry["about"].get(name) != value for name, value in json.loads(json.dumps(about)).items()):
+            if any(entry["about"].get(name) != value for name, value in json.loads(json.dumps(_dated(about))).items()):
                 return None
             curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
             found = cls(settings, task, entry["rows"], curves=curves, commits={entry["commit"]})
@@ -162,6 +162,10 @@ class Outcome:
                 np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
 
         return write_atomic(path, write)
+
+
+def _dated(about: Mapping[str, object]) -> dict[str, object]:
+    return {**about, "protocol": runs.PROTOCOL}
 
 
 def _stored(arrays: Mapping[str, np.ndarray], name: str, row: Mapping[str, Any], words: bool) -> Prediction:

@@ -375,7 +375,7 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
 
 def missing(profile: str) -> list[str]:
     """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
-    the rows that their parameters ask for, as `<cell>: <arm> on <split>`.
+    the rows that their parameters ask for, as `<cell>: <arm> on <split>`, or that another release measured them.
     """
     folder = runs.root() / profile
     cells = Grid.read(profile).cells() if (PARAMS / profile).is_dir() else []  # none of a profile of one's own
@@ -387,6 +387,8 @@ def missing(profile: str) -> list[str]:
     there = set(frame[keys].itertuples(index=False, name=None))
     finished = manifests(profile)
     for cell, entry in finished.items():
+        if entry.get("protocol") != runs.PROTOCOL:
+            left.append(f"{cell.relative_to(folder)}: measured by another release; delete the folder, and run it again")
         asked = Settings.model_construct(**entry["parameters"])  # unchecked: perhaps of an earlier release
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
         left += [
@@ -473,7 +475,7 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     ]
     over = "seeds and test examples" if table["seeds"].max() > 1 else "test examples alone"
     left = missing(profile)
-    state = f"**Not complete: {len(left)} cells or rows are missing, first {left[0]}.** " if left else ""
+    state = f"**Not complete: {len(left)} cells or rows are missing or old, first {left[0]}.** " if left else ""
     return (
         f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % intervals over "
         f"{over} ({'; '.join(groups)}); {labels}, "
@@ -519,7 +521,9 @@ def update_readme(profile: str, readme: Path, figures: Path, verdicts: str = "",
     """
     left = missing(profile)
     if left and not partial:
-        raise UHLError(f"profile {profile} is not complete, {len(left)} cells or rows are missing, first {left[0]}")
+        raise UHLError(
+            f"profile {profile} is not complete, {len(left)} cells or rows are missing or old, first {left[0]}"
+        )
     text = readme.read_text(encoding="utf-8")
     if START not in text or END not in text:
         raise UHLError(f"{readme.name} has no place for the table; expected the lines {START} and {END}")

@@ -42,6 +42,7 @@ COLUMNS = (
     *("adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"),
     *("steps", "peak_mb"),
 )
+PROTOCOL = 2  # raised whenever the same settings begin to measure something else; older cells are not compared
 PHASES = ("source", "zero-shot", "tuned", "retrained")
 VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "scikit-learn")
 LITERALS = (str, int, float, bool, list, tuple, dict, type(None))
@@ -235,6 +236,7 @@ def write_manifest(
     files = {Path(a).name: {"bytes": Path(a).stat().st_size, "sha256": sha256(a)} for a in artefacts}
     entry = {
         "stage": stage,
+        "protocol": PROTOCOL,
         "parameters": settings.model_dump(),
         "seed": settings.seed,
         "versions": versions(),

@@ -143,7 +143,8 @@ def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch
     with runs.locked(runs.root() / profile / ".lock"):
         found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
         kept, wanted = _without(found["parameters"], others), _without(chosen.model_dump(mode="json"), others)
-        if kept != wanted or found.get("adapter") != own:
+        about = {"adapter": own, "protocol": runs.PROTOCOL}
+        if kept != wanted or any(found.get(name) != value for name, value in about.items()):
             try:
                 if method.startswith("uhl-"):
                     _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"), watch)
@@ -241,6 +242,7 @@ def study(settings: Settings, method: str, space: Space, url: str | None = None)
     In the profile's own database a new study is seeded; workers that share one draw by chance.
     """
     kept = _without(settings.model_dump(mode="json"), _unused(settings, method) | set(space) | {"profile"})
+    kept |= {"protocol": runs.PROTOCOL}
     tried = {name: t.model_dump() if isinstance(t, Range) else list(t) for name, t in sorted(space.items())}
     own = _adapter(settings, method)
     mark = hashlib.sha256(json.dumps([kept, tried, *([own] if own else [])], sort_keys=True).encode()).hexdigest()[:8]

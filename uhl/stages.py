@@ -364,7 +364,7 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     revision = load_encoder(name).revision if revision == "unknown" else revision
     shared |= {"host": name, "revision": revision, "data": digest(task, probe(settings, task).first().texts)}
     if host == "target":
-        shared |= _as_tuned(settings) | {"levels": "upper"}
+        shared |= _as_tuned(settings)
     begin: Start | None = None
     outcomes: dict[str, Outcome] = {}
     for method in settings.baselines:
