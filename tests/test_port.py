@@ -593,6 +593,18 @@ def test_every_arm_gives_a_whole_frame(encoder, make_encoder, arm):
     assert all(torch.equal(v, before[k]) for k, v in target.model.state_dict().items())
 
 
+@pytest.mark.parametrize("scales", [(0.0,), (1.0, 3.0)])
+def test_random_directions_are_as_strong_as_those_of_the_anchors(encoder, make_encoder, scales, monkeypatch):
+    """A control that chose its own scale would mostly choose none, and be the head alone."""
+    monkeypatch.setattr("uhl.porting.SCALES", scales)
+    adapter, _ = trained(encoder)
+    target = make_encoder(layers=2, width=12)
+    found = port(adapter, target, "mood")
+    assert found.scale in scales
+    assert port(adapter, target, "mood", "random-p").scale == found.scale
+    assert port(adapter, target, "mood", "random-p", way=Way(scales=(7.0,))).scale == 7
+
+
 def test_port_needs_no_labels_and_repeats(encoder, make_encoder):
     adapter, _ = trained(encoder)
     target = make_encoder(layers=2, width=12)

@@ -196,6 +196,20 @@ def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkey
     assert config.head_rate == tiny_world.head_rate
 
 
+def test_atoms_at_scale_zero_cost_nothing(tiny_world, monkeypatch):
+    monkeypatch.setattr("uhl.porting.SCALES", (0.0,))
+    stages.pretrain(tiny_world, "canonical")
+    settings = tiny_world.model_copy(update={"arms": ("anchor", "refresh", "zero-atoms", "random-p")})
+    ported, tuned = stages.zero_shot(settings), stages.tune(settings, "anchor")
+    rows = [row for row in ported.rows + tuned.rows if row["arm"] != "no-adapter"]
+    assert {(row["extra_flops_pct"], row["active_atoms"]) for row in rows} == {(0.0, 0.0)}
+    alone = ported.predictions["zero-atoms/test"].labels
+    assert all(
+        found.labels == alone for arm, found in ported.predictions.items() if arm in {"anchor/test", "refresh/test"}
+    )
+    assert tuned.rows[0]["trainable_params"] == stages.tune(settings, "zero-atoms").rows[0]["trainable_params"]
+
+
 def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     _, outcome = stages.pretrain(tiny_world, "canonical")
     outcome.finish("pretrain-canonical")
@@ -529,8 +543,8 @@ def test_the_untrained_control_keeps_nothing_of_the_dictionary_but_its_sizes(tin
 def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monkeypatch):
     from uhl.porting import port
 
-    monkeypatch.setattr("uhl.porting.SCALES", (1.0,))  # atoms and bias at work in the fit
-    stages.pretrain(tiny_world, "canonical")
+    monkeypatch.setattr("uhl.porting.SCALES", (1.0, 2.0))  # atoms and bias at work in the fit
+    adapter, _ = stages.pretrain(tiny_world, "canonical")
     outcome = stages.tune(tiny_world, arm)
     found = store.load(outcome.paths[0])
     ported_as = "anchor" if arm == "untrained" else arm
@@ -539,6 +553,7 @@ def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monk
     target, data = stages.freeze(stages.load_encoder("small")), stages.load_data(tiny_world)
     ported = port(found, target, "mood", ported_as, seed=found.info["port_seed"])
     assert ported.scale == found.info["scale"]
+    assert arm == "zero-atoms" or ported.scale == port(adapter, target, "mood").scale  # controls have as much of atoms
     scored = outcome.predictions[f"{arm}/test"]
     if arm == "zero-atoms":
         again = predict(Classifier(target.model, found.task("mood"), ported.frame), target, data, "test")

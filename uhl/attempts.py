@@ -128,7 +128,7 @@ def measure(
             adapter.anchors = anchors
             own = observe(target, anchors.probe) if a.choice else seen.cut(whole.probe, anchors.probe)
             made = port(adapter, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(own), way=a.way)
-            with at_work(adapter, target, settings.task_name, a.arm, made.frame, made.scale) as attached:
+            with at_work(adapter, target, settings.task_name, made.frame, made.scale) as attached:
                 classifier = Classifier(target.model, adapter.task(settings.task_name), made.frame, attached)
                 found = predict(classifier, target, task, "dev", max_length=settings.max_length)
             size = budget.anchor_bytes(anchors, a.bits)

@@ -59,9 +59,9 @@ class Outcome:
     def score_adapter(
         self, adapter: UHLAdapter, path: Path, encoder: Encoder, frame: Frame | None, scale: float, **known: object
     ) -> None:
-        """Score an adapter read from ``path`` in a host's frame; the control without atoms pays no FLOPs."""
+        """Score an adapter read from ``path`` in a host's frame; at scale 0 no atom is used and no FLOPs are paid."""
         name = self.settings.task_name
-        with at_work(adapter, encoder, name, str(known["arm"]), frame, scale) as attached:
+        with at_work(adapter, encoder, name, frame, scale) as attached:
             classifier = Classifier(encoder.model, adapter.task(name), frame, attached)
             cost = flops_pct(attached, encoder) if attached else 0.0
             self.score(classifier, encoder, adapter_bytes=path.stat().st_size, extra_flops_pct=cost, **known)

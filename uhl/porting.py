@@ -8,7 +8,7 @@
 | `anchor`     | ridge regressions between the target's and the source's anchor codes | the file's anchors     |
 | `refresh`    | `anchor`, then label-free steps on the task's bias (:mod:`uhl.refresh`) | the file's anchors   |
 | `zero-atoms` | control: `anchor` for the head, no atoms                           | the file's anchors       |
-| `random-p`   | control: `anchor` for the head, atoms behind a random orthogonal P | the file's anchors       |
+| `random-p`   | control: `anchor` for the head and the scale, atoms behind a random orthogonal P | the file's anchors |
 | `shuffled`   | control: `anchor` with the anchors' codes permuted                 | the file's anchors       |
 | `refresh-random` | control: `refresh` with atoms behind a random orthogonal P     | the file's anchors       |
 
@@ -55,7 +55,7 @@ from uhl.refresh import refresh
 logger = logging.getLogger("uhl")
 
 SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
-RULES = 2  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
+RULES = 3  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
 REFRESHED = {"refresh": "anchor", "refresh-random": "random-p"}  # arms that refresh, and the port that each starts from
 FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
@@ -203,7 +203,9 @@ class Way(_Strict):
         ge=1,
         description="directions that atoms read and write: principal ones of the predicted codes",
     )
-    scales: tuple[float, ...] | None = Field(None, description="of the atoms, tried on the anchors; None: SCALES")
+    scales: tuple[float, ...] | None = Field(
+        None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
+    )
     refresh_steps: int = Field(200, ge=1, description="of the arms that refresh")
 
 
@@ -220,7 +222,7 @@ class Port:
 @dataclass
 class Shared:
     """What ports of one file to one host have in common, kept from one arm to the next: the host on the anchors, the
-    source's basis, and the ports that refreshing starts from.
+    source's basis, and the ports that others start from.
     """
 
     seen: Observed | None = None
@@ -282,6 +284,9 @@ def port(
     if reason:
         raise UHLError(reason)
     begun, task, way, shared = time.time(), task or _only_task(adapter), way or Way(), shared or Shared()
+    key = (_mark(adapter), arm, task, seed, way)
+    if key in shared.ports:
+        return shared.ports[key]
     if adapter.info.get("tuned_on") and adapter.info.get("port_rules") != RULES and arm not in FIXED:
         logger.warning(
             "tuned on %s behind another release's port, which may differ from this one; its scores may not repeat",
@@ -312,6 +317,14 @@ def port(
             shared.seen = observe(target, adapter.anchors.probe)
         else:
             begun -= shared.seen.seconds
+        told, kept = adapter.info, adapter.info.get("scale")
+        here = (told.get("tuned_on"), told.get("arm")) == (target.name, arm) and isinstance(kept, float)
+        if way.scales is None and here:
+            way = way.model_copy(update={"scales": (kept,)})  # that of the head, which was tuned with it
+        elif way.scales is None and arm == "random-p":  # as much of other directions
+            made = port(adapter, target, task, "anchor", source, seed, shared, way)
+            begun = time.time() - float(str(made.report["seconds"]))
+            way = way.model_copy(update={"scales": (made.scale,)})
         own = target.revision != "unknown" and target.revision == adapter.info.get("revision")
         if own and arm in {"anchor", "zero-atoms"}:  # the source itself: its own basis, no regression
             frame = basis_of(shared.seen, adapter.config.width).frame(slots)
@@ -320,7 +333,7 @@ def port(
             done = _anchored(adapter, target, task, arm, slots, seed, shared.seen, way)
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
     if arm in REFRESHED.values():
-        shared.ports[_mark(adapter), arm, task, seed, way] = done
+        shared.ports[key] = done
     return done
 
 
@@ -331,9 +344,7 @@ def _mark(adapter: UHLAdapter) -> tuple[float, ...]:
 
 def _start(adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way) -> Port:
     """The port that an arm refreshes, made now or before, without what it foresaw, which refreshing changes."""
-    first = REFRESHED[arm]
-    made = shared.ports.get((_mark(adapter), first, task, seed, way))
-    made = made or port(adapter, target, task, first, seed=seed, shared=shared, way=way)
+    made = port(adapter, target, task, REFRESHED[arm], seed=seed, shared=shared, way=way)
     told = {key: value for key, value in made.report.items() if key not in {"agreement", "kappa", "warning"}}
     return Port(arm, made.frame, made.scale, told)
 
@@ -370,10 +381,10 @@ def port_model(
 
 
 def at_work(
-    adapter: UHLAdapter, encoder: Encoder, task: str, arm: str, frame: Frame | None, scale: float
+    adapter: UHLAdapter, encoder: Encoder, task: str, frame: Frame | None, scale: float
 ) -> AbstractContextManager[Attached | None]:
-    """A host with an adapter attached as an arm has it: the control `zero-atoms` leaves the host bare, None."""
-    return nullcontext() if arm == "zero-atoms" else attach(encoder.model, adapter, task, frame, scale)
+    """A host with an adapter attached; at scale 0, with its head alone, the host is left bare: None."""
+    return attach(encoder.model, adapter, task, frame, scale) if scale else nullcontext()
 
 
 def predict_texts(
@@ -387,7 +398,7 @@ def predict_texts(
     part = adapter.task(task)
     length = adapter.anchors.length if adapter.anchors else 64
     probe = Probe(texts, part.kind, length=length, most=None)  # type: ignore[arg-type]
-    with at_work(adapter, target, task, ported.arm, ported.frame, ported.scale), torch.no_grad():
+    with at_work(adapter, target, task, ported.frame, ported.scale), torch.no_grad():
         states = unit_states(target, probe, ported.frame.levels)
         found = part.classify(ported.frame.codes(states).to(part.head.device)).softmax(-1).cpu()
     out: list[dict[str, object]] = []
@@ -458,7 +469,7 @@ def _anchored(
         basis = _random_basis(basis, generator)
     layers = adapter.info.get("layers")
     ratio = layers / target.layers if isinstance(layers, int) and layers > 0 else 1.0
-    scales = (0.0,) if arm == "zero-atoms" else tuple(ratio * s for s in way.scales or SCALES)
+    scales = (0.0,) if arm == "zero-atoms" else way.scales or tuple(ratio * s for s in SCALES)
     few = wanted if wanted.logits is None else wanted.first(few_units)
 
     def states(scale: float, probe: Probe) -> Tensor:

@@ -269,8 +269,9 @@ def tune(
 ) -> Outcome | None:
     """Tune the 4-bit task bias and the head on the target for ``tune_steps`` steps; None where an arm is undefined.
 
-    Two are controls: `zero-atoms` tunes the ported head alone; `untrained` has random atoms and routes where the
-    trained ones were (mixer and head stay), and is ported as `anchor` is, its scale chosen anew. ``shared`` is what
+    Three are controls: `zero-atoms` tunes the ported head alone; `random-p` and `untrained` have as much of the atoms
+    as `anchor` (its scale), the one behind random directions, the other random atoms and routes where the trained ones
+    were (mixer and head stay). ``shared`` is what
     :func:`observe_target` returned; ``watch`` is :func:`uhl.train.train`'s. The adapter is the one that the settings
     ``trained`` have trained, by default these. Scores are those of the tuned adapter's file.
     """
@@ -282,9 +283,12 @@ def tune(
     if why_not(adapter, target, rules, source):
         return None
     check_labels(adapter, settings.task_name, task)
+    way = Way()
     if arm == "untrained":
+        made = port(adapter, target, settings.task_name, "anchor", source, settings.seed, shared)
+        way = Way(scales=(made.scale,))
         adapter.redraw(settings.seed)
-    ported = port(adapter, target, settings.task_name, rules, source, settings.seed, shared)
+    ported = port(adapter, target, settings.task_name, rules, source, settings.seed, shared, way)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}", watch)
     _say_where(settings, adapter, target, ported)
@@ -328,10 +332,10 @@ def tune_task(
     part = adapter.task(settings.task_name)
     part.head.requires_grad_(True)
     part.head_bias.requires_grad_(True)
-    part.bias.requires_grad_(ported.arm != "zero-atoms")
+    part.bias.requires_grad_(ported.scale != 0)
     config = settings.train_config(mixer_rate=settings.tune_rate, **_as_tuned(settings))
     torch.manual_seed(settings.seed)
-    with at_work(adapter, target, settings.task_name, ported.arm, ported.frame, ported.scale) as attached:
+    with at_work(adapter, target, settings.task_name, ported.frame, ported.scale) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
         fit_head(classifier, target, task, config.max_length, only_if_better=True)
         return train(classifier, target, task, config, folder, settings.model_dump_json(), watch)
