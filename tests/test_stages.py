@@ -196,18 +196,16 @@ def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkey
     assert config.head_rate == tiny_world.head_rate
 
 
-def test_atoms_at_scale_zero_cost_nothing(tiny_world, monkeypatch):
+def test_atoms_that_do_not_act_cost_nothing(tiny_world, monkeypatch):
     monkeypatch.setattr("uhl.porting.SCALES", (0.0,))
     stages.pretrain(tiny_world, "canonical")
-    settings = tiny_world.model_copy(update={"arms": ("anchor", "refresh", "zero-atoms", "random-p")})
-    ported, tuned = stages.zero_shot(settings), stages.tune(settings, "anchor")
-    rows = [row for row in ported.rows + tuned.rows if row["arm"] != "no-adapter"]
+    settings = tiny_world.model_copy(update={"arms": ("anchor", "zero-atoms", "random-p")})
+    ported, alone = stages.zero_shot(settings), stages.tune(settings, "zero-atoms")
+    rows = [row for row in ported.rows + alone.rows if row["arm"] != "no-adapter"]
     assert {(row["extra_flops_pct"], row["active_atoms"]) for row in rows} == {(0.0, 0.0)}
-    alone = ported.predictions["zero-atoms/test"].labels
-    assert all(
-        found.labels == alone for arm, found in ported.predictions.items() if arm in {"anchor/test", "refresh/test"}
-    )
-    assert tuned.rows[0]["trainable_params"] == stages.tune(settings, "zero-atoms").rows[0]["trainable_params"]
+    anchor = stages.tune(settings, "anchor")  # the bias of its task acts, at any scale
+    assert all(row["extra_flops_pct"] > 0 and row["active_atoms"] > 0 for row in anchor.rows)
+    assert anchor.rows[0]["trainable_params"] > alone.rows[0]["trainable_params"]
 
 
 def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):

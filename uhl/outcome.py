@@ -59,7 +59,7 @@ class Outcome:
     def score_adapter(
         self, adapter: UHLAdapter, path: Path, encoder: Encoder, frame: Frame | None, scale: float, **known: object
     ) -> None:
-        """Score an adapter read from ``path`` in a host's frame; at scale 0 no atom is used and no FLOPs are paid."""
+        """Score an adapter read from ``path`` in a host's frame; where no atom acts, no FLOPs are paid."""
         name = self.settings.task_name
         with at_work(adapter, encoder, name, frame, scale) as attached:
             classifier = Classifier(encoder.model, adapter.task(name), frame, attached)

@@ -381,10 +381,13 @@ def port_model(
 
 
 def at_work(
-    adapter: UHLAdapter, encoder: Encoder, task: str, frame: Frame | None, scale: float
+    adapter: UHLAdapter, encoder: Encoder, task: str, frame: Frame | None, scale: float, learning: bool = False
 ) -> AbstractContextManager[Attached | None]:
-    """A host with an adapter attached; at scale 0, with its head alone, the host is left bare: None."""
-    return attach(encoder.model, adapter, task, frame, scale) if scale else nullcontext()
+    """A host with an adapter attached; left bare, None, where no atom acts: at scale 0 with a bias of zeros that is not
+    ``learning``.
+    """
+    acts = scale != 0 or learning or bool(adapter.task(task).bias.any())
+    return attach(encoder.model, adapter, task, frame, scale) if acts else nullcontext()
 
 
 def predict_texts(

@@ -50,7 +50,7 @@ def refresh(
 
     ``frame`` and ``scale`` are an anchored port's; the bias starts from zero. The report has the held-out loss by step
     and the step that was kept. Raises :class:`UHLError` for a file whose anchors do not hold the source's decisions for
-    the task; after any error the bias is what it was. At scale 0, where no bias does anything, no step is made.
+    the task; after any error the bias is what it was.
     """
     anchors, part = adapter.anchors, adapter.task(task)
     if anchors is None or not anchors.judges(task):
@@ -71,7 +71,6 @@ def refresh(
                 part.bias.zero_()
             optimiser = torch.optim.AdamW([part.bias], lr=RATE, weight_decay=0.0)
             every = max(5, math.ceil(steps / LOOKS))
-            steps = steps if scale else 0
             rows = [*_batches(texts[held:], steps, seed), []]
             for step, chosen in enumerate(bar(rows, "refresh", "step")):
                 if step % every == 0 or step == steps:

@@ -332,10 +332,11 @@ def tune_task(
     part = adapter.task(settings.task_name)
     part.head.requires_grad_(True)
     part.head_bias.requires_grad_(True)
-    part.bias.requires_grad_(ported.scale != 0)
+    learning = ported.arm != "zero-atoms"
+    part.bias.requires_grad_(learning)
     config = settings.train_config(mixer_rate=settings.tune_rate, **_as_tuned(settings))
     torch.manual_seed(settings.seed)
-    with at_work(adapter, target, settings.task_name, ported.frame, ported.scale) as attached:
+    with at_work(adapter, target, settings.task_name, ported.frame, ported.scale, learning) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
         fit_head(classifier, target, task, config.max_length, only_if_better=True)
         return train(classifier, target, task, config, folder, settings.model_dump_json(), watch)
