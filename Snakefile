@@ -2,7 +2,7 @@
 #   snakemake --cores 2 --config profile=offline        (what `make run` calls)
 #   snakemake -n --config profile=offline-full          (what would run)
 # A cell is done when its manifest exists and is newer than its parameter files. Training inside a cell resumes from its
-# last checkpoint. A change of the code does not run anything again: the table names older cells that it concerns (see
+# last checkpoint. A change of the code does not run anything again: the table names cells that are older than others (see
 # uhl.runs.PROTOCOL); remove their folders.
 
 import os

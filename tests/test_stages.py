@@ -465,10 +465,15 @@ def test_finished_baselines_are_read_back(tiny_world, monkeypatch):
     del ran[:]
     with monkeypatch.context() as patch:
         patch.setattr(runs, "PROTOCOL", runs.PROTOCOL + 1)  # the same settings measure something else now
-        (stale,) = report.missing("t")
-        assert stale.startswith("mood-s0/baselines-small: measured by another release; delete the folder")
         stages.baselines(settings.model_copy(update={"baselines": ("head",)}), "target")
         assert ran == ["head"]
+        assert report.missing("t") == []
+        assert "Measured by an older release" in report.markdown("t")
+        merge(stages.baselines(settings, "source").values()).finish("baselines-big")  # cells of both are not compared
+        (stale,) = report.missing("t")
+        assert stale.startswith("mood-s0/baselines-small: measured by an older release than others; delete the folder")
+        assert set(report.summary("t")["target"]) == {"big"}
+        assert "Measured by an older release" not in report.markdown("t")
     del ran[:]
     for cut in (b"PK cut", b""):
         (runs.cell_dir(settings, "baselines-small") / "head" / "predictions.npz").write_bytes(cut)

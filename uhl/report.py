@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
@@ -20,7 +21,7 @@ from uhl.config import ARMS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_csv, write_text
 from uhl.grid import PARAMS, Grid
-from uhl.runs import Settings
+from uhl.runs import Settings, manifests
 from uhl.stages import TUNED_ARMS
 from uhl.viz import CONTROLS, NAMES, ORDER
 
@@ -38,17 +39,6 @@ def _read_predictions(path: Path, _changed: int) -> dict[str, np.ndarray]:
         return {name: stored[name] for name in stored.files}
 
 
-def manifests(profile: str) -> dict[Path, dict[str, Any]]:
-    """Folder to manifest of every finished cell of a profile, in order; files that did not change are parsed once."""
-    cells = sorted((runs.root() / profile).glob("*-s*/*/manifest.json"))
-    return {path.parent: _read_manifest(path, path.stat().st_mtime_ns) for path in cells}
-
-
-@lru_cache(maxsize=4096)
-def _read_manifest(path: Path, _changed: int) -> dict[str, Any]:
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
-
-
 def _stored(cell: Path, arm: str, split: str) -> list[np.ndarray]:
     """Labels, gold labels and lengths of one arm from a cell's predictions."""
     path = cell / "predictions.npz"
@@ -64,7 +54,7 @@ def cell_counts(cell: Path, arm: str, split: str, metric: str) -> np.ndarray:
     if metric != "f1":
         return stats.counts(labels, gold)
     if (path := cell / "manifest.json").is_file():
-        names = _read_manifest(path, path.stat().st_mtime_ns)["labels"]
+        names = runs.manifest(path)["labels"]
     else:  # a pruned copy's
         names = json.loads((cell / "outcome.json").read_text())["about"]["labels"]
     cuts = np.cumsum(length)[:-1]
@@ -110,7 +100,8 @@ def gather(profile: str, split: str = "test") -> Cells:
 def groups_of(profile: str, task: str, split: str = "test") -> np.ndarray | None:
     """Group of each example of a task's split, as the cells' predictions hold them; None where examples stand alone."""
     for path in sorted((runs.root() / profile).glob(f"{task}-s*/*/predictions.npz")):
-        if f"{split}/group" in (stored := _predictions(path)):
+        own = re.fullmatch(rf"{re.escape(task)}-s\d+", path.parent.parent.name)  # `movies` is not `movies-short`
+        if own and f"{split}/group" in (stored := _predictions(path)):
             return stored[f"{split}/group"]
     return None
 
@@ -127,6 +118,8 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     """
     frame = runs.load_results(profile)
     frame = frame[frame["split"] == split]
+    if frame.empty:
+        raise UHLError(f"profile {profile} has no rows of {split}; its cells score what `splits` names")
     tables = gather(profile, split)
     known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items())
     finished = manifests(profile)
@@ -247,11 +240,13 @@ PAIRS = (
     ("zero-shot", "anchor", "retrained", "head"),
     ("zero-shot", "embedding", "zero-shot", "lineage"),
     ("zero-shot", "refresh", "zero-shot", "anchor"),
+    ("zero-shot", "refresh", "zero-shot", "zero-atoms"),
     ("zero-shot", "refresh", "zero-shot", "refresh-random"),
     ("tuned", "anchor", "tuned", "zero-atoms"),
     ("tuned", "anchor", "tuned", "random-p"),
     ("tuned", "anchor", "tuned", "untrained"),
     ("tuned", "dimension", "tuned", "zero-atoms"),
+    ("tuned", "lineage", "tuned", "zero-atoms"),
     ("tuned", "anchor", "retrained", "lora-r8"),
     ("tuned", "anchor", "retrained", "sat-lora"),
     ("tuned", "anchor", "retrained", "hf-sat-lora"),
@@ -375,7 +370,7 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
 
 def missing(profile: str) -> list[str]:
     """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
-    the rows that their parameters ask for, as `<cell>: <arm> on <split>`, or that another release measured them.
+    the rows that their parameters ask for, as `<cell>: <arm> on <split>`; and cells of an older protocol than others'.
     """
     folder = runs.root() / profile
     cells = Grid.read(profile).cells() if (PARAMS / profile).is_dir() else []  # none of a profile of one's own
@@ -386,9 +381,9 @@ def missing(profile: str) -> list[str]:
     keys = ["task", "seed", "target", "phase", "arm", "split"]
     there = set(frame[keys].itertuples(index=False, name=None))
     finished = manifests(profile)
+    old = (cell.relative_to(folder) for cell in manifests(profile, older=True))
+    left += [f"{cell}: measured by an older release than others; delete the folder, and run it again" for cell in old]
     for cell, entry in finished.items():
-        if entry.get("protocol") != runs.PROTOCOL:
-            left.append(f"{cell.relative_to(folder)}: measured by another release; delete the folder, and run it again")
         asked = Settings.model_construct(**entry["parameters"])  # unchecked: perhaps of an earlier release
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
         left += [
@@ -476,6 +471,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     over = "seeds and test examples" if table["seeds"].max() > 1 else "test examples alone"
     left = missing(profile)
     state = f"**Not complete: {len(left)} cells or rows are missing or old, first {left[0]}.** " if left else ""
+    if any(runs.protocol(m) < runs.PROTOCOL for m in finished):
+        state += "**Measured by an older release, whose settings meant something else.** "
     return (
         f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % intervals over "
         f"{over} ({'; '.join(groups)}); {labels}, "

@@ -20,6 +20,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -42,7 +43,7 @@ COLUMNS = (
     *("adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"),
     *("steps", "peak_mb"),
 )
-PROTOCOL = 2  # raised whenever the same settings begin to measure something else; older cells are not compared
+PROTOCOL = 2  # raised whenever the same settings begin to measure something else; see manifests
 PHASES = ("source", "zero-shot", "tuned", "retrained")
 VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "scikit-learn")
 LITERALS = (str, int, float, bool, list, tuple, dict, type(None))
@@ -78,7 +79,8 @@ class Settings(_Strict):
     epochs: float = Field(2.0, gt=0)
     batch: int = Field(32, ge=1)
     max_length: int = Field(64, ge=8)
-    rate: float = Field(5e-3, gt=0, description="dictionary, router and projector")
+    rate: float = Field(5e-3, gt=0, description="dictionary and router of a canonical adapter")
+    dimension_rate: float = Field(1e-2, gt=0, description="dictionary, router and projector of a dimension adapter")
     mixer_rate: float = Field(1e-2, gt=0)
     head_rate: float = Field(1e-3, gt=0, description="of every method, on the source and on targets")
     baselines: tuple[Method, ...] = Field(("head", "lora-r8", "full"), min_length=1, description="methods to compare")
@@ -259,11 +261,37 @@ def read_manifest(settings: Settings, stage: str) -> dict[str, Any]:
     return json.loads(path.read_text())  # type: ignore[no-any-return]
 
 
+def manifests(profile: str, older: bool = False) -> dict[Path, dict[str, Any]]:
+    """Folder to manifest of the finished cells of a profile, in order; files that did not change are parsed once.
+
+    Cells of different protocols are not to be compared: those of the newest that is there, or the ``older`` ones.
+    """
+    paths = sorted((root() / profile).glob("*-s*/*/manifest.json"))
+    found = {path.parent: manifest(path) for path in paths}
+    newest = max(map(protocol, found.values()), default=PROTOCOL)
+    return {cell: entry for cell, entry in found.items() if (protocol(entry) < newest) == older}
+
+
+def protocol(entry: Mapping[str, Any]) -> int:
+    """By which :data:`PROTOCOL` a cell was measured, from its manifest; the first was not named."""
+    return int(entry.get("protocol", 1))
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """A cell's manifest."""
+    return _read_manifest(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _read_manifest(path: Path, _changed: int) -> dict[str, Any]:
+    return json.loads(path.read_text())  # type: ignore[no-any-return]
+
+
 def update_results(profile: str) -> Path:
-    """Make ``results.csv`` of a profile from its manifests, under a lock, and return its path."""
+    """Make ``results.csv`` of a profile from its :func:`manifests`, under a lock, and return its path."""
     folder = root() / profile
     with locked(folder / ".results.lock"):
-        rows = [r for m in sorted(folder.glob("*/*/manifest.json")) for r in json.loads(m.read_text())["rows"]]
+        rows = [row for entry in manifests(profile).values() for row in entry["rows"]]
         frame = pd.DataFrame(rows, columns=list(COLUMNS))
         return write_csv(folder / "results.csv", frame)
 

@@ -13,10 +13,9 @@ trial is an ordinary run of :mod:`uhl.stages` that scores dev alone, in a folder
 equal values are run once. Trials that at a quarter, half or three quarters of their steps lie below the median of the
 earlier ones are pruned.
 
-The default rates of ``uhl.runs.Settings`` are the best of figures/search.csv on the source (both projectors share the
-one that is best for `canonical`): trials on 3,000 labels of movies, one epoch with batches of 32, in the order of their
-values. Its rows with a target are of ``uhl search --profile offline-full --host target``; their best are in
-``params/offline-full/retrained.yaml``.
+The default rates of ``uhl.runs.Settings`` are the best of figures/search.csv on the source: trials on 3,000 labels of
+movies, one epoch with batches of 32, in the order of their values. Its rows with a target are of ``uhl search --profile
+offline-full --host target``; their best are in ``params/offline-full/retrained.yaml``.
 """
 
 from __future__ import annotations
@@ -51,7 +50,8 @@ from uhl.train import Watch
 
 TUNE = "tune-anchor"
 METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
-UNUSED = {*RATES.values(), "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}  # by no trial
+# by no trial, but its own rate
+UNUSED = {*RATES.values(), "dimension_rate", "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}
 UNUSED_BY_RETRAINING = {"steps", "epochs", "batch", "rate", "lambda_f", "tune_rate"}
 UNUSED_BY_TUNING = {"steps", "epochs", "batch", "rate", "mixer_rate", "lambda_f"}  # the adapter has them behind it
 UNUSED_BY_THE_SOURCE = {"target", *(name for name in Settings.model_fields if name.startswith("tune_"))}
@@ -363,7 +363,7 @@ def table(studies: Sequence[optuna.Study]) -> pd.DataFrame:
 
 
 def best(studies: Sequence[optuna.Study]) -> dict[str, Any]:
-    """Values of each study's best trial. `uhl-dimension` has the rates of `uhl-canonical` where both were searched."""
+    """Values of each study's best trial. What both projectors share is as it is best for `uhl-canonical`."""
     values: dict[str, Any] = {}
     for one in sorted(studies, key=lambda s: s.user_attrs["method"] != "uhl-dimension"):
         if any(t.state == TrialState.COMPLETE for t in one.trials):

@@ -37,7 +37,7 @@ from uhl.train import Classifier, Prediction, TrainLog, Watch, train
 NOT_OF_BASELINES = {
     *("target", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
     *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims"),
-    *("tune_steps", "tune_batch", "tune_rate"),
+    *("tune_steps", "tune_batch", "tune_rate", "dimension_rate"),
 }  # settings that no baseline depends on, beside the other methods' rates
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
@@ -169,7 +169,8 @@ def pretrain(settings: Settings, projector: str, watch: Watch | None = None) -> 
     part.bias.requires_grad_(False)  # the task bias is the target's to tune
     for p in adapter.projector.parameters():
         p.requires_grad_(projector == "dimension")
-    config, folder = settings.train_config(), runs.cell_dir(settings, f"pretrain-{projector}")
+    rate = settings.dimension_rate if projector == "dimension" else settings.rate
+    config, folder = settings.train_config(rate=rate), runs.cell_dir(settings, f"pretrain-{projector}")
     torch.manual_seed(settings.seed)
     with attach(encoder.model, adapter, settings.task_name, frame) as attached:
         classifier = Classifier(encoder.model, part, None, attached, config)
