@@ -14,19 +14,21 @@ TASK ?= movies
 SEED ?= 0
 PYTHON ?= python3
 CORES ?= $(shell nproc 2>/dev/null || echo 2)
+# Cells side by side: one where they would share a GPU.
+JOBS ?= $(if $(wildcard /dev/nvidia0),1,$(CORES))
 VENV := .venv
 export UHL_RUNS := $(abspath $(UHL_RUNS))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # One batch at a time: the lock goes with its process, so a killed run never blocks the next one.
 LOCK := $(if $(shell command -v flock),flock -n -E 75 runs/.lock,)
-SNAKE = $(LOCK) env PYTHONWARNINGS=ignore $(BIN)/snakemake --nolock --cores $(CORES) --rerun-triggers mtime \
+SNAKE = $(LOCK) env PYTHONWARNINGS=ignore $(BIN)/snakemake --nolock --cores $(JOBS) --rerun-triggers mtime \
 	--rerun-incomplete --quiet rules
 TARGETS = $(patsubst params/$(PROFILE)/%.yaml,%,$(shell grep -l '^target:' params/$(PROFILE)/*.yaml))
 BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wait for it or stop it"; exit $$s; }
 
 # The jobs of one target follow one another, so each has all threads.
-port: CORES = 1
+port: JOBS = 1
 
 .PHONY: run test fetch lint unit notebooks conformance port attempts copies bench lab table clean
 

@@ -9,6 +9,7 @@ import os
 import sys
 
 from uhl.grid import Grid, task_file
+from uhl.runs import slug
 
 configfile: "params/default.yaml"
 
@@ -51,7 +52,7 @@ def own_list(name):
 
 def on_target(w):
     """The parameter files of baselines on a target; none on the source."""
-    return [] if w.model == GRID.source else [TARGET.format(target=w.model), *own_list("retrained")]
+    return [] if w.model == slug(GRID.source) else [TARGET.format(target=w.model), *own_list("retrained")]
 
 
 def task(w):

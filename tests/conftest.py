@@ -20,7 +20,7 @@ if "UHL_UNCHECKED" not in os.environ:  # set where functions are compiled, which
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, PreTrainedTokenizerFast
 
 from uhl import runs
@@ -81,12 +81,25 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=made, **names)
 
 
+@pytest.fixture(scope="session")
+def bpe():
+    """Byte-level BPE as RoBERTa's: a word at the beginning of a text is another token than behind a blank."""
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator(sentences(300), vocab_size=300, show_progress=False)
+    made.add_special_tokens(["<s>", "</s>", "<pad>"])
+    ends = [(name, made.token_to_id(name)) for name in ("</s>", "<s>")]
+    made.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made._tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
 @pytest.fixture
 def make_encoder(tokenizer):
-    def make(layers=3, width=24, seed=0, **extra):
+    def make(layers=3, width=24, seed=0, vocab_size=64, **extra):
         torch.manual_seed(seed)
         config = BertConfig(
-            vocab_size=64,
+            vocab_size=vocab_size,
             hidden_size=width,
             num_hidden_layers=layers,
             num_attention_heads=4,

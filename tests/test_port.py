@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import sentences
+from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from sklearn.linear_model import Ridge
-from tokenizers import ByteLevelBPETokenizer
 from transformers import BertForSequenceClassification
 
 import uhl
@@ -27,6 +27,8 @@ from uhl.peft_method import attach
 from uhl.porting import PENALTIES, Port, Rows, Shared, Way, basis_of, port, predict_texts, ridge, upper_levels, why_not
 from uhl.refresh import refresh
 from uhl.stages import make_anchors
+from uhl.tasks import Task
+from uhl.train import Classifier, predict
 
 TAGS = ("O", "B-JOY", "I-JOY")
 
@@ -217,17 +219,30 @@ def test_an_anchored_port_to_the_source_itself_is_the_identity(encoder, arm):
         assert all(torch.equal(a, b) for a, b in zip(frame.slots[path], ported.frame.slots[path], strict=True))
 
 
-def test_words_are_found_by_characters_whatever_the_tokenizer(tokenizer):
+def test_a_token_task_is_ported_to_another_tokenizer_and_scored_on_the_same_tokens(encoder, make_encoder, bpe):
+    """What a split is scored on is what the port was fitted on, and what is predicted of a text."""
+    adapter, _ = trained(encoder, kind="token", coded=120, tuned=False)
+    host = replace(make_encoder(2, 32, vocab_size=320), tokenizer=bpe)
+    ported = port(adapter, host, "mood")
+    rows = [text.split() for text in sentences(30, 11)]
+    tags = [[1 if word == "good" else 0 for word in row] for row in rows]
+    data = DatasetDict({"test": Dataset.from_dict({"tokens": rows, "tags": tags})})
+    with attach(host.model, adapter, "mood", ported.frame, ported.scale) as attached:
+        classifier = Classifier(host.model, adapter.task("mood"), None, attached)
+        found = predict(classifier, host, Task("ner", "token", TAGS, data), "test")
+    said = predict_texts(adapter, host, ported, [" ".join(row) for row in rows])
+    assert [[TAGS[tag] for tag in row] for row in found.labels] == [entry["label"] for entry in said]
+    assert len({tag for row in found.labels for tag in row}) > 1
+
+
+def test_words_are_found_by_characters_whatever_the_tokenizer(tokenizer, bpe):
     """Byte-level BPE against WordPiece: the same characters on both sides, and no special token."""
-    bpe = ByteLevelBPETokenizer()
-    texts = sentences(300)
-    bpe.train_from_iterator(texts, vocab_size=300, show_progress=False)
     text = "the cast was  unbelievably good"
     probe = Probe([text], words=3)
     spans = [probe.spans(text)[i] for i in probe.picks(text)]
     assert [text[a:b] for _, a, b in spans] == ["the", "was", "good"]
     found = []
-    for made in (tokenizer(text)[0], bpe.encode(text)):
+    for made in (tokenizer(text)[0], bpe(text)[0]):
         offsets = made.offsets
         weights = pieces_of([(part, *o) for part, o in zip(made.sequence_ids, offsets, strict=True)], spans)
         assert torch.allclose(weights.sum(1), torch.ones(3))

@@ -109,6 +109,20 @@ def test_a_target_may_be_ported_to_and_not_tuned_on():
     assert "movies-s0/tune-minilm-l3" in cells
 
 
+def test_a_source_may_be_a_folder_or_of_an_organisation(tmp_path, monkeypatch):
+    values = grid.Grid.read("offline").model_dump() | {"source": "google-bert/bert-base-uncased"}
+    assert "movies-s0/baselines-bert-base-uncased" in grid.Grid(**values).cells()
+    monkeypatch.setattr(grid, "PARAMS", tmp_path)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "settings.yaml").write_text("source: /models/big")
+    (tmp_path / "p" / "grid.yaml").write_text("{profile: p, source: minilm-l6, targets: [a], tasks: [b], seeds: [0]}")
+    with pytest.raises(UHLError, match="names source 'minilm-l6'; its settings.yaml has '/models/big'"):
+        grid.Grid.read("p")
+    (tmp_path / "p" / "grid.yaml").write_text("")
+    with pytest.raises(UHLError, match="profile"):
+        grid.Grid.read("p")
+
+
 def test_a_parameter_file_is_named_after_its_target(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "PARAMS", tmp_path)
     (tmp_path / "p").mkdir()
@@ -124,6 +138,9 @@ def test_unknown_profile_and_bad_parameter_file(tmp_path):
         grid.Grid.read("online")
     with pytest.raises(UHLError, match="does not exist"):
         runs.read_yaml(tmp_path / "none.yaml")
+    (tmp_path / "cut.yaml").write_text("seed: 1\ntask: [a\n")
+    with pytest.raises(UHLError, match=r"cut\.yaml, line 3: no YAML \(expected .*\); mend it"):
+        runs.read_yaml(tmp_path / "cut.yaml")
     (tmp_path / "x.yaml").write_text("targt: minilm-l3")
     with pytest.raises(UHLError, match="targt"):
         runs.read_yaml(tmp_path / "x.yaml")

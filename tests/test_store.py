@@ -202,10 +202,19 @@ def test_two_processes_writing_one_file_leave_a_whole_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_line_breaks_in_anchor_texts(with_anchors, tmp_path):
+def test_anchor_texts_that_no_file_holds(with_anchors, tmp_path, monkeypatch):
     with_anchors.anchors.texts[0] = "two\nlines"
     with pytest.raises(UHLError, match="one a line"):
         store.save(with_anchors, tmp_path / "a.safetensors")
+    with_anchors.anchors.texts[0] = "x" * (fileformat.MAX_LINE + 1)
+    with pytest.raises(UHLError, match="up to 65,537 characters .* a file holds 65,536 a text .* cut the texts"):
+        store.save(with_anchors, tmp_path / "a.safetensors")
+    with_anchors.anchors.texts[0] = "x" * fileformat.MAX_LINE
+    store.load(store.save(with_anchors, tmp_path / "a.safetensors"))
+    monkeypatch.setattr(store, "MAX_TEXT", 1000)
+    with pytest.raises(UHLError, match="and 1,000 in all"):
+        store.save(with_anchors, tmp_path / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 def full_size():

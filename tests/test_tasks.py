@@ -81,6 +81,26 @@ def test_conll_columns_become_bio_on_first_pieces(tmp_path, tokenizer, name):
     assert made["labels"] == [IGNORE, 1, IGNORE, 0, IGNORE]
 
 
+def test_words_are_tokenised_as_the_text_that_they_make(tokenizer, bpe):
+    from datasets import Dataset
+
+    words, tags = ["good", "film,", "badly", "was", "the"], [1, 2, 3, 4, 5]
+    rows = Dataset.from_dict({"tokens": [words, words[2:]], "tags": [tags, tags[2:]]})
+    for made_by in (tokenizer, bpe):
+        for row, made in zip(rows, encode("token", rows, made_by), strict=True):
+            text = " ".join(row["tokens"])
+            assert made["input_ids"] == made_by(text)["input_ids"]
+            assert [label for label in made["labels"] if label != IGNORE] == row["tags"]
+            offsets = made_by(text)[0].offsets
+            begins = [offsets[i][0] for i, label in enumerate(made["labels"]) if label != IGNORE]
+            assert begins == [text.index(word) for word in row["tokens"]]
+        assert tasks.kept_words(rows, made_by, 128) == [[0, 1, 2, 3, 4], [0, 1, 2]]
+        (cut,) = tasks.kept_words(rows.select([0]), made_by, 4)
+        assert 0 < len(cut) < 5
+    alone, behind = (bpe(text, add_special_tokens=False)["input_ids"] for text in ("good", "a good"))
+    assert alone != behind[1:]
+
+
 def test_tokens_are_kept_for_other_seeds_and_stages(task, tokenizer, monkeypatch):
     rows = task.data["train"]
     first = encode(task.kind, rows, tokenizer, 16).to_dict()
@@ -225,14 +245,16 @@ def test_a_task_below_a_folder_that_the_environment_names(tmp_path, monkeypatch)
 def test_unknown_label(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "test.jsonl", [{"sentence": "x", "label": 7}])
-    with pytest.raises(UHLError, match="split test: unknown label 7; expected one of 0, 1"):
+    with pytest.raises(
+        UHLError, match="split test: unknown label 7; expected one of 0, 1: mend the row, or name all labels"
+    ):
         load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
 
 
 def test_empty_split(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     (tmp_path / "test.csv").write_text("sentence,label\n")
-    with pytest.raises(UHLError, match="split test is empty"):
+    with pytest.raises(UHLError, match="split test is empty; expected at least one row: fill it, or remove its file"):
         load_task(TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}))
 
 

@@ -8,8 +8,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import yaml
 from safetensors import SafetensorError
 
 from uhl.errors import UHLError
@@ -31,6 +33,16 @@ def check_sha256(path: str | Path, expected: str, remedy: str) -> None:
     found = sha256(path)
     if found != expected:
         raise UHLError(f"{path} is corrupt: sha256 {found[:12]}..., expected {expected[:12]}...; {remedy}")
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds. Raises :class:`UHLError` with the place of what is no YAML."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        place = getattr(error, "problem_mark", None)
+        line = f", line {place.line + 1}" if place else ""
+        raise UHLError(f"{path}{line}: no YAML ({getattr(error, 'problem', error)}); mend it") from error
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:

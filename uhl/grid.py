@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml
 from pydantic import Field
 
+from uhl import files
 from uhl.config import ProjectorKind, _Strict
 from uhl.errors import UHLError
 from uhl.runs import Settings, read_yaml, slug
@@ -58,10 +58,11 @@ class Grid(_Strict):
         if not (folder / "grid.yaml").is_file():
             known = ", ".join(sorted(p.parent.name for p in PARAMS.glob("*/grid.yaml")))
             raise UHLError(f"unknown profile {profile!r}; profiles: {known}")
-        grid = cls(**yaml.safe_load((folder / "grid.yaml").read_text(encoding="utf-8")))
-        if grid.profile != profile:
-            raise UHLError(f"params/{profile}/grid.yaml names profile {grid.profile!r}")
-        read_yaml(folder / "settings.yaml")
+        grid = cls(**(files.read_yaml(folder / "grid.yaml") or {}))
+        settings = Settings(**read_yaml(folder / "settings.yaml"))
+        for name, wanted in (("profile", profile), ("source", settings.source)):
+            if (found := getattr(grid, name)) != wanted:
+                raise UHLError(f"params/{profile}/grid.yaml names {name} {found!r}; its settings.yaml has {wanted!r}")
         for name in grid.hosts:
             target_of(profile, name)
         for name in grid.tasks:
@@ -75,7 +76,7 @@ class Grid(_Strict):
 
     def cells(self) -> list[str]:
         """Folders of all cells, relative to the profile's run folder."""
-        stages = [f"pretrain-{p}" for p in self.projectors] + [f"baselines-{self.source}"]
+        stages = [f"pretrain-{p}" for p in self.projectors] + [f"baselines-{slug(self.source)}"]
         stages += [f"{stage}-{t}" for t in self.hosts for stage in ("port", "baselines")]
         stages += [f"tune-{t}" for t in self.targets]
         return [f"{task}-s{seed}/{stage}" for seed in self.seeds for task in self.tasks for stage in stages]

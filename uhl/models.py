@@ -99,7 +99,9 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
             raise ValueError(f"its weights lack {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        if Path(folder).is_dir():
+        if whole in OFFLINE:
+            remedy = f"Its folder {folder} is damaged: {REMEDY}"
+        elif Path(folder).is_dir():
             remedy = "Its folder is incomplete or damaged: write it again with save_pretrained(), or copy it again"
         else:
             remedy = "A hub id needs a network; without one, copy the model to a folder and give the folder's path"

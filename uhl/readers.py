@@ -177,7 +177,10 @@ def _checked(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> dict[str, pd.Da
         raise UHLError(f"{spec.path}: a {spec.kind} task has no column {min(strange)!r}; it has {', '.join(names)}")
     for split, table in tables.items():
         if table.empty:
-            raise UHLError(f"{spec.path}, split {split} is empty; expected at least one row")
+            raise UHLError(
+                f"{spec.path}, split {split} is empty; expected at least one row: fill it, or remove its file, and the "
+                "split is cut from train"
+            )
         missing = [key for key, column in names.items() if column not in table.columns]
         if missing:
             raise UHLError(
@@ -247,7 +250,10 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
 
     def number(value: Any, split: str) -> int:
         if text(value) not in index:
-            raise UHLError(f"{spec.path}, split {split}: unknown label {value!r}; expected one of {', '.join(labels)}")
+            raise UHLError(
+                f"{spec.path}, split {split}: unknown label {value!r}; expected one of {', '.join(labels)}: "
+                "mend the row, or name all labels in `labels`"
+            )
         return index[text(value)]
 
     def convert(split: str, table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from uhl import card, compression, runs, stats, store, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, UHLConfig
 from uhl.errors import UHLError
-from uhl.files import sha256, write_csv, write_text
+from uhl.files import sha256, write_atomic, write_csv, write_text
 from uhl.grid import PARAMS, Grid
 from uhl.runs import Settings, manifests
 from uhl.stages import TUNED_ARMS
@@ -446,6 +446,10 @@ def _cell_text(cell: pd.Series) -> str:
     return f"{cell['score']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
 
 
+def _phases(manifest: Mapping[str, Any]) -> set[str]:
+    return {row["phase"] for row in manifest["rows"]}
+
+
 def _length(parameters: Mapping[str, Any]) -> str:
     if steps := parameters.get("steps"):  # which older manifests do not have
         return f"{steps:,} steps"
@@ -462,8 +466,9 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     most = ", ".join(f"{size:,}" for size in sorted(filter(None, sizes)))
     either = [f"at most {most} training labels"] if most else []
     labels = " or ".join([*either, "all training labels"] if None in sizes else either)
-    lengths = ", ".join(sorted({_length(p) for p in trained}))
-    tuned = ", ".join(f"{steps:,}" for steps in sorted({p["tune_steps"] for p in trained}))
+    lengths = _list(sorted({_length(m["parameters"]) for m in finished if _phases(m) & {"source"}}))
+    steps = sorted({m["parameters"]["tune_steps"] for m in finished if _phases(m) & {"tuned", "retrained"}})
+    tuned = f", then {_list(f'{n:,}' for n in steps)} steps on a target" if steps else ""
     groups = [
         f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
         for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
@@ -476,7 +481,7 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     return (
         f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % intervals over "
         f"{over} ({'; '.join(groups)}); {labels}, "
-        f"{lengths} on the source, then {tuned} tuning steps. "
+        f"{lengths or 'nothing'} on the source{tuned}. "
         f"Italics: controls. Bytes: what the method adds to the bare host, head included; files of ours and SAT-LoRA's "
         f"hold 8 and 4 bits, the others' 16. FLOPs: added per token, in percent of the host's linear layers (both: the "
         f"larger task's). †: beyond 1 MB or 10 %. Ran on {' and '.join(sorted(hardware))}; "
@@ -495,15 +500,19 @@ def export(profile: str, task: str, seed: int, projector: str, folder: Path) -> 
     sizes = adapter.config.model_dump() | {"types": list(adapter.config.types)}
     config = UHLConfig(**sizes, task=name, base_model_name_or_path=str(adapter.info.get("source", "")))
     config.inference_mode = True
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    store.save(adapter, folder / SAFETENSORS_WEIGHTS_NAME)
     table = summary(profile)
     arms = {f"uhl-{projector}"} | set(ARMS if projector == "canonical" else ("dimension",))
     rows = table[(table["task"] == task) & table["arm"].isin(arms) & table["phase"].isin(["source", "zero-shot"])]
     rows = rows[(rows["arm"] != "dimension") | (projector == "dimension")].rename(columns={"target": "host"})
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(folder)
+    store.save(adapter, folder / SAFETENSORS_WEIGHTS_NAME)
     card.write(folder, rows.to_dict("records"))  # type: ignore[arg-type]
     return folder
+
+
+def _copy(file: Path, into: Path) -> None:
+    write_atomic(into, lambda tmp: shutil.copyfile(file, tmp))
 
 
 def _list(values: Iterable[object]) -> str:
@@ -529,6 +538,6 @@ def update_readme(profile: str, readme: Path, figures: Path, verdicts: str = "",
     figures.mkdir(exist_ok=True)
     for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
         if file.suffix in {".png", ".csv"}:
-            shutil.copyfile(file, figures / file.name)
-    shutil.copyfile(runs.root() / profile / "results.csv", figures / "results.csv")
+            _copy(file, figures / file.name)
+    _copy(runs.root() / profile / "results.csv", figures / "results.csv")
     runs.pack(profile, figures / f"{profile}.zip")

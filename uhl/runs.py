@@ -28,10 +28,9 @@ from typing import Any, Literal, TypeVar
 import pandas as pd
 import torch
 import transformers
-import yaml
 from pydantic import Field, field_validator
 
-from uhl import pruning
+from uhl import files, pruning
 from uhl.config import ARMS, Arm, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
@@ -190,7 +189,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UHLError(f"parameter file {path} does not exist; see the folder params/")
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    values = files.read_yaml(path) or {}
     if not isinstance(values, dict):
         raise UHLError(f"{path} must map settings to values")
     Settings(**values)

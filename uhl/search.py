@@ -42,7 +42,7 @@ from uhl import runs, stages
 from uhl.baselines import RATES
 from uhl.config import _Strict
 from uhl.errors import DivergenceError, UHLError, one_of
-from uhl.files import sha256, write_text
+from uhl.files import read_yaml, sha256, write_text
 from uhl.grid import PARAMS
 from uhl.outcome import Outcome
 from uhl.runs import Settings
@@ -99,7 +99,7 @@ def read_spaces(path: Path) -> dict[str, Space]:
     """A search file, checked: known methods, known settings, values that the settings take."""
     if not path.is_file():
         raise UHLError(f"{path} does not exist; it maps methods to settings and to what may be tried")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    found = read_yaml(path)
     if not isinstance(found, dict) or not all(isinstance(v, dict) and v for v in found.values()):
         raise UHLError(f"{path} must map methods to settings and to what may be tried")
     spaces: dict[str, Space] = {}

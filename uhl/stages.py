@@ -97,6 +97,7 @@ def probe(settings: Settings, task: Task) -> Probe:
     texts, own = anchor_texts(settings, task)
     cuts = 0 if task.kind == "token" else settings.anchor_cuts  # a token task's words have logits
     size = settings.anchors, settings.max_length
+    store.check_texts(texts)
     made = Probe(texts, task.kind, settings.anchor_words, *size, own=own, cuts=cuts)
     if len(texts) > MAX_TEXTS or sum(made.units()) > MAX_UNITS:
         raise UHLError(

@@ -151,12 +151,24 @@ def save(adapter: UHLAdapter, path: str | Path) -> Path:
     """Write the adapter; an interruption leaves an older file of that name whole.
 
     Raises :class:`UHLError` for an adapter that could not be read again: values that are not finite, texts with line
-    breaks, more bytes than :data:`MAX_FILE`.
+    breaks or longer than :data:`MAX_LINE`, more bytes than :data:`MAX_FILE`.
     """
-    if adapter.anchors and any("\n" in t for t in adapter.anchors.texts):
-        raise UHLError("anchor texts are stored one a line; replace line breaks in them by blanks")
+    if adapter.anchors:
+        check_texts(adapter.anchors.texts)
     check_finite(dict(adapter.named_parameters()))
     return _write(adapter, to_tensors(adapter), path)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Raise :class:`UHLError` for anchor texts that a file cannot hold."""
+    if any("\n" in text for text in texts):
+        raise UHLError("anchor texts are stored one a line; replace line breaks in them by blanks")
+    longest, whole = max(map(len, texts), default=0), sum(len(text.encode()) + 1 for text in texts)
+    if longest > MAX_LINE or whole > MAX_TEXT:
+        raise UHLError(
+            f"anchor texts have up to {longest:,} characters and {whole:,} bytes together; a file holds {MAX_LINE:,} a "
+            f"text and {MAX_TEXT:,} in all: cut the texts, or lower `more_anchors`"
+        )
 
 
 def check_finite(values: Mapping[str, Tensor]) -> None:

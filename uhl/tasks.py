@@ -12,7 +12,9 @@ what tables report. ``unlabelled`` is text without labels, disjoint from dev and
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,7 @@ import pandas as pd
 import pyarrow as pa
 from datasets import Dataset, DatasetDict
 from datasets.fingerprint import generate_random_fingerprint
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from uhl import sources
 from uhl.config import PAIR, Kind
@@ -155,19 +157,21 @@ def plain_text(task: Task, split: str) -> list[str]:
 
 
 def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
-    """Tokenise a split. Adds ``labels``: a class, or for token tasks a tag on each word's first piece, else -100.
+    """Tokenise a split. Adds ``labels``: a class, or for token tasks a tag on each word's first piece, else -100. What
+    is beyond ``max_length`` tokens, or beyond what the tokenizer's model takes, is cut.
 
     The result is kept in :func:`tokens_dir` under a hash of rows, tokenizer and length, so that other seeds and stages
     read it. It is not kept where that folder cannot be written, or for a tokenizer that is not of `tokenizers`.
     """
+    most = min(max_length, tokenizer.model_max_length)  # a host has no places for more
 
     def one(batch: Mapping[str, list[Any]]) -> dict[str, Any]:
         if task_kind == "token":
-            out = tokenizer(batch["tokens"], is_split_into_words=True, truncation=True, max_length=max_length)
+            out, words = _tokenise_words(batch["tokens"], tokenizer, most)
             if "tags" in batch:
-                out["labels"] = [_first_piece_labels(out.word_ids(i), tags) for i, tags in enumerate(batch["tags"])]
+                out["labels"] = [_first_piece_labels(*pair) for pair in zip(words, batch["tags"], strict=True)]
             return dict(out)
-        out = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=max_length)
+        out = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=most)
         if "label" in batch:
             out["labels"] = batch["label"]
         return dict(out)
@@ -188,7 +192,7 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
     return rows.map(one, load_from_cache_file=False, **shared)
 
 
-FORM = 1  # of tokenised splits; another where :func:`encode` makes others of the same rows
+FORM = 2  # of tokenised splits; another where :func:`encode` makes others of the same rows
 
 
 def tokens_dir() -> Path:
@@ -219,8 +223,30 @@ def _read_tokens(file: Path, count: int) -> Dataset | None:
 
 def kept_words(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[list[int]]:
     """For each example of a token task, the words that have a piece left after truncation, in order."""
-    made = tokenizer(list(rows["tokens"]), is_split_into_words=True, truncation=True, max_length=max_length)
-    return [sorted({w for w in made.word_ids(i) if w is not None}) for i in range(len(rows))]
+    most = min(max_length, tokenizer.model_max_length)
+    found = _tokenise_words(list(rows["tokens"]), tokenizer, most)[1]
+    return [sorted({w for w in words if w is not None}) for words in found]
+
+
+def _tokenise_words(
+    rows: Sequence[Sequence[str]], tokenizer: PreTrainedTokenizerBase, most: int
+) -> tuple[BatchEncoding, list[list[int | None]]]:
+    """Examples given as words, tokenised as the text that the words make, and the word of each piece.
+
+    A byte-level BPE writes a word at the beginning of a text otherwise than behind a blank, so words one by one would
+    not be what it was trained on, nor what :mod:`uhl.anchors` sees.
+    """
+    made = tokenizer([" ".join(words) for words in rows], truncation=True, max_length=most)
+    found: list[list[int | None]] = []
+    for i, words in enumerate(rows):
+        ends = list(itertools.accumulate(len(word) + 1 for word in words))  # of each word, with the blank behind it
+        places: list[int | None] = []
+        for part, (start, end) in zip(made[i].sequence_ids, made[i].offsets, strict=True):
+            word = bisect.bisect_right(ends, start)
+            word += word < len(words) and start == ends[word] - 1  # a piece that begins with the blank before its word
+            places.append(None if part is None or start == end or word >= len(words) else word)
+        found.append(places)
+    return made, found
 
 
 def every_word(tags: Sequence[int], gold: Sequence[int], words: Sequence[int], task: Task) -> list[int]:
