@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -349,16 +350,17 @@ def test_a_pass_may_come_inside_of_another(routing, checkpointing, without):
         torch.testing.assert_close(grads(model)[name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_an_interrupted_pass_leaves_nothing_behind():
     model = trainable().eval()
     attached = model.base_model._attached["default"]
     wanted = logits(model)
 
-    def stop(*_):
-        raise KeyboardInterrupt
-
     layers = [m for m in model.modules() if type(m).__name__ == "UHLLinear"]
-    handle = layers[-1].register_forward_hook(stop)
+    handle = layers[-1].register_forward_hook(interrupt)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             logits(model)
@@ -377,6 +379,96 @@ def test_an_interrupted_pass_leaves_nothing_behind():
     with torch.no_grad():
         attached.adapter.dictionary.u.add_(0.3)
     assert attached.folded is not folded
+
+
+def test_after_an_interrupted_pass_an_inner_encoder_sees_changes():
+    model = trainable().eval()
+    attached, inner = model.base_model._attached["default"], model.base_model.model.bert
+    handle = inner.encoder.layer[-1].register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    handle.remove()
+    with torch.no_grad():
+        before = inner(input_ids=IDS).last_hidden_state
+        attached.adapter.dictionary.u.mul_(-1)
+        after = inner(input_ids=IDS).last_hidden_state
+        attached.refold()
+        torch.testing.assert_close(after, inner(input_ids=IDS).last_hidden_state)
+    assert not torch.allclose(after, before)
+
+
+def test_an_adapter_made_in_inference_mode_follows_what_is_loaded_into_it():
+    with torch.inference_mode():
+        model = trainable().eval()
+        adapter = model.base_model.uhl_adapters["default"]
+        first = logits(model)
+        adapter.load_state_dict({name: -value for name, value in adapter.state_dict().items()})
+        second = logits(model)
+        model.base_model._attached["default"].refold()
+        torch.testing.assert_close(second, logits(model))
+    assert not torch.allclose(first, second)
+
+
+def test_a_host_in_double_precision():
+    model = trainable().eval()
+    wanted = logits(model)
+    torch.testing.assert_close(logits(model.double()), wanted.double(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_part_of_a_layer_that_runs_again_by_itself_is_refused(reentrant):
+    model = trainable()
+    for layer in model.base_model.model.bert.encoder.layer:
+        part, inner = layer.intermediate, layer.intermediate.forward
+        part.forward = lambda x, inner=inner: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=reentrant)
+    model.enable_input_require_grads()
+    with pytest.raises(UHLError, match="a part of layer 2 runs again by itself, .* checkpoint whole layers"):
+        loss(model).backward()
+
+
+def test_a_layer_that_ran_again_keeps_nothing_of_its_graph():
+    """On a GPU backward passes run in a thread of their own, whose state no later forward pass clears."""
+    model = trainable(False)
+    value, found = loss(model), []
+    now = model.base_model._attached["default"]._now
+
+    def back():
+        value.backward()
+        found.append((now.layer, now.reading, [r.gate.requires_grad for r in now.routes.values()]))
+
+    thread = threading.Thread(target=back)
+    thread.start()
+    thread.join()
+    ((layer, reading, gates),) = found
+    assert layer is None
+    assert reading is None
+    assert gates
+    assert not any(gates)
+
+
+def test_modules_that_data_parallel_has_copied_are_refused():
+    model = trainable().eval()
+    for module in model.modules():
+        module._is_replica = True  # as torch.nn.parallel.replicate marks its copies
+    with pytest.raises(UHLError, match="use DistributedDataParallel"):
+        logits(model)
+
+
+def test_the_gate_sum_counts_a_decoders_own_tokens():
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=64, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = get_peft_model(T5ForConditionalGeneration(config).eval(), uhl.UHLConfig(**SMALL, task_type="SEQ_2_SEQ_LM"))
+    attached = model.base_model._attached["default"]
+    mask = torch.ones_like(IDS)
+    mask[1, 3:] = 0
+    for own in (None, torch.ones_like(IDS).tril()[: len(IDS)]):
+        model(input_ids=IDS, attention_mask=mask, decoder_input_ids=IDS, decoder_attention_mask=own)
+        total = weight = 0.0
+        for number, route in attached.routes.items():
+            counted = mask if number < 2 else torch.ones_like(IDS) if own is None else own
+            total += float((route.gate.detach().sum(-1) * counted).sum())
+            weight += float(counted.sum())
+        assert attached.active().item() == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_the_gate_sum_has_its_gradient_under_checkpointing_or_says_that_it_has_none():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import re
 import resource
 import statistics
 import tempfile
@@ -317,11 +318,13 @@ def _resumed(
     """``measure(**key)`` of each distinct key, with the key's columns, the machine's and the commit's.
 
     With ``file`` (CSV) each is kept as soon as it is measured, and what is in it of this machine and commit is not
-    measured again.
+    measured again, where that commit is known and the files are as it has them.
     """
     keys = [dict(items) for items in dict.fromkeys(tuple(key.items()) for key in keys)]
     kept = pd.read_csv(file) if file is not None and Path(file).exists() else pd.DataFrame()
     where = {"machine": runs.hardware(), "commit": runs.commit()}
+    if re.search("dirty|unknown", where["commit"]) and "commit" in kept.columns:
+        kept = kept[kept["commit"] != where["commit"]]  # of other files, perhaps
     parts = []
     for number, key in enumerate(keys, 1):
         columns = key | where

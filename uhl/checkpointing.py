@@ -47,6 +47,10 @@ class _Again:
                     "one route for all layers (routing='model') has no gradient under reentrant checkpointing; pass "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}, or choose routing='layer'"
                 )
-        else:
-            self.begin(args, given, self.folds)
-        return self.run(*args, **kwargs)
+            return self.run(*args, **kwargs)
+        begun = self.begin(args, given, self.folds)
+        try:
+            return self.run(*args, **kwargs)
+        finally:  # also where torch has what it wants, and stops
+            for attached in begun:
+                attached.end_again()

@@ -98,7 +98,8 @@ class _State:
     def same(self, other: _State) -> bool:
         mine, theirs = self.parameters, other.parameters
         return (
-            self.marks == other.marks
+            not any(p.is_inference() for p in mine)  # what is written to them shows nowhere
+            and self.marks == other.marks
             and self.others == other.others
             and all(a is b for a, b in zip(mine, theirs, strict=True))
         )
@@ -273,8 +274,9 @@ class Folds:
         return Fold(frame, folded, learning, None, 0)
 
     def prepare_compiled(self) -> None:
-        """Make the fold that compiled hosts hold, if there is none."""
-        if self._cache.compiled is None:
+        """Make the fold that compiled hosts hold, if there is none on the adapter's device."""
+        held = self._cache.compiled
+        if held is None or held.tensors[0].device != self.adapter.device:
             self._cache.compiled = fold = self._new_fold(False, self._state())
             with torch.inference_mode(False), torch.no_grad():  # compilers lose track of views that are written to
                 fold.folded = fold.folded.apart()

@@ -63,6 +63,14 @@ def _calls(model: nn.Module) -> int:
     return count
 
 
+def _decoder_keys(model: nn.Module, slots: Sequence[Slot]) -> set[int | str]:
+    """Layers and weights of the decoder, where a host has an encoder too: its tokens have a mask of their own."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    own = [slot for slot in slots if "decoder" in slot.path.split(".")]
+    return {slot.layer for slot in own} | {slot.path for slot in own}
+
+
 def _same(x: Tensor, hidden: Tensor) -> bool:
     """Whether a weight reads its layer's own input."""
     return x is hidden if torch.compiler.is_compiling() else x.data_ptr() == hidden.data_ptr()
@@ -79,6 +87,7 @@ class _Pass(threading.local):
         self.reading: _Reading | None = None  # the last one of the layer that is running
         self.paths: dict[str, str] = {}
         self.mask: Tensor | None = None
+        self.decoder_mask: Tensor | None = None
         self.outer: list[tuple[dict[str, Any], Any]] = []  # passes that wait for this one, which they have called
 
     def suspend(self, folds: Folds) -> None:
@@ -120,6 +129,7 @@ class Attached:
         width = stream_width(model) or (self.slots[0].d_in if self.slots else 0)
         self.folds = Folds(adapter, task, self.slots, width, frame, scale)
         self._first = first_layers(self.slots)
+        self._decoder = _decoder_keys(model, self.slots)
         self._now = _Pass()
         self._detach: Callable[[], None] | None = None
         if path is not None:
@@ -162,11 +172,13 @@ class Attached:
     @property
     def folded(self) -> Folded:
         """The adapter in the host's coordinates."""
+        self._settle()
         return self.folds().folded
 
     @property
     def current(self) -> Frame:
         """The frame that :attr:`folded` was made with, in the same graph."""
+        self._settle()
         return self.folds().frame
 
     @property
@@ -194,8 +206,8 @@ class Attached:
                 self._now.suspend(self.folds)
         if not at_work:
             return
-        mask = kwargs.get("attention_mask")
-        self._now.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        masks = (kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask"))
+        self._now.mask, self._now.decoder_mask = (m if isinstance(m, Tensor) and m.ndim == 2 else None for m in masks)
         self._begin_pass(inside=True)
 
     def after_host(self) -> None:
@@ -205,6 +217,12 @@ class Attached:
         if self._now.outer:
             self._now.resume(self.folds)
 
+    def _settle(self) -> None:
+        """End a pass whose end was not told: hooks are not called where the keyboard has interrupted it."""
+        if self.folds.inside and not torch.compiler.is_compiling() and not _calls(self.model):
+            self._now.outer.clear()
+            self.after_host()
+
     def before_layer(self, number: int, hidden: Tensor, held: Held | None = None) -> None:
         """A layer begins; its route is made from its input ``hidden`` (B, T, D) when a weight first asks for it.
 
@@ -212,6 +230,8 @@ class Attached:
         need the route of all layers, and nothing has held it.
         """
         now = self._now
+        if number <= now.last:
+            self._settle()
         if not self.folds.inside and number <= now.last and not in_backward():  # an encoder that is called alone, again
             self._begin_pass()
         now.layer, now.last, now.reading = (number, hidden, held.fold if held else self.folds()), number, None
@@ -225,6 +245,13 @@ class Attached:
                 "one route for all layers (routing='model') is lost where a layer runs again by itself; checkpoint "
                 "with the host's own gradient_checkpointing_enable, or choose routing='layer'"
             )
+
+    def end_again(self) -> None:
+        """A layer that ran again in a backward pass has ended: nothing keeps its graph, which that pass frees."""
+        now = self._now
+        now.layer = now.reading = None
+        graphs = {key: route for key, route in now.routes.items() if route.gate.requires_grad}
+        now.routes |= {key: Route(route.index, route.gate.detach()) for key, route in graphs.items()}
 
     def _made_at(self, number: int) -> int:
         """The layer at whose input a layer's route is made."""
@@ -267,6 +294,11 @@ class Attached:
         """``y`` plus what the atoms write there for what they read in ``x``, or in x - bias."""
         layer = self._now.layer
         inside = layer is not None and layer[0] == slot.layer
+        if layer is None and slot.shared and slot.layer >= 0 and in_backward():
+            raise UHLError(
+                f"a part of layer {slot.layer} runs again by itself, and its layer's route is lost; checkpoint whole "
+                "layers, as the host's own gradient_checkpointing_enable does"
+            )
         fold = layer[2] if layer is not None and inside else self.folds()
         path = self.path or ops.choose(
             x.device.type, x.shape[:-1].numel(), self.adapter.config.atoms, x.shape[-1], y.shape[-1]
@@ -344,13 +376,13 @@ class Attached:
                 "reentrant gradient checkpointing leaves E[k] without a gradient; pass use_reentrant=False",
                 stacklevel=2,
             )
-        masks = [self._mask_of(s) for s in sums]
+        masks = [self._mask_of(s, key) for s, key in zip(sums, self.routes, strict=True)]
         total = torch.stack([(s * m).sum() for s, m in zip(sums, masks, strict=True)]).sum()
         return total / torch.stack([m.sum() for m in masks]).sum()
 
-    def _mask_of(self, sums: Float[Tensor, "*b T"]) -> Tensor:
+    def _mask_of(self, sums: Float[Tensor, "*b T"], key: int | str) -> Tensor:
         """The attention mask of a route's tokens, also of all tokens in a row; ones for other tokens."""
-        mask = self.mask
+        mask = self._now.decoder_mask if key in self._decoder else self.mask
         if mask is not None and sums.shape in (mask.shape, (mask.numel(),)):
             return mask.reshape(sums.shape)
         return sums.new_ones(sums.shape)
@@ -425,6 +457,11 @@ class UHLLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output with the update of each active adapter."""
+        if getattr(self, "_is_replica", False):
+            raise UHLError(
+                "nn.DataParallel copies modules without what adapters share; use DistributedDataParallel (torchrun) or "
+                "one device (CUDA_VISIBLE_DEVICES=0)"
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged:

@@ -36,7 +36,7 @@ class Projector(nn.Module):
     def forward(self, dim: int, write: bool) -> Float[Tensor, "d C"]:
         """P(d), shape (d, C), for the read side or the write side of a weight."""
         first, second = fake_quantise(self.first, 8), fake_quantise(self.second, 8)
-        t = (torch.arange(dim, device=first.device) + 0.5) / dim  # (d,)
+        t = (torch.arange(dim, device=first.device, dtype=first.dtype) + 0.5) / dim  # (d,)
         size = torch.full_like(t, math.log10(dim))
         side = torch.full_like(t, float(write))
         features = torch.stack([t, size, side, torch.ones_like(t)], 1)  # (d, features + 1)
