@@ -16,12 +16,12 @@ def test_a_measured_size_is_not_measured_again(tmp_path, monkeypatch):
     size = {"tokens": 8, "d_in": 6, "d_out": 6, "atoms": 4, "top_k": 2}
     file = tmp_path / "weights.csv"
     other = size | {"tokens": 9}
+    measure = bench._weight_steps
+    monkeypatch.setattr(bench.runs, "commit", lambda: "0123456789")
     monkeypatch.setattr(bench, "_weight_steps", lambda **given: {"x": lambda: 1 / (given["tokens"] - 9)})
     with pytest.raises(ZeroDivisionError):  # interrupted at the second size
         bench.weights([size, other], file, repeats=2)
-    monkeypatch.undo()
     seen = []
-    measure = bench._weight_steps
     monkeypatch.setattr(bench, "_weight_steps", lambda **given: seen.append(given["tokens"]) or measure(**given))
     both = bench.weights([size, other], file, repeats=2)
     assert seen == [9]
@@ -34,6 +34,11 @@ def test_a_measured_size_is_not_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.runs, "hardware", lambda: "another machine")
     bench.weights([other], file, repeats=3)
     assert seen == [9, 9, 9]
+    monkeypatch.setattr(bench.runs, "commit", lambda: "0123456789-dirty")  # files that no commit names
+    for count in (4, 5):
+        assert len(bench.weights([other], file, repeats=3)) == len(first)
+        assert len(seen) == count
+    assert (pd.read_csv(file)["commit"] == "0123456789-dirty").sum() == len(first)
     assert set(first["step"]) == {"bare", "LoRA r8", "dense", "gather", "reference"}
 
 
