@@ -38,7 +38,7 @@ def test_a_measured_size_is_not_measured_again(tmp_path, monkeypatch):
     for count in (4, 5):
         assert len(bench.weights([other], file, repeats=3)) == len(first)
         assert len(seen) == count
-    assert (pd.read_csv(file)["commit"] == "0123456789-dirty").sum() == len(first)
+    assert (pd.read_csv(file, dtype=str)["commit"] == "0123456789-dirty").sum() == len(first)
     assert set(first["step"]) == {"bare", "LoRA r8", "dense", "gather", "reference"}
 
 

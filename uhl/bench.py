@@ -321,7 +321,8 @@ def _resumed(
     measured again, where that commit is known and the files are as it has them.
     """
     keys = [dict(items) for items in dict.fromkeys(tuple(key.items()) for key in keys)]
-    kept = pd.read_csv(file) if file is not None and Path(file).exists() else pd.DataFrame()
+    text = {"machine": str, "commit": str}  # a hash may look like a number
+    kept = pd.read_csv(file, dtype=text) if file is not None and Path(file).exists() else pd.DataFrame()
     where = {"machine": runs.hardware(), "commit": runs.commit()}
     if re.search("dirty|unknown", where["commit"]) and "commit" in kept.columns:
         kept = kept[kept["commit"] != where["commit"]]  # of other files, perhaps
