@@ -123,7 +123,7 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
     fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
     least, most = float(table[column][table[column] > 0].min()), 2.5 * float(table[column].max())
     for ax, _, _, rows in cells:
-        left = offset_copy(ax.transData, fig, x=-4.0, units="points")
+        left = offset_copy(ax.transData, fig, x=-1.5, units="points")
         for _, cell in rows.iterrows():
             hollow, control = cell["phase"] == "zero-shot", cell["arm"] in CONTROLS
             look: dict[str, Any] = {"mec": "white", "mew": 0.5, "ms": 6.5, "zorder": 3 + (cell["arm"] not in METHODS)}

@@ -72,7 +72,7 @@ def search_rates(table: pd.DataFrame) -> Figure:
     """Dev score against each method's learning rate (``value``), a panel a method, a line a ``host``, the best black.
 
     Hosts are drawn solid, dashed and so on in the order in which the table has them. Scores more than 12 points below
-    the best of all lie on the lower edge.
+    the best of all are triangles on the lower edge.
     """
     methods, columns = in_order(table["method"], dict.fromkeys((*ORDER, *table["method"]))), 4
     styles = dict(zip(dict.fromkeys(table["host"]), ("-", "--", ":", "-."), strict=False))
@@ -86,6 +86,8 @@ def search_rates(table: pd.DataFrame) -> Figure:
         for host, mine in of_method.sort_values("value").groupby("host", sort=False):
             scores = mine["score"].clip(lower=floor)
             ax.plot(mine["value"], scores, styles[host], marker="o", color=colour, markersize=4)
+            low = mine["score"] < floor
+            ax.plot(mine["value"][low], scores[low], "v", color=colour, markersize=7)
             best = int(scores.to_numpy().argmax())
             ax.plot(mine["value"].iloc[best], scores.iloc[best], "o", color="black", markersize=5)
         ax.set(xscale="log", xlim=(of_method["value"].min() / 2, of_method["value"].max() * 2))
@@ -94,6 +96,7 @@ def search_rates(table: pd.DataFrame) -> Figure:
     for ax in axes[:, 0]:
         ax.set_ylabel("dev score, %")
     lines = [Line2D([], [], color=CONTROL, linestyle=style, label=host) for host, style in styles.items()]
+    lines += [Line2D([], [], color=CONTROL, linestyle="", marker="v", label="below the scale")]
     fig.legend(handles=lines, loc="lower right", frameon=False)
     fig.supxlabel("learning rate", fontsize=9)
     fig.tight_layout()
