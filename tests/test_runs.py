@@ -196,6 +196,12 @@ def test_gap_recovered_where_there_is_a_gap():
     assert found.loc[("x", "anchor"), "gap"] == pytest.approx(0.5)
     assert 0.3 < found.loc[("x", "anchor"), "low"] < 0.5 < found.loc[("x", "anchor"), "high"] < 0.7
     assert found.loc[("y", "anchor"), ["gap", "low", "high"]].isna().all()
+    assert found["pgr"].isna().all()  # the source was not run
+    own = {("movies", "s", "source", "uhl-canonical"): dict.fromkeys(range(3), right(56.0))}
+    beyond = report.gap_recovered(tables | own).set_index(["target", "arm"])
+    assert beyond.loc[("x", "anchor"), "pgr"] == pytest.approx(4 / 14)
+    assert beyond.loc[("x", "anchor"), "pgr low"] < 4 / 14 < beyond.loc[("x", "anchor"), "pgr high"]
+    assert np.isnan(beyond.loc[("y", "anchor"), "pgr"])  # the source is better than the host
     fewer = tables | {("movies", "x", "zero-shot", "anchor"): {0: right(60)}}
     assert ("x", "anchor") not in report.gap_recovered(fewer).set_index(["target", "arm"]).index
     fig = viz.gap_heat(gaps)

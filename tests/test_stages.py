@@ -40,6 +40,7 @@ def tiny_world(make_encoder, task, monkeypatch):
         target="small",
         task="mood",
         anchors=40,
+        anchor_text="in-domain",
         epochs=1,
         batch=16,
         tune_steps=4,

@@ -332,7 +332,10 @@ def test_withheld_labels_make_dev_the_reported_split(tmp_path, caplog):
 
 
 def test_folder_without_train(tmp_path):
-    with pytest.raises(UHLError, match="holds no train file"):
+    with pytest.raises(UHLError, match=r"holds no train file but nothing; name one train\.jsonl"):
+        load_task(TaskSpec(str(tmp_path), "sentence"))
+    (tmp_path / "derived_train.jsonl").write_text("{}")
+    with pytest.raises(UHLError, match=r"holds no train file but derived_train\.jsonl; name one"):
         load_task(TaskSpec(str(tmp_path), "sentence"))
 
 
@@ -389,6 +392,20 @@ def test_a_hub_data_set_with_withheld_labels_and_one_without_a_train_split(monke
     del found["train"]
     with pytest.raises(UHLError, match="no split train; it has validation, test"):
         load_task("sst2")
+
+
+def test_a_hub_data_set_of_several_is_named_in_a_parameter_file(monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    asked = []
+    found = DatasetDict({"train": Dataset.from_list(ROWS)})
+    monkeypatch.setattr(readers, "load_dataset", lambda *given, **_: asked.append(given) or found)
+    settings = Settings(task="nyu-mll/glue", kind="sentence", columns={"text": "sentence"}, config="sst2")
+    assert settings.task_name == "glue"
+    load_task(settings.task_spec())
+    assert asked == [("nyu-mll/glue", "sst2")]
+    with pytest.raises(UHLError, match="set `kind` too"):
+        Settings(task="nyu-mll/glue", config="sst2").task_spec()
 
 
 @pytest.mark.parametrize("name", ["movies", "amazon"])

@@ -8,7 +8,8 @@
 Claims about scores are tests of a bound against the 95 % interval of a paired difference, on the same test examples
 and seeds, each by itself: they are not corrected for how many there are. A single seed decides none, unless other cells
 show how much seeds vary. Claims about budgets hold or do not. The claims name BERT-base, BERT-large and TinyBERT; which
-models stand in for them is what the profile says.
+models stand in for them is what the profile says, and each claim is judged on all of its targets: the first names a
+larger host, the third a narrower one.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import pandas as pd
 from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS
-from uhl.report import Cells, Groups, gather, groups_of, priors, stack, summary
+from uhl.report import Cells, Groups, gather, groups_of, own_source, priors, source_of, stack, summary
 from uhl.viz import CONTROLS
 
 PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
@@ -100,9 +101,7 @@ def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str, dict[int
 def _zero_shot(tables: Cells) -> Iterator[Compared]:
     name = "1 zero-shot loses less than 1 point against the source"
     for task, target, arm, cell in _ported(tables, "zero-shot"):
-        own = "uhl-dimension" if arm == "dimension" else "uhl-canonical"
-        source = next((found for (t, _, p, a), found in tables.items() if (t, p, a) == (task, "source", own)), {})
-        yield Compared(name, arm, task, target, (cell, source), -1.0, own)
+        yield Compared(name, arm, task, target, (cell, source_of(tables, task, arm)), -1.0, own_source(arm))
 
 
 def _tuned(tables: Cells) -> Iterator[Compared]:

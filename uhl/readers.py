@@ -88,7 +88,10 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
             if split and file.name.removesuffix(".gz").endswith(SUFFIXES):
                 found[split] = _read_file(file, spec)
         if "train" not in found:
-            raise UHLError(f"{path} holds no train file; expected train{'|'.join(SUFFIXES)}, gzip allowed")
+            names = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"
+            raise UHLError(
+                f"{path} holds no train file but {names}; name one train{'|'.join(SUFFIXES)}, perhaps with .gz behind it"
+            )
         return found
     try:
         loaded = load_dataset(spec.path, spec.config, revision=spec.revision)

@@ -150,16 +150,34 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
 def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter) with its interval, from :func:`gather`.
 
-    Only where a cell, its LoRA and no adapter have the same seeds; NaN as :func:`uhl.stats.recovered` says.
+    ``pgr`` is the performance gap recovered of Burns et al. (2023), of hosts that are better than the source: the same
+    with the source's own score in place of no adapter's. Only where the cells have the same seeds; NaN as
+    :func:`uhl.stats.recovered` says, and ``pgr`` where the source was not run.
     """
     rows = []
     for (task, target, phase, arm), cell in tables.items():
         floor = tables.get((task, target, "zero-shot", "no-adapter"), {})
         ceiling = tables.get((task, target, "retrained", "lora-r8"), {})
         if phase in {"zero-shot", "tuned"} and set(cell) == set(floor) == set(ceiling):
-            found = stats.recovered(stack(cell), stack(floor), stack(ceiling), (groups or {}).get(task))
-            rows.append((task, target, phase, arm, *found))
-    return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "gap", "low", "high"])
+            group, above = (groups or {}).get(task), stats.Interval(np.nan, np.nan, np.nan)
+            found = stats.recovered(stack(cell), stack(floor), stack(ceiling), group)
+            source = source_of(tables, task, arm)
+            if set(source) == set(cell):
+                above = stats.recovered(stack(cell), stack(source), stack(ceiling), group)
+            rows.append((task, target, phase, arm, *found, *above))
+    columns = ["task", "target", "phase", "arm", "gap", "low", "high", "pgr", "pgr low", "pgr high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def own_source(arm: str) -> str:
+    """The adapter that an arm ports, as it is called on its source."""
+    return "uhl-dimension" if arm == "dimension" else "uhl-canonical"
+
+
+def source_of(tables: Cells, task: str, arm: str) -> dict[int, np.ndarray]:
+    """Counts, by seed, of the adapter that an arm ports on its own source; empty where it was not scored there."""
+    own = own_source(arm)
+    return next((found for (t, _, p, a), found in tables.items() if (t, p, a) == (task, "source", own)), {})
 
 
 def calibration(profile: str, split: str = "test") -> pd.DataFrame:

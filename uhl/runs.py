@@ -63,6 +63,7 @@ class Settings(_Strict):
     kind: Kind | None = Field(None, description="of a task by hub id or path: sentence, pair or token")
     columns: dict[str, str] = Field({}, description="of such a task: our column names to its own")
     labels: tuple[str, ...] = Field((), description="of such a task: its classes in order; none: sorted")
+    config: str | None = Field(None, description="of a task by hub id that has several: which one")
     seed: int = Field(0, ge=0)
     train_size: int | None = Field(None, ge=8, description="labelled examples; None: all")
     eval_size: int | None = Field(None, ge=8, description="most examples of dev and of test; None: all")
@@ -73,7 +74,7 @@ class Settings(_Strict):
     anchor_words: int = Field(1, ge=0, le=16, description="words of each anchor text that have codes of the stream")
     anchor_cuts: int = Field(3, ge=0, le=16, description="fragments of each text but the generic, with logits alone")
     anchor_dims: int | None = Field(None, ge=1, description="coordinates of these codes; None: all")
-    anchor_text: str = Field("in-domain", description="in-domain (the task's unlabelled split), train, or generic")
+    anchor_text: str = Field("generic", description="generic, in-domain (the task's unlabelled split), or train")
     steps: int | None = Field(None, ge=1, description="of training on the source; None: ``epochs`` passes")
     epochs: float = Field(2.0, gt=0)
     batch: int = Field(32, ge=1)
@@ -126,9 +127,9 @@ class Settings(_Strict):
         if unset := re.search(r"\$\{?(\w+)", path):
             raise UHLError(f"task {self.task}: set {unset[1]} in the environment, to the folder that holds the data")
         if self.kind is not None:
-            return TaskSpec(path, self.kind, self.columns, self.labels)
-        if self.columns or self.labels:
-            raise UHLError("`columns` and `labels` describe a task by hub id or path; set `kind` too")
+            return TaskSpec(path, self.kind, self.columns, self.labels, self.config)
+        if self.columns or self.labels or self.config:
+            raise UHLError("`columns`, `labels` and `config` describe a task by hub id or path; set `kind` too")
         return path
 
     def adapter_config(self, projector: str) -> Sizes:
