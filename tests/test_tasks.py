@@ -225,7 +225,7 @@ def test_settings_describe_an_own_task(tmp_path):
     settings = Settings(**own, labels=("1", "0"))
     task = load_task(settings.task_spec())
     assert (task.name, settings.task_name, task.labels) == ("my", "my", ("1", "0"))
-    with pytest.raises(UHLError, match="`columns` and `labels` describe a task .*set `kind` too"):
+    with pytest.raises(UHLError, match="`columns`, `labels` and `config` describe a task .*set `kind` too"):
         Settings(task="movies", labels=("a", "b")).task_spec()
 
 

@@ -89,9 +89,7 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
                 found[split] = _read_file(file, spec)
         if "train" not in found:
             names = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"
-            raise UHLError(
-                f"{path} holds no train file but {names}; name one train{'|'.join(SUFFIXES)}, perhaps with .gz behind it"
-            )
+            raise UHLError(f"{path} holds no train file but {names}; name one train{'|'.join(SUFFIXES)}, .gz too")
         return found
     try:
         loaded = load_dataset(spec.path, spec.config, revision=spec.revision)
