@@ -73,11 +73,13 @@ def test_killed_and_resumed_gives_the_same_bits(make_encoder, task, config, tmp_
                 )
                 with pytest.raises(KeyboardInterrupt):
                     train.train(classifier, encoder, task, settings, folder)
-            assert list(folder.glob("checkpoint-*"))
+            (left,) = folder.glob("checkpoint-*")
+            (left / "seconds.txt").write_text("1000.5")  # that an interrupted run took so far
             attached.detach()
             adapter, attached, classifier = build(encoder, task, config, settings, seed=5)
         log = train.train(classifier, encoder, task, settings, folder)
         assert log.steps == 12
+        assert 1000 * interrupted < log.seconds < 1000 * interrupted + 200
         assert not list(folder.glob("checkpoint-*"))
         states.append({k: v.clone() for k, v in adapter.state_dict().items()})
         attached.detach()

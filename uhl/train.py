@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -224,6 +225,30 @@ class StepMemory(TrainerCallback):
             self.peak, self._live = self._live.peak, None
 
 
+class _Clock(TrainerCallback):
+    """Wall seconds of a run, those before its last interruption among them: kept in each checkpoint."""
+
+    FILE = "seconds.txt"
+
+    def __init__(self, checkpoint: str | None) -> None:
+        kept = Path(checkpoint or "") / self.FILE
+        self.before = float(kept.read_text(encoding="utf-8")) if checkpoint and kept.is_file() else 0.0
+        self.begun = time.time()
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return self.before + time.time() - self.begun
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        """What comes before the first step does not count."""
+        self.begun = time.time()
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        """Beside the checkpoint's own files."""
+        write_text(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.FILE, f"{self.seconds}")
+
+
 Watch = Callable[[int, float], None]  # quarters of the steps, dev score
 
 
@@ -347,17 +372,20 @@ def train(
         trainer.add_callback(_DevScores(watch, lambda: predict(classifier, encoder, task, "dev", **sizes).score))
     trainer.remove_callback(PrinterCallback)  # without a progress bar it would print every log line
     checkpoint = _own_checkpoint(Path(folder), fingerprint(classifier, encoder, task, config, about))
+    clock = _Clock(checkpoint)
+    trainer.add_callback(clock)
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         memory.stop()
+    seconds = clock.seconds
     for left in Path(folder).glob("checkpoint-*"):
         shutil.rmtree(left)
     losses = [(int(e["step"]), float(e["loss"])) for e in trainer.state.log_history if "loss" in e]
     trained = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
     classifier.eval()
     peak = None if memory.peak is None else memory.peak / 1e6
-    return TrainLog(losses, result.metrics["train_runtime"], trainer.state.global_step, trained, peak)
+    return TrainLog(losses, seconds, trainer.state.global_step, trained, peak)
 
 
 def collator(encoder: Encoder, task: Task) -> Any:
