@@ -161,7 +161,7 @@ def search(options: argparse.Namespace) -> None:
     try:
         from uhl import search as searching
     except ModuleNotFoundError as error:
-        raise UHLError(f"uhl search needs Optuna ({error}); pip install 'uhl[notebooks]'") from error
+        raise UHLError(f"uhl search needs Optuna ({error}); pip install -e '.[notebooks]' in the repository") from error
     grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
     own, target = task_file(options.profile, options.task), options.target or grid.targets[0]
     if (PARAMS / options.profile / f"{target}.yaml").is_file():
