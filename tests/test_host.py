@@ -69,6 +69,41 @@ def test_attaches_to_every_family_and_leaves_it_bit_identical(model, config):
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
+OTHERS = {  # types of a layer's weights, in order
+    "modernbert": (["Q", "O", "FFN", "FFN"], dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=4)),
+    "albert": (["Q", "K", "V", "O", "FFN", "FFN"], dict(hidden_size=32, embedding_size=16, num_attention_heads=4)),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_encoders_with_other_names(family, config):
+    from conftest import fill
+
+    from uhl.adapter import UHLAdapter
+    from uhl.peft_method import attach
+
+    types, sizes = OTHERS[family]
+    made = AutoConfig.for_model(family, **COMMON, **sizes, intermediate_size=64, pad_token_id=0)
+    made.num_hidden_layers = 3
+    torch.manual_seed(0)
+    model = AutoModel.from_config(made).eval()
+    slots = find_slots(model)
+    own = {name: [s for s in slots if s.layer_path == name] for name in {s.layer_path for s in slots}}
+    assert len(own) == (1 if family == "albert" else 3)  # ALBERT runs one layer again and again
+    for weights in own.values():
+        assert sorted(s.type for s in weights) == sorted(types)
+        assert sum(s.writer for s in weights) == 2
+    assert all(s.d_out == 32 for s in slots if s.writer)
+    adapter = UHLAdapter(config)
+    adapter.add_task("t", ("a", "b"), "sentence")
+    fill(adapter)
+    ids = torch.randint(1, 50, (2, 7))
+    before = model(input_ids=ids).last_hidden_state
+    with attach(model, adapter, "t"):
+        assert not torch.allclose(before, model(input_ids=ids).last_hidden_state, atol=1e-3)
+    assert torch.equal(before, model(input_ids=ids).last_hidden_state)
+
+
 def test_types_choose_weights(encoder):
     assert {s.type for s in find_slots(encoder.model, ("O", "FFN"))} == {"O", "FFN"}
 
@@ -78,5 +113,5 @@ def test_a_single_layer_has_depth_zero(make_encoder):
 
 
 def test_a_host_without_known_weights_is_an_error():
-    with pytest.raises(UHLError, match="no nn.Linear of a known type"):
+    with pytest.raises(UHLError, match="no nn.Linear of a known type .* expected a Transformer such as BERT"):
         find_slots(nn.Sequential(nn.Linear(3, 3)))

@@ -174,6 +174,17 @@ def on_the_weights_sides(frame, encoder):
     return replace(frame, slots=pairs, stream=False)
 
 
+def test_what_compiled_hosts_hold_follows_the_device(encoder, adapter):
+    with attach(encoder.model, adapter, "mood") as attached:
+        attached.folds.prepare_compiled()
+        first = attached.folds._cache.compiled
+        attached.folds.prepare_compiled()
+        assert attached.folds._cache.compiled is first
+        first.tensors = [t.to("meta") for t in first.tensors]  # as if the host had been compiled on another device
+        attached.folds.prepare_compiled()
+        assert {t.device for t in attached.folds._cache.compiled.tensors} == {adapter.device}
+
+
 def test_residual_frame_reads_the_stream_in_the_routers_scale(encoder):
     frame = stream_frame(encoder)
     (read, write), slots = frame.slots[find_slots(encoder.model)[0].path], find_slots(encoder.model)

@@ -623,6 +623,9 @@ def test_a_head_for_other_labels_is_an_error(tiny_world, task, monkeypatch):
     monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
     with pytest.raises(UHLError, match="labels negative, positive; the task is a sentence task with labels sad, glad"):
         stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor",)}))
+    with pytest.raises(UHLError, match="Add a task of its own to the adapter"):
+        stages.tune(tiny_world, "anchor")
+    assert [cell.name for cell in runs.cell_dir(tiny_world, "x").parent.iterdir()] == ["pretrain-canonical"]
 
 
 def test_too_many_anchors(tiny_world, task):

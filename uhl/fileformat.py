@@ -333,7 +333,7 @@ def _parsed(path: Path, meta: Any, kind: type[Header] | type[PackHeader]) -> Hea
             PACK: "a task pack; plug it into its dictionary with `uhl join`",
             FORMAT: "an adapter; cut it into task packs with `uhl split`",
         }
-        what = known.get(str(found), f"not an adapter: expected format {wanted!r} in its header")
+        what = known.get(str(found), f"not an adapter: expected format {wanted!r} in its header; give a file of uhl's")
         raise UHLError(f"{path} is a safetensors file but {what}")
     version = meta.get("version")
     if version != VERSION:

@@ -22,23 +22,23 @@ from uhl.errors import UHLError
 # Suffix of the path below the layer -> (type, is writer). Order matters: the first match wins.
 _PATTERNS: tuple[tuple[str, str, bool], ...] = (
     (
-        r"(query|query_proj|q_lin|q_proj|attn\.q|(?:Self|EncDec)Attention\.q|c_attn|query_key_value|qkv_proj|in_proj)",
+        r"(query|query_proj|q_lin|q_proj|attn\.q|(?:Self|EncDec)Attention\.q|c_attn|query_key_value|qkv_proj|in_proj|Wqkv)",
         "Q",
         False,
     ),
     (r"(key|key_proj|k_lin|k_proj|attn\.k|(?:Self|EncDec)Attention\.k)", "K", False),
     (r"(value|value_proj|v_lin|v_proj|attn\.v|(?:Self|EncDec)Attention\.v)", "V", False),
     (
-        r"(attention\.output\.dense|out_lin|o_proj|out_proj|attn\.o|(?:Self|EncDec)Attention\.o|attn\.c_proj|attention\.dense)",
+        r"(attention\.output\.dense|out_lin|o_proj|out_proj|attn\.o|(?:Self|EncDec)Attention\.o|attn\.(?:c_proj|Wo)|attention\.dense)",
         "O",
         True,
     ),
     (
-        r"(intermediate\.dense|lin1|up_proj|gate_proj|gate_up_proj|fc_in|fc1|c_fc|wi|wi_0|wi_1|dense_h_to_4h)",
+        r"(intermediate\.dense|lin1|up_proj|gate_proj|gate_up_proj|fc_in|fc1|c_fc|wi|wi_0|wi_1|dense_h_to_4h|ffn|mlp\.Wi)",
         "FFN",
         False,
     ),
-    (r"(output\.dense|lin2|down_proj|fc_out|fc2|mlp\.c_proj|wo|dense_4h_to_h)", "FFN", True),
+    (r"(output\.dense|lin2|down_proj|fc_out|fc2|mlp\.(?:c_proj|Wo)|wo|dense_4h_to_h|ffn_output)", "FFN", True),
 )
 _LAYER = re.compile(r"^(.*?(?:layers?|h|blocks?)\.(\d+))\.(.+)$")
 _ELSEWHERE = re.compile(  # may read other states than its layer, or not all of them
