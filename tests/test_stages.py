@@ -371,9 +371,10 @@ def test_a_range_is_sampled_within_its_bounds_and_the_best_is_written(tiny_world
 
 def test_poor_trials_are_pruned_and_diverged_ones_fail(tiny_world, monkeypatch):
     quality = {0.5: 1.0, 0.6: 2.0, 0.7: 3.0, 0.8: 4.0, 0.1: 0.5, 0.2: None}
-    space = {"full_rate": list(quality)}
+    space, starts = {"full_rate": list(quality)}, []
 
     def baseline(settings, host, method, begin, watch):
+        assert begin == "fitted"
         (runs.cell_dir(settings, "trial")).mkdir(parents=True)
         score = quality[settings.full_rate]
         if score is None:
@@ -384,8 +385,9 @@ def test_poor_trials_are_pruned_and_diverged_ones_fail(tiny_world, monkeypatch):
         return Outcome(settings, stages.load_data(settings), rows=[row])
 
     monkeypatch.setattr(stages, "baseline", baseline)
-    monkeypatch.setattr(stages, "baseline_start", lambda *_: None)
+    monkeypatch.setattr(stages, "baseline_start", lambda *given: starts.append(given) or "fitted")
     study = search.search(tiny_world, "full", space, trials=6)
+    assert len(starts) == 1  # trials differ in rates alone
     assert [t.state.name for t in study.trials] == ["COMPLETE"] * 4 + ["PRUNED", "FAIL"]
     assert not (runs.root() / "t-search" / "full-full_rate-0.1" / "mood-s0").exists()
     assert search.table([study])["score"].tolist()[:5] == [1, 2, 3, 4, 0.5]

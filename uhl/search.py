@@ -39,7 +39,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import Field, model_validator
 
 from uhl import runs, stages
-from uhl.baselines import RATES
+from uhl.baselines import RATES, Start
 from uhl.config import _Strict
 from uhl.errors import DivergenceError, UHLError, one_of
 from uhl.files import read_yaml, sha256, write_text
@@ -127,12 +127,20 @@ def ask(trial: Trial, space: Space) -> dict[str, Any]:
     }
 
 
-def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch | None = None) -> dict[str, object]:
+def run(
+    settings: Settings,
+    method: str,
+    values: Mapping[str, Any],
+    watch: Watch | None = None,
+    begun: dict[str, Start] | None = None,
+) -> dict[str, object]:
     """Train a method with ``values`` for some settings; its dev row. A finished run is read.
 
     ``watch`` is told dev scores on the way and may raise, which ends the run; its folder is then removed. Of several
-    processes one runs, and the others wait for it.
+    processes one runs, and the others wait for it. ``begun`` keeps what baselines begin with, for the trials of one
+    search, which mostly differ in rates alone.
     """
+    begun = {} if begun is None else begun
     host = _host(settings)
     named = [f"{method}-{runs.slug(settings.target)}"] if host == "target" else [method]
     profile = f"{settings.profile}-search/" + "-".join([*named, *(f"{k}-{_text(v)}" for k, v in values.items())])
@@ -143,15 +151,18 @@ def run(settings: Settings, method: str, values: Mapping[str, Any], watch: Watch
     with runs.locked(runs.root() / profile / ".lock"):
         found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
         kept, wanted = _without(found["parameters"], others), _without(chosen.model_dump(mode="json"), others)
-        about = {"adapter": own, "protocol": runs.PROTOCOL}
-        if kept != wanted or any(found.get(name) != value for name, value in about.items()):
+        by = {"adapter": own, "protocol": runs.PROTOCOL}
+        if kept != wanted or any(found.get(name) != value for name, value in by.items()):
             try:
                 if method.startswith("uhl-"):
                     _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"), watch)
                 elif method == TUNE:
                     outcome = _tuned(chosen, watch, settings)
                 else:
-                    outcome = stages.baseline(chosen, host, method, stages.baseline_start(chosen, host), watch)
+                    about = chosen.model_dump_json(exclude={"profile", *RATES.values()})
+                    begin = begun.get(about) or stages.baseline_start(chosen, host)
+                    begun |= {about: begin}
+                    outcome = stages.baseline(chosen, host, method, begin, watch)
             except optuna.TrialPruned:
                 shutil.rmtree(path.parent.parent)  # of this task and seed
                 raise
@@ -293,6 +304,8 @@ def search(
     whole = grid(space)
     wanted = trials or 12 if whole is None else min(trials or len(whole), len(whole))
 
+    begun: dict[str, Start] = {}
+
     def objective(trial: Trial) -> float:
         def watch(quarter: int, score: float) -> None:
             trial.report(score, quarter)
@@ -305,7 +318,7 @@ def search(
             raise optuna.TrialPruned
         values = ask(trial, space)
         try:
-            row = run(settings, method, values, watch)
+            row = run(settings, method, values, watch, begun)
         except DivergenceError:
             trial.set_user_attr("diverged", True)
             raise
