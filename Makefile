@@ -6,7 +6,7 @@
 # make copies                  the adapter on pruned copies of its source (notebook 10); writes figures/compression*
 # make bench                   times and memory of the layers on this machine
 # make fetch                   set up and fetch the offline models and text, no more
-# make lab                     JupyterLab on notebooks/
+# make lab                     JupyterLab on notebooks/ (its root is here, so that notebooks can show figures/)
 
 SHELL := bash
 PROFILE ?= offline
@@ -102,7 +102,7 @@ bench: $(STAMP)
 		--log-output --no-progress-bar -p full True -p shape bert-base -p batch 8 -p length 128 -p repeats 9
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab notebooks
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
 # make table [PROFILE=offline-full] [PARTIAL=--partial]   figures anew from all results, then README.md and figures/
 RUNS = $(or $(UHL_RUNS),$(CURDIR)/runs)/$(PROFILE)
