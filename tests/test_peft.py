@@ -409,10 +409,11 @@ def test_an_adapter_made_in_inference_mode_follows_what_is_loaded_into_it():
     assert not torch.allclose(first, second)
 
 
-def test_a_host_in_double_precision():
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_host_and_an_adapter_in_another_precision(dtype, error):
     model = trainable().eval()
     wanted = logits(model)
-    torch.testing.assert_close(logits(model.double()), wanted.double(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits(model.to(dtype)), wanted.to(dtype), atol=error, rtol=error)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -169,14 +169,14 @@ class UHLAdapter(nn.Module):
     def _features(self, places: tuple[tuple[float, str], ...]) -> tuple[Tensor, Tensor]:
         """What mixer and bias see of weights. Kept, as copying them to a device at every step would wait for it."""
         kept = self._kept_features
-        like = self.mixer.first
-        if torch.compiler.is_compiling() or kept is None or kept[0] != (places, like.device, like.dtype):
+        dtype = torch.promote_types(self.mixer.first.dtype, torch.float32)  # as rounded parameters are
+        if torch.compiler.is_compiling() or kept is None or kept[0] != (places, self.device, dtype):
             with torch.inference_mode(False):
                 rows = ([make(*place) for place in places] for make in (type_features, bias_features))
-                inputs, basis = (torch.stack(row).to(like) for row in rows)
+                inputs, basis = (torch.stack(row).to(self.device, dtype) for row in rows)
             if torch.compiler.is_compiling():  # constants of the graph
                 return inputs, basis
-            kept = self._kept_features = (places, like.device, like.dtype), (inputs, basis)
+            kept = self._kept_features = (places, self.device, dtype), (inputs, basis)
         return kept[1]
 
     def vectors(self, frame: Frame, slots: Sequence[Slot]) -> dict[str, Vectors]:
