@@ -258,7 +258,7 @@ def read_manifest(settings: Settings, stage: str) -> dict[str, Any]:
     path = cell_dir(settings, stage) / "manifest.json"
     if not path.is_file():
         raise UHLError(f"{stage} was not run for task {settings.task}, seed {settings.seed}: {path} is missing")
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    return manifest(path)
 
 
 def manifests(profile: str, older: bool = False) -> dict[Path, dict[str, Any]]:

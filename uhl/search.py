@@ -160,9 +160,9 @@ def run(
                     outcome = _tuned(chosen, watch, settings)
                 else:
                     about = chosen.model_dump_json(exclude={"profile", *RATES.values()})
-                    begin = begun.get(about) or stages.baseline_start(chosen, host)
-                    begun |= {about: begin}
-                    outcome = stages.baseline(chosen, host, method, begin, watch)
+                    if about not in begun:
+                        begun[about] = stages.baseline_start(chosen, host)
+                    outcome = stages.baseline(chosen, host, method, begun[about], watch)
             except optuna.TrialPruned:
                 shutil.rmtree(path.parent.parent)  # of this task and seed
                 raise
@@ -303,7 +303,6 @@ def search(
     made = study(settings, one_of(method, methods_on(host), f"method to search on the {host}"), space, url)
     whole = grid(space)
     wanted = trials or 12 if whole is None else min(trials or len(whole), len(whole))
-
     begun: dict[str, Start] = {}
 
     def objective(trial: Trial) -> float:

@@ -273,9 +273,9 @@ def tune(
 
     Three are controls: `zero-atoms` tunes the ported head alone; `random-p` and `untrained` have as much of the atoms
     as `anchor` (its scale), the one behind random directions, the other random atoms and routes where the trained ones
-    were (mixer and head stay). ``shared`` is what
-    :func:`observe_target` returned; ``watch`` is :func:`uhl.train.train`'s. The adapter is the one that the settings
-    ``trained`` have trained, by default these. Scores are those of the tuned adapter's file.
+    were (mixer and head stay). ``shared`` is what :func:`observe_target` returned; ``watch`` is
+    :func:`uhl.train.train`'s. The adapter is the one that the settings ``trained`` have trained, by default these.
+    Scores are those of the tuned adapter's file.
     """
     one_of(arm, TUNED_ARMS, "arm to tune")
     task, target = load_data(settings), freeze(load_encoder(settings.target))
