@@ -209,6 +209,17 @@ def test_atoms_that_do_not_act_cost_nothing(tiny_world, monkeypatch):
     assert anchor.rows[0]["trainable_params"] > alone.rows[0]["trainable_params"]
 
 
+def test_times_are_medians_over_seeds(tiny_world):
+    for seed, seconds in enumerate((3.0, 4.0, 1000.0)):  # the machine slept during the last
+        settings = tiny_world.model_copy(update={"seed": seed, "baselines": ("head",)})
+        outcome = merge(stages.baselines(settings, "target").values())
+        for row in outcome.rows:
+            row["seconds"] = seconds
+        outcome.finish("baselines-small")
+    (row,) = report.summary("t").to_dict("records")
+    assert (row["seeds"], row["seconds"]) == (3, 4.0)
+
+
 def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     _, outcome = stages.pretrain(tiny_world, "canonical")
     outcome.finish("pretrain-canonical")

@@ -114,7 +114,8 @@ def stack(tables: dict[int, np.ndarray], seeds: Iterable[int] | None = None) -> 
 def summary(profile: str, split: str = "test") -> pd.DataFrame:
     """One row a (task, target, phase, arm): mean score with its interval, seeds, n, budgets.
 
-    Bytes are those of the largest seed's file; ``top_k``: the most atoms of ours that a token could use.
+    Bytes are those of the largest seed's file, seconds the median over seeds, as a machine may sleep during one;
+    ``top_k``: the most atoms of ours that a token could use.
     """
     frame = runs.load_results(profile)
     frame = frame[frame["split"] == split]
@@ -131,6 +132,7 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
         mean["adapter_bytes"] = group["adapter_bytes"].max()
+        mean["seconds"] = group["seconds"].median()
         cells = [_cell(profile, task, int(s), phase, target, arm) for s in group["seed"]]
         if lost := [cell for cell in cells if cell not in finished]:
             raise UHLError(f"{lost[0]} has rows in results.csv and no manifest; run the cell again")
