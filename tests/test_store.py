@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,20 @@ def test_formula_equals_the_file(with_anchors, path):
     formula, measured = budget.adapter_parts(with_anchors), budget.file_bytes(path)
     assert formula == {k: v for k, v in measured.items() if k != "header"}
     assert sum(measured.values()) == path.stat().st_size
+
+
+def test_bytes_at_float16_are_two_a_number(with_anchors, path, tmp_path):
+    bare = UHLAdapter(Sizes())
+    bare.add_task("t", ("a", "b"), "sentence")
+    written = store.save(bare, tmp_path / "bare.safetensors")
+    header = budget.file_bytes(written)["header"]
+    assert budget.float16_bytes(written) == header + 2 * sum(p.numel() for p in bare.parameters())
+    anchors = with_anchors.anchors
+    tables = [anchors.head, *anchors.stream] + ([] if anchors.logits is None else [anchors.logits])
+    numbers = sum(p.numel() for p in with_anchors.parameters()) + sum(t.values.numel() for t in tables)
+    numbers += sum(0 if t is None else t.numel() for t in (anchors.reads, anchors.bias))
+    texts = len(zlib.compress("\n".join(anchors.texts).encode(), 9))
+    assert budget.float16_bytes(path) == budget.file_bytes(path)["header"] + 2 * numbers + texts
 
 
 def test_full_size_adapter_keeps_the_budget(tmp_path):
@@ -291,6 +306,7 @@ def test_split_and_join_by_command(tmp_path, path, monkeypatch, capsys):
     told = run("inspect", tmp_path / "whole.safetensors")
     assert "bytes      dictionary    66,048" in told
     assert "token router" in told
+    assert f"float16 it would have {budget.float16_bytes(tmp_path / 'whole.safetensors'):,} bytes" in told
 
 
 def test_a_file_of_version_1_goes_on_loading():

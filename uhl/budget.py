@@ -90,6 +90,19 @@ def adapter_parts(adapter: UHLAdapter) -> dict[str, int]:
     return part_bytes(adapter.config, labels, anchors.coded, text, depths, words, dims, reads, heads, units)
 
 
+def float16_bytes(path: str | Path) -> int:
+    """Bytes of the same file if each number in it were a float16, to compare with files of other methods at one
+    precision: header and anchors' texts as they are, and no scales.
+    """
+    adapter = store.load(path)
+    numbers = sum(p.numel() for p in adapter.parameters())
+    texts = b"" if adapter.anchors is None else store.packed_text(adapter.anchors.texts)
+    for name, value in store.to_tensors(adapter).items():
+        if name.startswith("anchors.") and not name.endswith((".scale", ".centre", ".text")):
+            numbers += value.numel()
+    return 2 * numbers + len(texts) + file_bytes(path)["header"]
+
+
 def anchor_bytes(anchors: Anchors, bits: int = 8) -> int:
     """Bytes of anchors in a file, their codes at ``bits`` (a file's are at 8)."""
     tables = [anchors.head, *anchors.stream] + ([] if anchors.logits is None else [anchors.logits])

@@ -367,4 +367,5 @@ def describe(path: str | Path) -> str:
         lines.append(f"anchors    {a.count} texts, {codes}{cut} ({a.origin})")
     sizes = budget.file_bytes(path)
     lines += [f"bytes      {part:10s} {count:9,}" for part, count in sizes.items() if count]
+    lines.append(f"with every number as a float16 it would have {budget.float16_bytes(path):,} bytes")
     return "\n".join(lines)
