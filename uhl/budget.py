@@ -90,22 +90,21 @@ def adapter_parts(adapter: UHLAdapter) -> dict[str, int]:
     return part_bytes(adapter.config, labels, anchors.coded, text, depths, words, dims, reads, heads, units)
 
 
-def float16_bytes(path: str | Path) -> int:
-    """Bytes of the same file if each number in it were a float16, to compare with files of other methods at one
-    precision: header and anchors' texts as they are, and no scales.
+def float16_bytes(adapter: UHLAdapter) -> int:
+    """Bytes of an adapter's tensors if each number were a float16, to compare with files of other methods at one
+    precision: anchors' texts as they are packed, and no scales. The header comes on top.
     """
-    adapter = store.load(path)
-    numbers = sum(p.numel() for p in adapter.parameters())
-    texts = b"" if adapter.anchors is None else store.packed_text(adapter.anchors.texts)
-    for name, value in store.to_tensors(adapter).items():
-        if name.startswith("anchors.") and not name.endswith((".scale", ".centre", ".text")):
-            numbers += value.numel()
-    return 2 * numbers + len(texts) + file_bytes(path)["header"]
+    numbers, texts, anchors = sum(p.numel() for p in adapter.parameters()), b"", adapter.anchors
+    if anchors is not None:
+        numbers += sum(t.values.numel() for t in store.code_tables(anchors).values())
+        numbers += sum(t.numel() for t in (anchors.reads, anchors.bias) if t is not None)
+        texts = store.packed_text(anchors.texts)
+    return 2 * numbers + len(texts)
 
 
 def anchor_bytes(anchors: Anchors, bits: int = 8) -> int:
     """Bytes of anchors in a file, their codes at ``bits`` (a file's are at 8)."""
-    tables = [anchors.head, *anchors.stream] + ([] if anchors.logits is None else [anchors.logits])
+    tables = store.code_tables(anchors).values()
     codes = sum(-(-bits * t.values.numel() // 8) + 2 * SCALE * len(t.values) for t in tables)
     reads = 0 if anchors.reads is None else anchors.reads.numel() + 2 * SCALE * len(anchors.reads)
     return codes + reads + len(store.packed_text(anchors.texts))

@@ -103,12 +103,13 @@ def _anchor_tensors(adapter: UHLAdapter) -> dict[str, Tensor]:
         out["anchors.reads"], out["anchors.reads.scale"] = quantise(adapter.anchors.reads, 8)
         if adapter.anchors.bias is not None:
             out["anchors.bias"] = to_half(adapter.anchors.bias)
-    for name, codes in _code_tables(adapter.anchors).items():
+    for name, codes in code_tables(adapter.anchors).items():
         out |= {name: codes.values, f"{name}.scale": codes.scale, f"{name}.centre": codes.centre}
     return out
 
 
-def _code_tables(anchors: Anchors) -> dict[str, Codes]:
+def code_tables(anchors: Anchors) -> dict[str, Codes]:
+    """An anchor set's tables of codes by the names of their tensors."""
     found = {"anchors.head": anchors.head} | {f"anchors.stream.{i}": c for i, c in enumerate(anchors.stream)}
     return found if anchors.logits is None else found | {"anchors.logits": anchors.logits}
 
@@ -367,5 +368,7 @@ def describe(path: str | Path) -> str:
         lines.append(f"anchors    {a.count} texts, {codes}{cut} ({a.origin})")
     sizes = budget.file_bytes(path)
     lines += [f"bytes      {part:10s} {count:9,}" for part, count in sizes.items() if count]
-    lines.append(f"with every number as a float16 it would have {budget.float16_bytes(path):,} bytes")
+    lines.append(
+        f"with every number as a float16 it would have {budget.float16_bytes(adapter) + sizes['header']:,} bytes"
+    )
     return "\n".join(lines)
