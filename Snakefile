@@ -44,15 +44,16 @@ def own_task(w):
 
 def own_list(name):
     """A parameter file that a profile may have beside its settings: of a notebook outside of the batch, or of baselines
-    retrained on targets.
+    on the source or retrained on targets.
     """
     path = f"params/{GRID.profile}/{name}.yaml"
     return [path] if os.path.exists(path) else []
 
 
-def on_target(w):
-    """The parameter files of baselines on a target; none on the source."""
-    return [] if w.model == slug(GRID.source) else [TARGET.format(target=w.model), *own_list("retrained")]
+def of_baselines(w):
+    """The parameter files of baselines on a host, beside the settings."""
+    on_source = w.model == slug(GRID.source)
+    return own_list("source") if on_source else [TARGET.format(target=w.model), *own_list("retrained")]
 
 
 def task(w):
@@ -129,14 +130,14 @@ rule baselines:
     input:
         SETTINGS,
         own_task,
-        on_target,
+        of_baselines,
     output:
         f"{CELL}/baselines-{{model}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{model}}.log",
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed} " + "".join(f"-f {f} " for f in on_target(w))
-        + f"-y 'hosts: [{'target' if on_target(w) else 'source'}]'",
+        own=lambda w: f"{task(w)} -p seed {w.seed} " + "".join(f"-f {f} " for f in of_baselines(w))
+        + f"-y 'hosts: [{'source' if w.model == slug(GRID.source) else 'target'}]'",
     shell:
         papermill("05_baselines")
 
