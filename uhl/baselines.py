@@ -145,8 +145,7 @@ def peft_method(method: str, slots: Sequence[Slot]) -> tuple[PeftConfig, list[Sl
         paths = [s.path for s in slots]
         return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=paths), list(slots), rank
     targets = [s for s in slots if s.type in {"Q", "V"}]
-    divisor = math.gcd(*(size for s in targets for size in (s.d_in, s.d_out)))
-    length = max(n for n in range(1, min(divisor, 256) + 1) if divisor % n == 0)
+    length = vector_length([size for s in targets for size in (s.d_in, s.d_out)])
     names = {"lora-r8": "LoRA r8", "vera": "VeRA r256", "vb-lora": "VB-LoRA", "uni-lora": "Uni-LoRA"}
     ranks = {"lora-r8": RANK, "vera": VERA_RANK}
     made = peft_methods([s.path for s in targets], length)[names[method]]
@@ -190,6 +189,12 @@ def round_trained(classifier: Classifier) -> None:
     for name, parameter in classifier.named_parameters():
         if parameter.requires_grad and not name.startswith("part."):
             parameter.copy_(parameter.half().float())
+
+
+def vector_length(sizes: Sequence[int]) -> int:
+    """Length of VB-LoRA's vectors on weights of these sizes, each of which it must divide: the longest up to 256."""
+    divisor = math.gcd(*sizes)
+    return max(n for n in range(1, min(divisor, 256) + 1) if divisor % n == 0)
 
 
 def peft_methods(targets: Sequence[str], length: int = 256) -> dict[str, PeftConfig]:

@@ -13,8 +13,11 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -254,7 +257,8 @@ def paired(steps: dict[str, Step], repeats: int, limit: float = float("inf"), wa
 def _weight_steps(
     tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, train: bool, compiled: bool = False
 ) -> dict[str, Step]:
-    """One frozen `nn.Linear`, by itself, with each path's update, and with rank-8 LoRA's; ``compiled``: gather's too.
+    """One frozen `nn.Linear`, by itself, with each path's update, with rank-8 LoRA's written plainly, and as PEFT's
+    VeRA and VB-LoRA change it; ``compiled``: these two, LoRA's and gather's compiled, too.
 
     A size is compiled for itself when it is first run, so in the rounds that are not counted.
     """
@@ -280,15 +284,23 @@ def _weight_steps(
     def path(name: str) -> Callable[[], torch.Tensor]:
         return lambda: ops.get(name)(linear(x), x, v, u, strength, chosen)
 
-    made = {
-        "bare": step(lambda: linear(x)),
-        "LoRA r8": step(lambda: linear(x) + (x @ down.T) @ up.T),
-        **{name: step(path(name)) for name in ("dense", "gather", "reference")},
+    rivals = {"LoRA r8": lambda: linear(x) + (x @ down.T) @ up.T} | {
+        name: partial(_on_one_weight(linear, name), x) for name in ("VeRA r256", "VB-LoRA")
     }
+    paths = {name: path(name) for name in ("dense", "gather", "reference")}
+    made = {name: step(forward) for name, forward in ({"bare": lambda: linear(x)} | rivals | paths).items()}
     if compiled:
         torch._dynamo.reset()
-        made["gather, compiled"] = step(torch.compile(path("gather"), dynamic=False))
+        for name, forward in (rivals | {"gather": paths["gather"]}).items():
+            made[f"{name}, compiled"] = step(torch.compile(forward, dynamic=False))
     return made
+
+
+def _on_one_weight(linear: nn.Linear, method: str) -> nn.Module:
+    """A weight as one of PEFT's methods changes it; ``linear`` itself stays as it is."""
+    length = baselines.vector_length([linear.in_features, linear.out_features])
+    config = baselines.peft_methods(["weight"], length)[method]
+    return get_peft_model(nn.Sequential(OrderedDict(weight=deepcopy(linear))), config)  # type: ignore[arg-type]
 
 
 def weights(
@@ -301,7 +313,7 @@ def weights(
 ) -> pd.DataFrame:
     """:func:`paired` times of one weight for each of ``grid``'s sizes (tokens, d_in, d_out, atoms, top_k).
 
-    A size takes about ``limit`` seconds at most, beside its compilation where gathering is measured ``compiled`` too.
+    A size takes about ``limit`` seconds at most, beside its compilation where ways are measured ``compiled`` too.
     ``file``: see :func:`_resumed`.
     """
 

@@ -42,13 +42,14 @@ def work(step: str, tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, 
 
     FLOPs are those that the way does: a multiply and an add count as two, only matrix products and dots count. With R
     the rank that a token meets (8 of LoRA; A dense; K gathered) the weight has 2 T d_in d_out and the update 2 T R
-    (d_in + d_out). Bytes are those that no way can spare, in float32: the weight's x, W and y, and the update's x, both
+    (d_in + d_out). A compiled way has its own way's. Bytes are those that no way can spare, in float32: the weight's x, W and y, and the update's x, both
     factors whole, y read and written. Gathered rows count once, however often they are read: A D is small enough for a
     cache. Training takes the weight's numbers twice (its output, x's gradient) and the update's three times (also the
     factors' gradients).
     """
-    rank = {"bare": 0, "LoRA r8": 8, "dense": atoms}.get(step, top_k)
-    held = {"bare": 0, "LoRA r8": 8}.get(step, atoms)
+    way = step.removesuffix(", compiled")
+    rank = {"bare": 0, "LoRA r8": 8, "dense": atoms}.get(way, top_k)
+    held = {"bare": 0, "LoRA r8": 8}.get(way, atoms)
     flops = 2 * tokens * d_in * d_out, 2 * tokens * rank * (d_in + d_out)
     moved = tokens * (d_in + d_out) + d_in * d_out, tokens * (d_in + 2 * d_out) + held * (d_in + d_out)
     times = (2, 3) if train else (1, 1)
@@ -59,9 +60,10 @@ def work(step: str, tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, 
 def roofline(measured: pd.DataFrame) -> pd.DataFrame:
     """A row for each measured (size, way): its ``flops``, ``bytes``, ``FLOP/byte``, and the ``GFLOP/s`` it achieved.
 
-    ``measured`` as from :func:`uhl.bench.weights`.
+    ``measured`` as from :func:`uhl.bench.weights`; VeRA and VB-LoRA, which remake their factors each time, have none.
     """
     names = ["step", "tokens", "d_in", "d_out", "atoms", "top_k", "train"]
+    measured = measured[~measured["step"].str.contains("VeRA|VB-LoRA")]
     done = [work(*row) for row in measured[names].itertuples(index=False)]
     out = measured[[*names, "seconds"]].reset_index(drop=True)
     out["flops"], out["bytes"] = ([pair[i] for pair in done] for i in (0, 1))

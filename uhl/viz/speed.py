@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from uhl.viz.base import BASELINE, CONTROL, OURS, plain_ticks
 
-WAYS = {"bare": "#404040", "LoRA r8": BASELINE, "dense": CONTROL, "gather": OURS, "reference": "#7a5195"}
-WAYS |= {"gather, compiled": "#3aa655"}  # of one weight's update
+WAYS = {"bare": "#404040", "LoRA r8": BASELINE, "VeRA r256": "#b07aa1", "VB-LoRA": "#3aa655", "dense": CONTROL}
+WAYS |= {"gather": OURS, "reference": "#7a5195"}  # of one weight's update
+COMPILED = ", compiled"
 
 
 def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figure, pd.DataFrame]:
@@ -19,7 +20,7 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
     ``measured`` as from :func:`uhl.bench.weights`. Bars span the quartiles of the rounds' ratios.
     """
     names = {"tokens": "tokens T", "d_in": "width D", "atoms": "atoms A", "top_k": "active atoms K"}
-    colours = {step: WAYS[step] for step in WAYS if step != "bare" and step in set(measured["step"])}
+    ways = [step for way in WAYS for step in (way, way + COMPILED) if step in set(measured["step"])]
     fig, axes = plt.subplots(2, len(names), figsize=(12, 6), sharey="row")
     for row, train in zip(axes, (False, True), strict=True):
         for ax, (name, label) in zip(row, names.items(), strict=True):
@@ -27,10 +28,13 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
             here = measured[(measured[fixed] == pd.Series(base)[fixed]).all(axis=1) & (measured["train"] == train)]
             if name != "d_in":
                 here = here[(here["d_in"] == base["d_in"])]
-            for step, colour in colours.items():
+            for step in ways:
+                if step == "bare":
+                    continue
                 line = here[here["step"] == step].sort_values(name)
                 error = [line["ratio"] - line["ratio low"], line["ratio high"] - line["ratio"]]
-                ax.errorbar(line[name], line["ratio"], error, color=colour, marker="o", ms=4, label=step)
+                look = {"color": WAYS[step.removesuffix(COMPILED)], "ls": "--" if step.endswith(COMPILED) else "-"}
+                ax.errorbar(line[name], line["ratio"], error, marker="o", ms=4, label=step, **look)
             ax.axhline(1, color="black", lw=0.8)
             ax.set(xscale="log", xlabel=label)
             values = sorted(here[name].unique())
@@ -41,8 +45,9 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
             ax.minorticks_off()
         row[0].set(yscale="log", ylabel=f"{'training' if train else 'forward'}: time / bare weight")
         plain_ticks(row[0], (1, 1.5, 2, 3, 4, 6, 8, 12))
-    axes[0][0].legend(fontsize=8)
-    fig.tight_layout()
+    lines, labels = axes[0][0].get_legend_handles_labels()
+    fig.tight_layout(rect=(0, 0.09, 1, 1))
+    fig.legend(lines, labels, ncol=6, loc="lower center", fontsize=8, frameon=False)
     return fig, measured
 
 
@@ -56,10 +61,12 @@ def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.
     for ax, train in zip(axes, (False, True), strict=True):
         here = points[points["train"] == train]
         ax.plot(span, np.minimum(roofs["GFLOP/s"], roofs["GB/s"] * span), color="black", lw=1.5)
-        for step, mark in zip(WAYS, "osD^vP", strict=True):
-            found = here[here["step"] == step]
-            if len(found):
-                ax.plot(found["FLOP/byte"], found["GFLOP/s"], mark, color=WAYS[step], ms=5, alpha=0.8, label=step)
+        for way, mark in zip(WAYS, "osXpD^v", strict=True):
+            for step, filled in ((way, True), (way + COMPILED, False)):
+                found = here[here["step"] == step]
+                if len(found):
+                    look = {"color": WAYS[way], "mfc": WAYS[way] if filled else "none", "ms": 5, "alpha": 0.8}
+                    ax.plot(found["FLOP/byte"], found["GFLOP/s"], mark, label=step, **look)
         ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must move")
         ticks = [2.0**n for n in range(-2, 12) if span[0] <= 2.0**n <= span[-1]]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -69,6 +76,7 @@ def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.
     axes[0].annotate(label, (span[-1], roofs["GFLOP/s"]), (0, 4), textcoords="offset points", ha="right", fontsize=8)
     axes[0].set_ylabel("GFLOP/s")
     plain_ticks(axes[0], (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
-    axes[0].legend(fontsize=8, loc="lower right")
-    fig.tight_layout()
+    lines, labels = axes[0].get_legend_handles_labels()
+    fig.tight_layout(rect=(0, 0.08, 1, 1))
+    fig.legend(lines, labels, ncol=7, loc="lower center", fontsize=8, frameon=False)
     return fig, points
