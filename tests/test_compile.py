@@ -77,6 +77,13 @@ def check_forward(model, compiled):
         assert (changed - found).abs().max() > 1e-2
 
 
+def check_gradients(model, compiled):
+    eager, found = gradients(model, run), gradients(model, lambda _: run(compiled))
+    assert list(eager) == list(found)
+    for name, gradient in eager.items():
+        assert (found[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max(), name
+
+
 KINDS = [
     {"router": "token", "layers": 1},
     {"router": "static", "layers": 1},
@@ -105,10 +112,7 @@ def test_compiled_host_is_the_eager_host(kind):
     model.train()
     for _ in range(2):
         torch.testing.assert_close(run(compiled), run(model), atol=1e-5, rtol=1e-5)
-    eager, found = gradients(model, run), gradients(model, lambda _: run(compiled))
-    assert eager.keys() == found.keys()
-    for name, gradient in eager.items():
-        assert (found[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max(), name
+    check_gradients(model, compiled)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + tested
     routes = model.base_model.attached().routes
     wanted = {"weight": sorted(s.path for s in model.base_model.attached().slots), "model": [0]}
@@ -120,6 +124,13 @@ def test_compiled_host_is_the_eager_host(kind):
 def test_inductors_code_for_a_host():
     model = bert(layers=1).eval()
     check_forward(model, torch.compile(model, fullgraph=True))
+
+
+@plain
+@pytest.mark.skipif(not os.environ.get("UHL_LONG"), reason="compiles for a minute; set UHL_LONG=1")
+def test_inductors_code_for_a_hosts_gradients():
+    model = bert(layers=1)
+    check_gradients(model, torch.compile(model, fullgraph=True))
 
 
 @plain
@@ -161,10 +172,7 @@ def test_compiled_tuning_has_the_eager_gradients_and_does_not_compile_again():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch._dynamo.utils.counters.clear()
     for _ in range(3):
-        eager, found = gradients(model, run), gradients(model, lambda _: run(compiled))
-        assert list(eager) == list(found)
-        for name, gradient in eager.items():
-            assert (found[name] - gradient).abs().max() <= 1e-3 * gradient.abs().max()
+        check_gradients(model, compiled)
         with torch.no_grad():
             for p in model.parameters():
                 if p.requires_grad:

@@ -42,10 +42,10 @@ def work(step: str, tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, 
 
     FLOPs are those that the way does: a multiply and an add count as two, only matrix products and dots count. With R
     the rank that a token meets (8 of LoRA; A dense; K gathered) the weight has 2 T d_in d_out and the update 2 T R
-    (d_in + d_out). A compiled way has its own way's. Bytes are those that no way can spare, in float32: the weight's x, W and y, and the update's x, both
-    factors whole, y read and written. Gathered rows count once, however often they are read: A D is small enough for a
-    cache. Training takes the weight's numbers twice (its output, x's gradient) and the update's three times (also the
-    factors' gradients).
+    (d_in + d_out). A compiled way has its own way's. Bytes are those that no way can spare, in float32: the weight's x,
+    W and y, and the update's x, both factors whole, y read and written. Gathered rows count once, however often they
+    are read: A D is small enough for a cache. Training takes the weight's numbers twice (its output, x's gradient) and
+    the update's three times (also the factors' gradients).
     """
     way = step.removesuffix(", compiled")
     rank = {"bare": 0, "LoRA r8": 8, "dense": atoms}.get(way, top_k)
