@@ -24,7 +24,22 @@ from uhl.frame import LAST
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
-from uhl.porting import PENALTIES, Port, Rows, Shared, Way, basis_of, port, predict_texts, ridge, upper_levels, why_not
+from uhl.porting import (
+    PENALTIES,
+    Port,
+    Rows,
+    Shared,
+    Way,
+    _map_pair,
+    _stream_basis,
+    basis_of,
+    cka,
+    port,
+    predict_texts,
+    ridge,
+    upper_levels,
+    why_not,
+)
 from uhl.refresh import refresh
 from uhl.stages import make_anchors
 from uhl.tasks import Task
@@ -266,6 +281,58 @@ def test_shared_and_level_maps_and_the_last_levels_head(encoder, make_encoder):
     last = port(adapter, target, "mood", "zero-atoms", way=Way(reads="last"))
     assert last.frame.levels == (-1,)
     assert ports["shared"].frame.levels == (1, 2)
+
+
+def test_maps_made_in_other_ways():
+    g = torch.Generator().manual_seed(0)
+    states = torch.randn(400, 6, generator=g)
+    loud = 10 * states[:, 0] + 20 * torch.randn(400, generator=g)  # a coordinate that is large, and told badly
+    codes = torch.stack([loud, states[:, 1], states[:, 2] + 0.1 * states[:, 3]], 1)
+    reads = torch.tensor([[0.6, 0.8, 0.0, 0.0], [0.0, 0.0, 1e-3, 0.0]])
+
+    def pair(**given):
+        read, write, (fit,) = _map_pair(states[None], codes[None], 4, Way(**given), reads)
+        assert (read.shape, write.shape) == ((4, 6), (6, 4))
+        assert not read[3].any()
+        assert not write[:, 3].any()
+        return read, write, fit
+
+    usual, writer, fit = pair()
+    assert 0.1 < fit < 0.5
+    rank = {kind: pair(rank=1, directions=kind)[0][:3] for kind in ("principal", "canonical")}
+    assert rank["principal"][0].norm() > 10 * rank["principal"][1:].norm()
+    assert rank["canonical"][0].norm() / 22 < 0.1 * rank["canonical"][1:].norm()  # 22: its spread over the others'
+    assert torch.allclose(pair(rank=3, directions="canonical")[0], usual, atol=1e-4)
+
+    turned = pair(penalties="atoms")[0]
+    wanted = ridge(states, codes.double() @ torch.tensor([[0.6], [0.8], [0.0]], dtype=torch.float64), False).matrix
+    assert torch.allclose(reads[0] @ turned, wanted[:, 0], atol=1e-4)  # as if it alone were fitted
+    assert not torch.allclose(turned, usual, atol=1e-3)
+
+    read, changed, _ = pair(writer="changes")
+    change = torch.tensor([1.0, -2.0, 3.0, 0.0])
+    assert torch.allclose((read @ changed @ change)[1:], change[1:], rtol=0.3)  # read as what was written
+    assert (read @ changed @ change - change).norm() < (read @ writer @ change - change).norm()
+
+
+def test_levels_are_matched_by_what_they_hold(encoder, make_encoder):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=g)
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=g))[0]
+    assert cka(x, 3 * x @ turn + 1) == pytest.approx(1, abs=1e-6)
+    assert cka(x, torch.randn(300, 5, generator=g)) < 0.1
+    adapter, _ = trained(encoder)
+    target = make_encoder(layers=2, width=32, seed=0)
+    seen, anchors = observe(target, adapter.anchors.probe), adapter.anchors
+    order = torch.arange(anchors.coded)
+    swapped = replace(anchors, stream=anchors.stream[::-1])
+    fits = []
+    for given in (anchors, swapped):
+        reads = adapter.dictionary.v.detach()
+        fits.append([_stream_basis(given, seen, order, Way(depths=d), reads)[1] for d in ("relative", "cka")])
+    (relative, alike), (wrong, again) = fits
+    assert alike == pytest.approx(again, abs=1e-6)  # whatever the depths are called
+    assert relative != pytest.approx(wrong, abs=1e-3)
 
 
 def test_atoms_in_some_layers_and_directions_alone(encoder, make_encoder):

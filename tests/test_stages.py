@@ -690,11 +690,16 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     whole = adapter.anchors
     hosts = [stages.freeze(stages.load_encoder(name)) for name in ("big", "small")]
     listed = attempts.attempts(whole, ["head", "maps", "dims", "bits", "taught"])
+    refreshed = [a for a in attempts.attempts(whole, ["refresh"]) if a.arm == "refresh"]
+    assert [a.way.confidence for a in refreshed] == [0, 0.5]
+    listed += [replace(a, way=a.way.model_copy(update={"refresh_steps": 3})) for a in refreshed]
     listed.append(attempts.Attempt("texts", "20 coded", coded=20, texts=20))
     listed += [attempts.Attempt("choice", c, "zero-atoms", coded=20, texts=20, choice=c) for c in attempts.CHOICES]
+    bias = adapter.task("mood").bias.clone()
     table = attempts.measure(settings, adapter, *hosts, task, listed)
     assert len(table) == len(listed)
     assert adapter.anchors is whole
+    assert torch.equal(adapter.task("mood").bias, bias)
     assert table[["same", "dev"]].stack().between(0, 100).all()
     sizes = table.set_index("attempt")["bytes"]
     assert sizes["4-bit codes"] < 0.7 * sizes["8-bit codes"]

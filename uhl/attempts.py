@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
+import torch
 from datasets import Dataset, DatasetDict
 from jaxtyping import Float
 from sklearn.cluster import KMeans
@@ -34,7 +35,7 @@ from uhl.tasks import Task, score
 from uhl.train import Classifier, Prediction, predict
 
 CHOICES = ("random", "k-means", "leverage", "determinantal")
-GROUPS = ("head", "maps", "layers", "rank", "scale", "taught", "texts", "dims", "bits", "choice")
+GROUPS = ("head", "maps", "layers", "rank", "scale", "refresh", "taught", "texts", "dims", "bits", "choice")
 TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights": "full"}
 
 
@@ -74,15 +75,28 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     yield Attempt("head", "head on three levels, the coded texts alone", "zero-atoms", texts=anchors.coded, cuts=False)
     for maps in ("shared", "level"):
         yield Attempt("maps", f"{maps} maps, scale 1", way=Way(maps=maps, scales=(1.0,)))
+    ways: dict[str, dict[str, str]] = {
+        "depths matched by CKA": {"depths": "cka"},
+        "depths matched by CKA, level maps": {"depths": "cka", "maps": "level"},
+        "penalties for what atoms read": {"penalties": "atoms"},
+        "writer fitted to changes": {"writer": "changes"},
+    }
+    for name, changes in ways.items():
+        yield Attempt("maps", f"{name}, scale 1", way=Way(**changes, scales=(1.0,)))  # type: ignore[arg-type]
     for layers in ("upper", "last"):
         for arm in ("anchor", "random-p"):
             yield Attempt("layers", f"{arm}, atoms in the {layers} layers", arm, Way(layers=layers))
     for rank in (8, 32, 128):
-        yield Attempt("rank", f"anchor, {rank} predicted directions", way=Way(rank=rank))
+        for kind in ("principal", "canonical"):
+            yield Attempt("rank", f"anchor, {rank} {kind} directions", way=Way(rank=rank, directions=kind))
     for scale in (0.5, 1.0, 2.0, 4.0):
         for arm in ("anchor", "random-p"):
             yield Attempt("scale", f"{arm}, scale {scale:g}", arm, Way(scales=(scale,)))
     yield Attempt("scale", "anchor, scale chosen without labels")
+    if anchors.reads is not None and anchors.bias is not None:
+        for confidence in (0.0, 0.5):
+            for arm in ("refresh", "refresh-random"):
+                yield Attempt("refresh", f"{arm}, confidence {confidence:g}", arm, Way(confidence=confidence))
     if anchors.kind != "token" and anchors.reads is not None and anchors.bias is not None:
         for what, method in TAUGHT.items():
             yield Attempt("taught", f"{what} trained on the source's decisions", taught=method)
@@ -112,8 +126,15 @@ def measure(
     whole = adapter.anchors
     if whole is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    seen = observe(target, whole.probe)
+    seen, part = observe(target, whole.probe), adapter.task(settings.task_name)
+    bias = part.bias.detach().clone()
     rows: list[tuple[object, ...]] = []
+
+    @torch.no_grad()
+    def reset() -> None:
+        adapter.anchors = whole
+        part.bias.copy_(bias)  # which refreshing sets
+
     try:
         for a in tried:
             if a.taught:
@@ -129,15 +150,15 @@ def measure(
             own = observe(target, anchors.probe) if a.choice else seen.cut(whole.probe, anchors.probe)
             made = port(adapter, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(own), way=a.way)
             with at_work(adapter, target, settings.task_name, made.frame, made.scale) as attached:
-                classifier = Classifier(target.model, adapter.task(settings.task_name), made.frame, attached)
+                classifier = Classifier(target.model, part, made.frame, attached)
                 found = predict(classifier, target, task, "dev", max_length=settings.max_length)
             size = budget.anchor_bytes(anchors, a.bits)
             known = (made.scale, made.report.get("final_fit"), made.report.get("agreement"))
             same = 100 * agreement(settings, found, "dev")
             rows.append((a.group, a.name, size, len(anchors.texts), *known, same, found.score))
-            adapter.anchors = whole
+            reset()
     finally:
-        adapter.anchors = whole
+        reset()
     columns = ["group", "attempt", "bytes", "texts", "scale", "explained", "agreement", "same", "dev"]
     return pd.DataFrame(rows, columns=columns)
 

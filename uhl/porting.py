@@ -50,7 +50,7 @@ from uhl.host import Slot, find_slots
 from uhl.layer import Attached
 from uhl.models import Encoder
 from uhl.peft_method import attach, tuner_of
-from uhl.refresh import refresh
+from uhl.refresh import CONFIDENCE, refresh
 
 logger = logging.getLogger("uhl")
 
@@ -198,15 +198,24 @@ class Way(_Strict):
         "upper", description="levels that the head reads: of the upper half, or the last"
     )
     layers: Literal["all", "upper", "last"] = Field("all", description="layers of the host where atoms act")
-    rank: int | None = Field(
-        None,
-        ge=1,
-        description="directions that atoms read and write: principal ones of the predicted codes",
+    depths: Literal["relative", "cka"] = Field(
+        "relative", description="the source's depth that a level is mapped to: the nearest, or the most alike"
+    )
+    rank: int | None = Field(None, ge=1, description="directions that atoms read and write; None: all")
+    directions: Literal["principal", "canonical"] = Field(
+        "principal", description="of the predicted codes by variance, or by their correlation with the target's states"
+    )
+    penalties: Literal["coordinates", "atoms"] = Field(
+        "coordinates", description="what the reader's penalties are chosen for: coordinates, or what atoms read"
+    )
+    writer: Literal["states", "changes"] = Field(
+        "states", description="fitted to the states, or so that a change reads as it was on the source"
     )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
     )
     refresh_steps: int = Field(200, ge=1, description="of the arms that refresh")
+    confidence: float = Field(CONFIDENCE, ge=0, le=1, description="weight of the target's own decisions in these")
 
 
 @dataclass
@@ -310,7 +319,8 @@ def port(
     elif arm in REFRESHED:
         done = _start(adapter, target, task, arm, seed, shared, way)
         begun = time.time() - float(str(done.report["seconds"]))
-        done.report |= refresh(adapter, target, task, done.frame, done.scale, seed, way.refresh_steps)
+        steps, confidence = way.refresh_steps, way.confidence
+        done.report |= refresh(adapter, target, task, done.frame, done.scale, seed, steps, confidence)
     else:
         assert adapter.anchors is not None
         if shared.seen is None:
@@ -466,7 +476,7 @@ def _anchored(
     assert anchors is not None
     generator = torch.Generator().manual_seed(seed)
     wanted = _Wanted.of(anchors, generator if arm == "shuffled" else None)
-    basis, fits = _stream_basis(anchors, seen, wanted.order, way)
+    basis, fits = _stream_basis(anchors, seen, wanted.order, way, adapter.dictionary.v.detach())
     few_units = sum(anchors.probe.first().units())
     if arm == "random-p":
         basis = _random_basis(basis, generator)
@@ -629,23 +639,35 @@ def untuned(adapter: UHLAdapter, task: str) -> Iterator[None]:
             bias.copy_(kept)
 
 
-def _stream_basis(anchors: Anchors, seen: Observed, order: Tensor, way: Way) -> tuple[Basis, list[float]]:
+def _stream_basis(
+    anchors: Anchors, seen: Observed, order: Tensor, way: Way, reads: Float[Tensor, "A C"]
+) -> tuple[Basis, list[float]]:
     """Readers and writers of the target's stream, from its states to the source's codes and back; and how much of the
-    codes they explain at each level.
+    codes they explain at each level. ``reads`` are the rows that atoms read.
     """
     rows = _expand(order, max(anchors.words, 1))
     states = seen.stream(anchors.words)[:, : len(rows)]
-    tables = [c.table()[rows] for c in anchors.stream]
+    tables = torch.stack([c.table()[rows] for c in anchors.stream])
     width, last = anchors.head.values.shape[0], len(states) - 1
-    nearest = [min(range(len(tables)), key=lambda i: abs(anchors.depths[i] - n / last)) for n in range(last + 1)]
-    codes = torch.stack([tables[i] for i in nearest])
+    if way.depths == "cka":
+        nearest = [int(torch.tensor([cka(h, z) for z in tables]).argmax()) for h in states]
+    else:
+        nearest = [min(range(len(tables)), key=lambda i: abs(anchors.depths[i] - n / last)) for n in range(last + 1)]
+    codes = tables[nearest]
     groups = [(states, codes)] if way.maps == "shared" else zip(states[:, None], codes[:, None], strict=True)
-    pairs = [_map_pair(h, z, width, way.rank) for h, z in groups]
+    pairs = [_map_pair(h, z, width, way, reads) for h, z in groups]
     rms = tuple(float(h.double().pow(2).mean().sqrt()) for h in ([states] if way.maps == "shared" else states))
     levels = LAST if way.reads == "last" else upper_levels(last)
     unset = torch.zeros(width, len(levels) * states.shape[-1])
     basis = Basis(tuple(p[0] for p in pairs), tuple(p[1] for p in pairs), unset, unset[:, 0], rms, levels)
     return basis, [fit for p in pairs for fit in p[2]]
+
+
+def cka(x: Float[Tensor, "n D"], y: Float[Tensor, "n C"]) -> float:
+    """Linear centred kernel alignment of two tables with the same rows, 0 to 1 (Kornblith et al. 2019)."""
+    x, y = ((t - t.mean(0)).double() for t in (x, y))
+    apart = (x.T @ x).norm() * (y.T @ y).norm()
+    return float((y.T @ x).pow(2).sum() / apart.clamp_min(1e-30))
 
 
 def upper_levels(last: int) -> tuple[int, ...]:
@@ -656,24 +678,59 @@ def upper_levels(last: int) -> tuple[int, ...]:
 
 
 def _map_pair(
-    states: Float[Tensor, "levels n D"], codes: Float[Tensor, "levels n R"], width: int, rank: int | None
+    states: Float[Tensor, "levels n D"],
+    codes: Float[Tensor, "levels n R"],
+    width: int,
+    way: Way,
+    reads: Float[Tensor, "A C"],
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Reader (C, D), writer (D, C), and what the reader explains of each level's codes, rows left out of their own fit;
-    coordinates beyond the R stored are zero. With ``rank`` both keep to the principal directions of the codes that the
-    reader predicts (reduced-rank regression: Izenman 1975).
+    coordinates beyond the R stored are zero. With a rank both keep to some directions of the codes that the reader
+    predicts (reduced-rank regression: Izenman 1975).
     """
-    there, back = states.flatten(0, 1), codes.flatten(0, 1)
-    reader, writer = ridge(there, back, False), ridge(back, there, False, each=False, held=False)
-    miss = (codes.double() - reader.left_out.view_as(codes)).pow(2).sum((1, 2))
+    there, back, size = states.flatten(0, 1), codes.flatten(0, 1), codes.shape[-1]
+    turn = torch.eye(size, dtype=torch.float64)
+    if way.penalties == "atoms":  # the directions that they read most come first
+        turn = torch.linalg.svd(reads[:, :size].double(), full_matrices=True)[2]
+    reader = ridge(there, back.double() @ turn.T, False)
+    miss = (codes.double() - (reader.left_out @ turn).view_as(codes)).pow(2).sum((1, 2))
     fits = 1 - miss / codes.double().pow(2).sum((1, 2)).clamp_min(1e-12)
-    told, said = reader.matrix, writer.matrix
-    if rank is not None:
-        predicted = there.double() @ told.double()
-        kept = torch.linalg.eigh(predicted.T @ predicted).eigenvectors[:, -rank:].float()
-        told, said = told @ kept @ kept.T, kept @ (kept.T @ said)
-    more = width - codes.shape[-1]
+    told = reader.matrix.double() @ turn
+    if way.writer == "states":
+        said = ridge(back, there, False, each=False, held=False).matrix.double()
+    else:
+        said = _inverse(there.double(), told)
+    if way.rank is not None:
+        keep = _directions(there.double() @ told, back.double(), way)
+        told, said = told @ keep, keep @ said
+    more = width - size
     read, write = nn.functional.pad(told.T, (0, 0, 0, more)), nn.functional.pad(said.T, (0, more))
-    return read.contiguous(), write.contiguous(), fits.tolist()
+    return read.float().contiguous(), write.float().contiguous(), fits.tolist()
+
+
+def _inverse(states: Float[Tensor, "n D"], told: Float[Tensor, "D R"]) -> Float[Tensor, "R D"]:
+    """The changes of a state that read as given changes of the codes, and are the smallest by the states' own spread:
+    (T^T S T)^-1 T^T S with S their second moment, and directions that are hardly predicted damped.
+    """
+    moment = states.T @ states / len(states)
+    seen = told.T @ moment @ told
+    damping = 1e-2 * seen.diagonal().mean()
+    return torch.linalg.solve(seen + damping * torch.eye(len(seen), dtype=seen.dtype), told.T @ moment)
+
+
+def _directions(predicted: Float[Tensor, "n R"], codes: Float[Tensor, "n R"], way: Way) -> Float[Tensor, "R R"]:
+    """The projection onto ``way.rank`` directions of the predicted codes: principal ones, or canonical variates, which
+    are principal where codes are whitened.
+    """
+    assert way.rank is not None
+    spread = torch.eye(codes.shape[1], dtype=codes.dtype)
+    white = spread
+    if way.directions == "canonical":
+        values, vectors = torch.linalg.eigh(codes.T @ codes / len(codes))
+        values = values.clamp_min(1e-6 * float(values.max()))
+        spread, white = ((vectors * values**power) @ vectors.T for power in (0.5, -0.5))
+    kept = torch.linalg.eigh(white @ (predicted.T @ predicted) @ white).eigenvectors[:, -way.rank :]
+    return white @ kept @ kept.T @ spread
 
 
 def _random_basis(like: Basis, generator: torch.Generator) -> Basis:
