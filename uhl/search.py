@@ -13,9 +13,10 @@ trial is an ordinary run of :mod:`uhl.stages` that scores dev alone, in a folder
 equal values are run once. Trials that at a quarter, half or three quarters of their steps lie below the median of the
 earlier ones are pruned.
 
-The default rates of ``uhl.runs.Settings`` are the best of figures/search.csv on the source: trials on 3,000 labels of
-movies, one epoch with batches of 32, in the order of their values. Its rows with a target are of ``uhl search --profile
-offline-full --host target``; their best are in ``params/offline-full/retrained.yaml``.
+The default rates of ``uhl.runs.Settings`` are the best of the first rows of figures/search.csv: trials on the source
+with 3,000 labels of movies, one epoch with batches of 32 (94 steps), in the order of their values. Those of 500 steps
+are of ``uhl search --profile offline-full``, with and without ``--host target``; the best of them are in that
+profile's ``settings.yaml`` and ``retrained.yaml``.
 """
 
 from __future__ import annotations
