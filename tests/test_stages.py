@@ -230,6 +230,7 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
     (cell,) = runs.restore(archive)
     assert sorted(p.name for p in cell.iterdir()) == ["manifest.json", "predictions.npz"]
+    assert len({p.stat().st_mtime_ns for p in cell.iterdir()}) == 1  # else a batch would make one again
     assert report.summary("t").equals(before)
     with pytest.raises(UHLError, match="a cell restored from an archive has none"):
         stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor",)}))

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -349,8 +350,9 @@ def pack(profile: str, path: str | Path) -> Path:
 def restore(path: str | Path) -> list[Path]:
     """Put back under :func:`root` what :func:`pack` wrote and return the folders; cells that are there already stay.
 
-    Tables and figures can then be made again, and a batch goes on with the cells that are missing. Raises
-    :class:`UHLError` for a file that is no such archive, before anything is written.
+    Tables and figures can then be made again, and a batch goes on with the cells that are missing: all files get one
+    time, so that no cell looks older than what it was made from. Raises :class:`UHLError` for a file that is no such
+    archive, before anything is written.
     """
     path = Path(path)
     try:
@@ -367,13 +369,14 @@ def restore(path: str | Path) -> list[Path]:
         if isinstance(error, UHLError):
             raise
         raise UHLError(f"{path} is not an archive of runs ({error}); make one with: python -m uhl pack") from error
-    made = []
+    made, now = [], time.time()
     for mark in sorted(marks):
         target = root() / profile / mark
         if not target.is_file():
             for name in (mark.parent / PREDICTIONS, mark):
                 data = files[name]
                 write_atomic(root() / profile / name, lambda tmp, data=data: tmp.write_bytes(data))  # type: ignore[misc]
+                os.utime(root() / profile / name, (now, now))
             made.append(target.parent)
     update_results(profile)
     return made
