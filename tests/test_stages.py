@@ -12,13 +12,17 @@ import pytest
 import torch
 from conftest import sentences
 from datasets import Dataset, DatasetDict
+from transformers import TrainerState
 
 from uhl import attempts, budget, report, runs, search, stages, store, viz
 from uhl.adapter import UHLAdapter
+from uhl.anchors import observe
 from uhl.config import ARMS, METHODS
 from uhl.errors import DivergenceError, UHLError
+from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
+from uhl.porting import basis_of
 from uhl.runs import Settings
 from uhl.tasks import load_task
 from uhl.train import Classifier, predict, train
@@ -694,6 +698,7 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     refreshed = [a for a in attempts.attempts(whole, ["refresh"]) if a.arm == "refresh"]
     assert [a.way.confidence for a in refreshed] == [0, 0.5]
     listed += [replace(a, way=a.way.model_copy(update={"refresh_steps": 3})) for a in refreshed]
+    listed += [a for a in attempts.attempts(whole, ["perturbed"]) if a.perturbed == 0.3]
     listed.append(attempts.Attempt("texts", "20 coded", coded=20, texts=20))
     listed += [attempts.Attempt("choice", c, "zero-atoms", coded=20, texts=20, choice=c) for c in attempts.CHOICES]
     bias = adapter.task("mood").bias.clone()
@@ -728,6 +733,34 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert "scale: anchor, scale chosen without labels" in rows
     assert len(rows) == len(table)
+
+
+def test_maps_a_little_off_train_another_adapter_once(tiny_world, monkeypatch):
+    plain, _ = stages.pretrain(tiny_world, "canonical")
+    first = attempts.perturbed(tiny_world, 0.3)
+    assert not torch.equal(first.dictionary.v, plain.dictionary.v)
+    found = runs.manifests("t-perturbed-0.3")
+    assert [row["split"] for entry in found.values() for row in entry["rows"]] == ["dev"]
+    with monkeypatch.context() as patch:
+        patch.setattr(attempts, "pretrain", None)
+        again = attempts.perturbed(tiny_world.model_copy(update={"target": "big"}), 0.3)
+        assert torch.equal(again.dictionary.v, first.dictionary.v)
+        with pytest.raises(TypeError):
+            attempts.perturbed(tiny_world.model_copy(update={"rate": 1e-4}), 0.3)
+
+    host = stages.freeze(stages.load_encoder("big"))
+    basis = basis_of(observe(host, stages.probe(tiny_world, stages.load_data(tiny_world))), plain.config.width)
+    with attach(host.model, plain, "mood", basis.frame(find_slots(host.model))) as attached:
+        seen = []
+        for step in (0, 1, 0):
+            stages.Perturbed(attached, basis, 0.3, 0).on_step_begin(None, TrainerState(global_step=step))
+            seen.append([t.clone() for t in (*next(iter(attached.frame.slots.values())), attached.frame.routes[0])])
+    for off, other, same, true in zip(
+        *seen, (basis.read[0], basis.write[0], basis.read[0] * basis.rms[0]), strict=True
+    ):
+        assert torch.equal(off, same)
+        assert not torch.equal(off, other)
+        assert 0.2 < (off - true).norm() / true.norm() < 0.4
 
 
 @pytest.mark.parametrize("method", attempts.TAUGHT.values())

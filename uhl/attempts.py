@@ -6,6 +6,7 @@ dictionary stays. Scores are of dev: they are there to choose by, not to report.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -14,13 +15,12 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pandas as pd
-import torch
 from datasets import Dataset, DatasetDict
 from jaxtyping import Float
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from uhl import budget
+from uhl import budget, runs
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Probe, final_means, observe
 from uhl.baselines import RATES, run_baseline, start
@@ -30,20 +30,23 @@ from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.porting import Shared, Way, at_work, port, source_basis, upper_levels
 from uhl.runs import Settings
-from uhl.stages import agreement, anchor_pool, make_anchors
+from uhl.stages import adapter_for, agreement, anchor_pool, make_anchors, pretrain
 from uhl.tasks import Task, score
 from uhl.train import Classifier, Prediction, predict
 
 CHOICES = ("random", "k-means", "leverage", "determinantal")
-GROUPS = ("head", "maps", "layers", "rank", "scale", "refresh", "taught", "texts", "dims", "bits", "choice")
+GROUPS = (
+    *("head", "maps", "layers", "rank", "scale", "refresh", "perturbed", "taught", "texts", "dims", "bits", "choice"),
+)
 TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights": "full"}
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One way to port. ``coded``, ``texts``, ``dims``, ``bits`` and ``cuts`` are those of :meth:`Anchors.cut`;
-    ``choice`` draws the coded texts anew from the source's unlabelled text. ``taught`` ports nothing: a baseline is
-    trained on the target with the source's decisions on the anchors in place of labels.
+    ``choice`` draws the coded texts anew from the source's unlabelled text. ``perturbed`` ports another adapter,
+    trained on the source under maps that are so much off (:class:`uhl.stages.Perturbed`). ``taught`` ports nothing: a
+    baseline is trained on the target with the source's decisions on the anchors in place of labels.
     """
 
     group: str
@@ -56,6 +59,7 @@ class Attempt:
     bits: int = 8
     cuts: bool = True
     choice: str | None = None
+    perturbed: float = 0.0
     taught: Method | None = None
 
 
@@ -97,6 +101,9 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
         for confidence in (0.0, 0.5):
             for arm in ("refresh", "refresh-random"):
                 yield Attempt("refresh", f"{arm}, confidence {confidence:g}", arm, Way(confidence=confidence))
+    for noise in (0.3, 1.0):
+        for arm in ("zero-atoms", "anchor", "random-p"):
+            yield Attempt("perturbed", f"{arm}, trained under maps {noise:g} off", arm, perturbed=noise)
     if anchors.kind != "token" and anchors.reads is not None and anchors.bias is not None:
         for what, method in TAUGHT.items():
             yield Attempt("taught", f"{what} trained on the source's decisions", taught=method)
@@ -126,41 +133,47 @@ def measure(
     whole = adapter.anchors
     if whole is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    seen, part = observe(target, whole.probe), adapter.task(settings.task_name)
-    bias = part.bias.detach().clone()
+    seen = observe(target, whole.probe)
     rows: list[tuple[object, ...]] = []
-
-    @torch.no_grad()
-    def reset() -> None:
-        adapter.anchors = whole
-        part.bias.copy_(bias)  # which refreshing sets
-
-    try:
-        for a in tried:
-            if a.taught:
-                size = budget.anchor_bytes(whole)
-                found = taught(settings, whole, deepcopy(target), task, a.taught)
-                same = 100 * agreement(settings, found, "dev")
-                rows.append((a.group, a.name, size, len(whole.texts), *3 * (float("nan"),), same, found.score))
-                continue
-            anchors = whole.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
-            if a.choice:
-                anchors = chosen(settings, adapter, source, task, a.choice, anchors.coded)
-            adapter.anchors = anchors
-            own = observe(target, anchors.probe) if a.choice else seen.cut(whole.probe, anchors.probe)
-            made = port(adapter, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(own), way=a.way)
-            with at_work(adapter, target, settings.task_name, made.frame, made.scale) as attached:
-                classifier = Classifier(target.model, part, made.frame, attached)
-                found = predict(classifier, target, task, "dev", max_length=settings.max_length)
-            size = budget.anchor_bytes(anchors, a.bits)
-            known = (made.scale, made.report.get("final_fit"), made.report.get("agreement"))
+    for a in tried:
+        if a.taught:
+            size = budget.anchor_bytes(whole)
+            found = taught(settings, whole, deepcopy(target), task, a.taught)
             same = 100 * agreement(settings, found, "dev")
-            rows.append((a.group, a.name, size, len(anchors.texts), *known, same, found.score))
-            reset()
-    finally:
-        reset()
+            rows.append((a.group, a.name, size, len(whole.texts), *3 * (float("nan"),), same, found.score))
+            continue
+        own = perturbed(settings, a.perturbed) if a.perturbed else deepcopy(adapter)  # a port may change what it ports
+        assert own.anchors is not None
+        own.anchors = own.anchors.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
+        if a.choice:
+            own.anchors = chosen(settings, own, source, task, a.choice, own.anchors.coded)
+        asked = own.anchors.probe
+        there = observe(target, asked) if a.choice else seen.cut(whole.probe, asked)
+        made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=a.way)
+        with at_work(own, target, settings.task_name, made.frame, made.scale) as attached:
+            classifier = Classifier(target.model, own.task(settings.task_name), made.frame, attached)
+            found = predict(classifier, target, task, "dev", max_length=settings.max_length)
+        size = budget.anchor_bytes(own.anchors, a.bits)
+        known = (made.scale, made.report.get("final_fit"), made.report.get("agreement"))
+        same = 100 * agreement(settings, found, "dev")
+        rows.append((a.group, a.name, size, len(own.anchors.texts), *known, same, found.score))
     columns = ["group", "attempt", "bytes", "texts", "scale", "explained", "agreement", "same", "dev"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def perturbed(settings: Settings, noise: float) -> UHLAdapter:
+    """The canonical adapter that is trained on the source with such a ``noise``; one that was is read from its file."""
+    chosen = settings.model_copy(update={"profile": f"{settings.profile}-perturbed-{noise:g}", "splits": ("dev",)})
+    path = runs.cell_dir(chosen, "pretrain-canonical") / "manifest.json"
+    unused = {"target", "hosts", "arms", "attempts", "copies", "baselines", "refresh_steps", *RATES.values()}
+    wanted = {k: v for k, v in chosen.model_dump(mode="json").items() if k not in unused}
+    with runs.locked(runs.root() / chosen.profile / ".lock"):
+        found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
+        if {k: v for k, v in found["parameters"].items() if k not in unused} == wanted:
+            return adapter_for(chosen, "anchor")[0]
+        made, outcome = pretrain(chosen, "canonical", noise=noise)
+        outcome.finish("pretrain-canonical")
+    return made
 
 
 def taught(settings: Settings, anchors: Anchors, target: Encoder, task: Task, method: Method) -> Prediction:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,6 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import TrainerCallback, TrainerState
 
 from uhl import models, runs, store, tasks
 from uhl.adapter import UHLAdapter
@@ -25,6 +29,7 @@ from uhl.fileformat import MAX_TEXTS, MAX_UNITS
 from uhl.frame import LAST, Basis, Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
+from uhl.layer import Attached
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
@@ -157,8 +162,34 @@ def make_anchors(
     )
 
 
-def pretrain(settings: Settings, projector: str, watch: Watch | None = None) -> tuple[UHLAdapter, Outcome]:
-    """Train an adapter on the source under one projector, write its file, and score the file read back."""
+class Perturbed(TrainerCallback):
+    """Trains atoms in canonical coordinates that are a little off, as a port's are: before each step the maps of the
+    stream are M' = (I + E) M and N' = N (I + F), with random E and F, of which each row and column has a norm of about
+    ``noise``. The router reads by M'; the head's coordinates stay.
+    """
+
+    def __init__(self, attached: Attached, basis: Basis, noise: float, seed: int) -> None:
+        self.attached, self.basis, self.noise, self.seed = attached, basis, noise, seed
+
+    def on_step_begin(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
+        """Draw the step's, the same when training is resumed."""
+        draw = torch.Generator().manual_seed(1_000_003 * self.seed + state.global_step)
+
+        def near_one(size: int) -> Float[Tensor, "C C"]:
+            return torch.eye(size) + self.noise / math.sqrt(size) * torch.randn(size, size, generator=draw)
+
+        read = tuple(near_one(len(m)) @ m for m in self.basis.read)
+        write = tuple(n @ near_one(n.shape[1]) for n in self.basis.write)
+        self.attached.set_frame(replace(self.basis, read=read, write=write).frame(self.attached.slots))
+
+
+def pretrain(
+    settings: Settings, projector: str, watch: Watch | None = None, noise: float = 0.0
+) -> tuple[UHLAdapter, Outcome]:
+    """Train an adapter on the source under one projector, write its file, and score the file read back.
+
+    ``noise`` of a `canonical` adapter: see :class:`Perturbed`.
+    """
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
     asked = probe(settings, task)
     seen = observe(encoder, asked)
@@ -176,7 +207,10 @@ def pretrain(settings: Settings, projector: str, watch: Watch | None = None) -> 
     with attach(encoder.model, adapter, settings.task_name, frame) as attached:
         classifier = Classifier(encoder.model, part, None, attached, config)
         fit_head(classifier, encoder, task, config.max_length)
-        log = train(classifier, encoder, task, config, folder / "trainer", settings.model_dump_json(), watch)
+        about, callbacks = settings.model_dump_json(), []
+        if noise:
+            about, callbacks = f"{about}, noise {noise}", [Perturbed(attached, basis, noise, settings.seed)]
+        log = train(classifier, encoder, task, config, folder / "trainer", about, watch, callbacks)
     if projector == "canonical":
         origin = f"{settings.anchor_text}, {task.licence}"
         if settings.generic_anchors:

@@ -15,7 +15,7 @@ import math
 import shutil
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -334,12 +334,13 @@ def train(
     folder: str | Path,
     about: str = "",
     watch: Watch | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainLog:
     """Train what ``requires_grad`` on the task's training split; resumes from a checkpoint in ``folder``.
 
     A checkpoint of another run (other settings, data, host or ``about``) is discarded. Checkpoints are removed when the
-    run ends. ``watch(quarters, score)`` is told the dev score after one, two and three quarters of the steps. Raises
-    :class:`DivergenceError` when the loss is not finite.
+    run ends. ``watch(quarters, score)`` is told the dev score after one, two and three quarters of the steps; what
+    ``callbacks`` do is to be named in ``about``. Raises :class:`DivergenceError` when the loss is not finite.
     """
     rows = encode(task.kind, task.data["train"], encoder.tokenizer, config.max_length)
     steps = config.steps or math.ceil(len(rows) / config.batch * config.epochs)
@@ -363,7 +364,12 @@ def train(
         remove_unused_columns=False,
     )
     trainer = BudgetTrainer(
-        classifier, arguments, train_dataset=rows, data_collator=collator(encoder, task), train_config=config
+        classifier,
+        arguments,
+        train_dataset=rows,
+        data_collator=collator(encoder, task),
+        train_config=config,
+        callbacks=list(callbacks),
     )
     memory = StepMemory()
     trainer.add_callback(memory)
