@@ -50,10 +50,14 @@ def own_list(name):
     return [path] if os.path.exists(path) else []
 
 
+def on_source(w):
+    """Whether a cell's host is the source."""
+    return w.model == slug(GRID.source)
+
+
 def of_baselines(w):
     """The parameter files of baselines on a host, beside the settings."""
-    on_source = w.model == slug(GRID.source)
-    return own_list("source") if on_source else [TARGET.format(target=w.model), *own_list("retrained")]
+    return own_list("source") if on_source(w) else [TARGET.format(target=w.model), *own_list("retrained")]
 
 
 def task(w):
@@ -137,7 +141,7 @@ rule baselines:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{model}}.log",
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed} " + "".join(f"-f {f} " for f in of_baselines(w))
-        + f"-y 'hosts: [{'source' if w.model == slug(GRID.source) else 'target'}]'",
+        + f"-y 'hosts: [{'source' if on_source(w) else 'target'}]'",
     shell:
         papermill("05_baselines")
 

@@ -98,9 +98,31 @@ def test_work_counts_by_hand_and_as_torch_does():
     for train in (False, True):
         steps = bench._weight_steps(**size, train=train)
         for name in ("bare", "LoRA r8", "dense"):
+            compiled = roofline.work(f"{name}, compiled", **size, train=train)
+            assert compiled == roofline.work(name, **size, train=train)
             with FlopCounterMode(display=False) as counter:
                 steps[name]()
             assert counter.get_total_flops() == roofline.work(name, **size, train=train)[0], (name, train)
+
+
+def test_rivals_on_one_weight_begin_as_the_weight_and_are_measured_as_they_are_used():
+    with pytest.raises(KeyError):
+        roofline.work("VeRA r256", 8, 6, 6, 4, 2, False)
+    linear = torch.nn.Linear(12, 18)
+    before, x = [p.clone() for p in linear.parameters()], torch.randn(5, 12)
+    for name in ("VeRA r256", "VB-LoRA"):
+        made = bench._on_one_weight(linear, name)
+        learned = {n for n, p in made.named_parameters() if p.requires_grad}
+        assert learned, name
+        assert not any("base_layer" in n for n in learned)
+        if name == "VeRA r256":
+            torch.testing.assert_close(made(x), linear(x))
+    assert all(torch.equal(a, b) for a, b in zip(before, linear.parameters(), strict=True))
+    assert all(p.requires_grad for p in linear.parameters())
+    steps = bench._weight_steps(8, 6, 6, 4, 2, train=False, compiled=True)
+    assert [name for name in steps if name.endswith("compiled")] == [
+        f"{name}, compiled" for name in ("LoRA r8", "VeRA r256", "VB-LoRA", "gather")
+    ]
 
 
 def test_points_lie_below_the_roofs_that_are_drawn():

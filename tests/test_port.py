@@ -25,9 +25,7 @@ from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
 from uhl.porting import (
-    PENALTIES,
     Port,
-    Rows,
     Shared,
     Way,
     _map_pair,
@@ -36,11 +34,11 @@ from uhl.porting import (
     cka,
     port,
     predict_texts,
-    ridge,
     upper_levels,
     why_not,
 )
 from uhl.refresh import refresh
+from uhl.ridge import PENALTIES, Rows, ridge
 from uhl.stages import make_anchors
 from uhl.tasks import Task
 from uhl.train import Classifier, predict
@@ -285,34 +283,53 @@ def test_shared_and_level_maps_and_the_last_levels_head(encoder, make_encoder):
 
 def test_maps_made_in_other_ways():
     g = torch.Generator().manual_seed(0)
-    states = torch.randn(400, 6, generator=g)
-    loud = 10 * states[:, 0] + 20 * torch.randn(400, generator=g)  # a coordinate that is large, and told badly
+    spread = torch.tensor([1.0, 1.0, 2.0, 3.0, 0.5, 0.2])
+    states = (spread * torch.randn(400, 6, generator=g)) @ torch.linalg.qr(torch.randn(6, 6, generator=g))[0]
+    loud = 10 * states[:, 0] + 40 * torch.randn(400, generator=g)  # a coordinate that is large, and told badly
     codes = torch.stack([loud, states[:, 1], states[:, 2] + 0.1 * states[:, 3]], 1)
-    reads = torch.tensor([[0.6, 0.8, 0.0, 0.0], [0.0, 0.0, 1e-3, 0.0]])
+    reads = torch.tensor([[0.6, 0.8, 0.0, 0.0], [0.6, 0.0, 0.3, 0.0]])
 
     def pair(**given):
         read, write, (fit,) = _map_pair(states[None], codes[None], 4, Way(**given), reads)
         assert (read.shape, write.shape) == ((4, 6), (6, 4))
         assert not read[3].any()
         assert not write[:, 3].any()
-        return read, write, fit
+        return read[:3].double(), write[:, :3].double(), fit
 
     usual, writer, fit = pair()
-    assert 0.1 < fit < 0.5
-    rank = {kind: pair(rank=1, directions=kind)[0][:3] for kind in ("principal", "canonical")}
-    assert rank["principal"][0].norm() > 10 * rank["principal"][1:].norm()
-    assert rank["canonical"][0].norm() / 22 < 0.1 * rank["canonical"][1:].norm()  # 22: its spread over the others'
-    assert torch.allclose(pair(rank=3, directions="canonical")[0], usual, atol=1e-4)
+    assert 0 < fit < 0.5
+    x, z = states.double(), codes.double()
+    moment, spread_of_codes = x.T @ x / len(x), z.T @ z / len(z)
+    values, vectors = torch.linalg.eigh(spread_of_codes)
+    root = vectors * values.sqrt() @ vectors.T
+    for kind, white in (("principal", torch.eye(3, dtype=torch.float64)), ("canonical", torch.linalg.inv(root))):
+        read, write, _ = pair(rank=1, directions=kind)
+        told = white @ usual @ moment @ usual.T @ white
+        first = torch.linalg.eigh(told).eigenvectors[:, -1:]
+        keep = (white @ first @ first.T @ torch.linalg.inv(white)).T  # of columns of codes
+        torch.testing.assert_close(read, keep @ usual, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(write, writer @ keep, rtol=1e-3, atol=1e-4)
+        loud, others = read[0].norm(), read[1:].norm()
+        assert loud > 3 * others if kind == "principal" else loud / 41 < others / 3, kind  # 41: its spread
+    torch.testing.assert_close(pair(rank=3, directions="canonical")[0], usual, rtol=1e-3, atol=1e-4)
 
     turned = pair(penalties="atoms")[0]
-    wanted = ridge(states, codes.double() @ torch.tensor([[0.6], [0.8], [0.0]], dtype=torch.float64), False).matrix
-    assert torch.allclose(reads[0] @ turned, wanted[:, 0], atol=1e-4)  # as if it alone were fitted
-    assert not torch.allclose(turned, usual, atol=1e-3)
+    for row in torch.linalg.svd(reads[:, :3].double())[2]:  # as if each were fitted alone
+        alone = ridge(states, z @ row[:, None], False).matrix[:, 0].double()
+        torch.testing.assert_close(row @ turned, alone, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(turned, usual, atol=1e-4)
 
     read, changed, _ = pair(writer="changes")
-    change = torch.tensor([1.0, -2.0, 3.0, 0.0])
-    assert torch.allclose((read @ changed @ change)[1:], change[1:], rtol=0.3)  # read as what was written
-    assert (read @ changed @ change - change).norm() < (read @ writer @ change - change).norm()
+    assert torch.equal(read, usual)
+    for code, wanted in zip((1, 2), ([0, 1, 0], [0, 0, 1]), strict=True):
+        assert (usual @ changed)[1:, code].tolist() == pytest.approx(wanted[1:], abs=0.05)  # read as it was written
+    assert (usual @ changed)[0, 0] < 0.98  # damped: hardly told
+    least = moment @ usual[1:].T @ torch.linalg.inv(usual[1:] @ moment @ usual[1:].T)  # of d' S^-1 d, without the first
+    inverse = torch.linalg.inv(moment)
+    for code in (0, 1):
+        mine, other = changed[:, 1 + code], torch.linalg.pinv(usual)[:, 1 + code]
+        assert mine @ inverse @ mine < other @ inverse @ other  # smaller than what is small by plain length
+        assert mine @ inverse @ mine < 2 * least[:, code] @ inverse @ least[:, code]
 
 
 def test_levels_are_matched_by_what_they_hold(encoder, make_encoder):
@@ -324,15 +341,15 @@ def test_levels_are_matched_by_what_they_hold(encoder, make_encoder):
     adapter, _ = trained(encoder)
     target = make_encoder(layers=2, width=32, seed=0)
     seen, anchors = observe(target, adapter.anchors.probe), adapter.anchors
-    order = torch.arange(anchors.coded)
-    swapped = replace(anchors, stream=anchors.stream[::-1])
-    fits = []
-    for given in (anchors, swapped):
-        reads = adapter.dictionary.v.detach()
-        fits.append([_stream_basis(given, seen, order, Way(depths=d), reads)[1] for d in ("relative", "cka")])
-    (relative, alike), (wrong, again) = fits
-    assert alike == pytest.approx(again, abs=1e-6)  # whatever the depths are called
-    assert relative != pytest.approx(wrong, abs=1e-3)
+    states = seen.stream(anchors.words)[:, : anchors.coded * anchors.words]
+    own = torch.stack([h @ torch.linalg.svd(h - h.mean(0))[2][:16].T for h in states])  # most of each level
+    order = [2, 0, 1]  # the source's tables hold this host's levels, and not by their depth
+    given = replace(anchors, stream=[Codes.of(own[i]) for i in order], depths=(0.0, 0.5, 1.0))
+    for way, wanted in (("relative", order), ("cka", [0, 1, 2])):
+        asked = Way(depths=way, maps="level")
+        basis, _ = _stream_basis(given, seen, torch.arange(anchors.coded), asked, adapter.dictionary.v.detach())
+        told = [level @ read.T for level, read in zip(states, basis.read, strict=True)]
+        assert [int(((t - own) ** 2).sum((1, 2)).argmin()) for t in told] == wanted, way
 
 
 def test_atoms_in_some_layers_and_directions_alone(encoder, make_encoder):

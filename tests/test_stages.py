@@ -22,6 +22,7 @@ from uhl.errors import DivergenceError, UHLError
 from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
+from uhl.perturb import Perturbed
 from uhl.porting import basis_of
 from uhl.runs import Settings
 from uhl.tasks import load_task
@@ -225,16 +226,19 @@ def test_times_are_medians_over_seeds(tiny_world):
 
 
 def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
-    _, outcome = stages.pretrain(tiny_world, "canonical")
-    outcome.finish("pretrain-canonical")
+    for kind in ("canonical", "dimension"):
+        _, outcome = stages.pretrain(tiny_world, kind)
+        outcome.finish(f"pretrain-{kind}")
     before = report.summary("t")
     archive = runs.pack("t", tmp_path / "t.zip")
     assert runs.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
     assert runs.restore(archive) == []  # what is there stays
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
-    (cell,) = runs.restore(archive)
-    assert sorted(p.name for p in cell.iterdir()) == ["manifest.json", "predictions.npz"]
-    assert len({p.stat().st_mtime_ns for p in cell.iterdir()}) == 1  # else a batch would make one again
+    cells = runs.restore(archive)
+    assert [cell.name for cell in cells] == ["pretrain-canonical", "pretrain-dimension"]
+    files = [p for cell in cells for p in cell.iterdir()]
+    assert sorted(p.name for p in files) == ["manifest.json", "manifest.json", "predictions.npz", "predictions.npz"]
+    assert len({p.stat().st_mtime_ns for p in files}) == 1  # else a batch would make one again
     assert report.summary("t").equals(before)
     with pytest.raises(UHLError, match="a cell restored from an archive has none"):
         stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor",)}))
@@ -687,7 +691,7 @@ def test_predictions_of_other_examples_are_refused(tiny_world):
         report.gather("t")
 
 
-def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world, task, make_encoder):
+def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world, task, make_encoder, monkeypatch):
     settings = Settings(**tiny_world.model_dump() | {"anchors": 30, "more_anchors": 10})
     adapter, outcome = stages.pretrain(settings, "canonical")
     outcome.finish("pretrain-canonical")
@@ -698,15 +702,20 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     refreshed = [a for a in attempts.attempts(whole, ["refresh"]) if a.arm == "refresh"]
     assert [a.way.confidence for a in refreshed] == [0, 0.5]
     listed += [replace(a, way=a.way.model_copy(update={"refresh_steps": 3})) for a in refreshed]
-    listed += [a for a in attempts.attempts(whole, ["perturbed"]) if a.perturbed == 0.3]
+    listed += [a for a in attempts.attempts(whole, ["perturbed"]) if a.noise == 0.3]
     listed.append(attempts.Attempt("texts", "20 coded", coded=20, texts=20))
     listed += [attempts.Attempt("choice", c, "zero-atoms", coded=20, texts=20, choice=c) for c in attempts.CHOICES]
     bias = adapter.task("mood").bias.clone()
+    choose, seen = attempts.chosen, []
+    monkeypatch.setattr(attempts, "chosen", lambda *given: seen.append(given[1].anchors) or choose(*given))
     table = attempts.measure(settings, adapter, *hosts, task, listed)
     assert len(table) == len(listed)
     assert adapter.anchors is whole
     assert torch.equal(adapter.task("mood").bias, bias)
-    assert table[["same", "dev"]].stack().between(0, 100).all()
+    assert all(anchors is whole for anchors in seen)  # the basis is that of training
+    assert len(seen) == len(attempts.CHOICES)
+    assert table[["same", "dev"]].stack().dropna().between(0, 100).all()
+    assert table["same"].isna().tolist() == [a.arm == attempts.ON_SOURCE for a in listed]
     sizes = table.set_index("attempt")["bytes"]
     assert sizes["4-bit codes"] < 0.7 * sizes["8-bit codes"]
     assert sizes["32 coordinates"] < sizes["256 coordinates"]
@@ -732,28 +741,35 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     fig = viz.attempt_changes(found)
     rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert "scale: anchor, scale chosen without labels" in rows
-    assert len(rows) == len(table)
+    assert len(rows) == len(table) - 1  # the score on the source is none of a port
 
 
 def test_maps_a_little_off_train_another_adapter_once(tiny_world, monkeypatch):
     plain, _ = stages.pretrain(tiny_world, "canonical")
-    first = attempts.perturbed(tiny_world, 0.3)
+    of, first, score = attempts.perturbed(tiny_world, 0.3)
     assert not torch.equal(first.dictionary.v, plain.dictionary.v)
-    found = runs.manifests("t-perturbed-0.3")
-    assert [row["split"] for entry in found.values() for row in entry["rows"]] == ["dev"]
+    (entry,) = runs.manifests("t-perturbed-0.3").values()
+    assert [(row["split"], row["score"]) for row in entry["rows"]] == [("dev", score)]
+    with pytest.raises(UHLError, match="predictions.npz is missing"):
+        stages.agreement(tiny_world, None, "dev")
+    assert (runs.cell_dir(of, "pretrain-canonical") / "predictions.npz").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(attempts, "pretrain", None)
-        again = attempts.perturbed(tiny_world.model_copy(update={"target": "big"}), 0.3)
+        _, again, _ = attempts.perturbed(tiny_world.model_copy(update={"target": "big", "tune_rate": 0.5}), 0.3)
         assert torch.equal(again.dictionary.v, first.dictionary.v)
+        for change in ({"rate": 1e-4}, {"seed": 3}):
+            with pytest.raises(TypeError):
+                attempts.perturbed(tiny_world.model_copy(update=change), 0.3)
+        patch.setattr(runs, "PROTOCOL", runs.PROTOCOL + 1)
         with pytest.raises(TypeError):
-            attempts.perturbed(tiny_world.model_copy(update={"rate": 1e-4}), 0.3)
+            attempts.perturbed(tiny_world, 0.3)
 
     host = stages.freeze(stages.load_encoder("big"))
     basis = basis_of(observe(host, stages.probe(tiny_world, stages.load_data(tiny_world))), plain.config.width)
     with attach(host.model, plain, "mood", basis.frame(find_slots(host.model))) as attached:
         seen = []
         for step in (0, 1, 0):
-            stages.Perturbed(attached, basis, 0.3, 0).on_step_begin(None, TrainerState(global_step=step))
+            Perturbed(attached, basis, 0.3, 0).on_step_begin(None, TrainerState(global_step=step))
             seen.append([t.clone() for t in (*next(iter(attached.frame.slots.values())), attached.frame.routes[0])])
     for off, other, same, true in zip(
         *seen, (basis.read[0], basis.write[0], basis.read[0] * basis.rms[0]), strict=True

@@ -30,7 +30,7 @@ from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.porting import Shared, Way, at_work, port, source_basis, upper_levels
 from uhl.runs import Settings
-from uhl.stages import adapter_for, agreement, anchor_pool, make_anchors, pretrain
+from uhl.stages import NOT_OF_THE_SOURCE, adapter_for, agreement, anchor_pool, make_anchors, pretrain
 from uhl.tasks import Task, score
 from uhl.train import Classifier, Prediction, predict
 
@@ -38,14 +38,15 @@ CHOICES = ("random", "k-means", "leverage", "determinantal")
 GROUPS = (
     *("head", "maps", "layers", "rank", "scale", "refresh", "perturbed", "taught", "texts", "dims", "bits", "choice"),
 )
+ON_SOURCE = "source"  # no port, but the score of another adapter where it was trained
 TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights": "full"}
 
 
 @dataclass(frozen=True)
 class Attempt:
     """One way to port. ``coded``, ``texts``, ``dims``, ``bits`` and ``cuts`` are those of :meth:`Anchors.cut`;
-    ``choice`` draws the coded texts anew from the source's unlabelled text. ``perturbed`` ports another adapter,
-    trained on the source under maps that are so much off (:class:`uhl.stages.Perturbed`). ``taught`` ports nothing: a
+    ``choice`` draws the coded texts anew from the source's unlabelled text. ``noise`` ports another adapter,
+    trained on the source under maps that are so much off (:class:`uhl.perturb.Perturbed`). ``taught`` ports nothing: a
     baseline is trained on the target with the source's decisions on the anchors in place of labels.
     """
 
@@ -59,7 +60,7 @@ class Attempt:
     bits: int = 8
     cuts: bool = True
     choice: str | None = None
-    perturbed: float = 0.0
+    noise: float = 0.0
     taught: Method | None = None
 
 
@@ -102,8 +103,8 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
             for arm in ("refresh", "refresh-random"):
                 yield Attempt("refresh", f"{arm}, confidence {confidence:g}", arm, Way(confidence=confidence))
     for noise in (0.3, 1.0):
-        for arm in ("zero-atoms", "anchor", "random-p"):
-            yield Attempt("perturbed", f"{arm}, trained under maps {noise:g} off", arm, perturbed=noise)
+        for arm in (ON_SOURCE, "zero-atoms", "anchor", "random-p"):
+            yield Attempt("perturbed", f"{arm}, trained under maps {noise:g} off", arm, noise=noise)
     if anchors.kind != "token" and anchors.reads is not None and anchors.bias is not None:
         for what, method in TAUGHT.items():
             yield Attempt("taught", f"{what} trained on the source's decisions", taught=method)
@@ -133,20 +134,25 @@ def measure(
     whole = adapter.anchors
     if whole is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    seen = observe(target, whole.probe)
+    seen, none = observe(target, whole.probe), float("nan")
     rows: list[tuple[object, ...]] = []
     for a in tried:
         if a.taught:
             size = budget.anchor_bytes(whole)
             found = taught(settings, whole, deepcopy(target), task, a.taught)
             same = 100 * agreement(settings, found, "dev")
-            rows.append((a.group, a.name, size, len(whole.texts), *3 * (float("nan"),), same, found.score))
+            rows.append((a.group, a.name, size, len(whole.texts), *3 * (none,), same, found.score))
             continue
-        own = perturbed(settings, a.perturbed) if a.perturbed else deepcopy(adapter)  # a port may change what it ports
+        of, own = settings, deepcopy(adapter)  # a port may change what it ports
+        if a.noise:
+            of, own, on_source = perturbed(settings, a.noise)
+            if a.arm == ON_SOURCE:
+                rows.append((a.group, a.name, budget.anchor_bytes(whole), len(whole.texts), *4 * (none,), on_source))
+                continue
         assert own.anchors is not None
         own.anchors = own.anchors.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
         if a.choice:
-            own.anchors = chosen(settings, own, source, task, a.choice, own.anchors.coded)
+            own.anchors = chosen(settings, adapter, source, task, a.choice, own.anchors.coded)
         asked = own.anchors.probe
         there = observe(target, asked) if a.choice else seen.cut(whole.probe, asked)
         made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=a.way)
@@ -155,25 +161,32 @@ def measure(
             found = predict(classifier, target, task, "dev", max_length=settings.max_length)
         size = budget.anchor_bytes(own.anchors, a.bits)
         known = (made.scale, made.report.get("final_fit"), made.report.get("agreement"))
-        same = 100 * agreement(settings, found, "dev")
+        same = 100 * agreement(of, found, "dev")
         rows.append((a.group, a.name, size, len(own.anchors.texts), *known, same, found.score))
     columns = ["group", "attempt", "bytes", "texts", "scale", "explained", "agreement", "same", "dev"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def perturbed(settings: Settings, noise: float) -> UHLAdapter:
-    """The canonical adapter that is trained on the source with such a ``noise``; one that was is read from its file."""
-    chosen = settings.model_copy(update={"profile": f"{settings.profile}-perturbed-{noise:g}", "splits": ("dev",)})
-    path = runs.cell_dir(chosen, "pretrain-canonical") / "manifest.json"
-    unused = {"target", "hosts", "arms", "attempts", "copies", "baselines", "refresh_steps", *RATES.values()}
-    wanted = {k: v for k, v in chosen.model_dump(mode="json").items() if k not in unused}
-    with runs.locked(runs.root() / chosen.profile / ".lock"):
-        found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
-        if {k: v for k, v in found["parameters"].items() if k not in unused} == wanted:
-            return adapter_for(chosen, "anchor")[0]
-        made, outcome = pretrain(chosen, "canonical", noise=noise)
-        outcome.finish("pretrain-canonical")
-    return made
+def perturbed(settings: Settings, noise: float) -> tuple[Settings, UHLAdapter, float]:
+    """The canonical adapter that is trained on the source with such a ``noise``, the settings of its run, and its dev
+    score there. One that was trained is read from its file.
+    """
+    own = settings.model_copy(update={"profile": f"{settings.profile}-perturbed-{noise:g}", "splits": ("dev",)})
+    cell = runs.cell_dir(own, "pretrain-canonical")
+    unused = {*NOT_OF_THE_SOURCE, "hosts", "dimension_rate", *RATES.values()}
+
+    def used(parameters: dict[str, object]) -> dict[str, object]:
+        return {name: value for name, value in parameters.items() if name not in unused}
+
+    with runs.locked(cell / ".lock"):
+        file = cell / "manifest.json"
+        found = json.loads(file.read_text()) if file.is_file() else {"parameters": {}}
+        kept = runs.protocol(found), used(found["parameters"])
+        if kept != (runs.PROTOCOL, used(own.model_dump(mode="json"))):
+            _, outcome = pretrain(own, "canonical", noise=noise)
+            found = json.loads(outcome.finish("pretrain-canonical").read_text())
+    (row,) = found["rows"]
+    return own, adapter_for(own, "anchor")[0], row["score"]
 
 
 def taught(settings: Settings, anchors: Anchors, target: Encoder, task: Task, method: Method) -> Prediction:

@@ -258,7 +258,7 @@ def _weight_steps(
     tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, train: bool, compiled: bool = False
 ) -> dict[str, Step]:
     """One frozen `nn.Linear`, by itself, with each path's update, with rank-8 LoRA's written plainly, and as PEFT's
-    VeRA and VB-LoRA change it; ``compiled``: these two, LoRA's and gather's compiled, too.
+    VeRA and VB-LoRA change it. ``compiled``: LoRA, VeRA, VB-LoRA and gather compiled, too.
 
     A size is compiled for itself when it is first run, so in the rounds that are not counted.
     """
@@ -285,7 +285,7 @@ def _weight_steps(
         return lambda: ops.get(name)(linear(x), x, v, u, strength, chosen)
 
     rivals = {"LoRA r8": lambda: linear(x) + (x @ down.T) @ up.T} | {
-        name: partial(_on_one_weight(linear, name), x) for name in ("VeRA r256", "VB-LoRA")
+        name: partial(_on_one_weight(linear, name).train(train), x) for name in ("VeRA r256", "VB-LoRA")
     }
     paths = {name: path(name) for name in ("dense", "gather", "reference")}
     made = {name: step(forward) for name, forward in ({"bare": lambda: linear(x)} | rivals | paths).items()}

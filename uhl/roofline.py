@@ -48,7 +48,7 @@ def work(step: str, tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, 
     the update's three times (also the factors' gradients).
     """
     way = step.removesuffix(", compiled")
-    rank = {"bare": 0, "LoRA r8": 8, "dense": atoms}.get(way, top_k)
+    rank = {"bare": 0, "LoRA r8": 8, "dense": atoms, "gather": top_k, "reference": top_k}[way]
     held = {"bare": 0, "LoRA r8": 8}.get(way, atoms)
     flops = 2 * tokens * d_in * d_out, 2 * tokens * rank * (d_in + d_out)
     moved = tokens * (d_in + d_out) + d_in * d_out, tokens * (d_in + 2 * d_out) + held * (d_in + d_out)
@@ -60,7 +60,8 @@ def work(step: str, tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, 
 def roofline(measured: pd.DataFrame) -> pd.DataFrame:
     """A row for each measured (size, way): its ``flops``, ``bytes``, ``FLOP/byte``, and the ``GFLOP/s`` it achieved.
 
-    ``measured`` as from :func:`uhl.bench.weights`; VeRA and VB-LoRA, which remake their factors each time, have none.
+    ``measured`` as from :func:`uhl.bench.weights`. VeRA, whose factors are frozen, and VB-LoRA, which makes its own
+    anew each time, are not counted by :func:`work` and left out.
     """
     names = ["step", "tokens", "d_in", "d_out", "atoms", "top_k", "train"]
     measured = measured[~measured["step"].str.contains("VeRA|VB-LoRA")]

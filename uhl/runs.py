@@ -350,9 +350,10 @@ def pack(profile: str, path: str | Path) -> Path:
 def restore(path: str | Path) -> list[Path]:
     """Put back under :func:`root` what :func:`pack` wrote and return the folders; cells that are there already stay.
 
-    Tables and figures can then be made again, and a batch goes on with the cells that are missing: all files get one
-    time, so that no cell looks older than what it was made from. Raises :class:`UHLError` for a file that is no such
-    archive, before anything is written.
+    Tables and figures can then be made again. In a folder without cells a batch goes on with those that are missing, as
+    all files have one time and no cell looks older than what it was made from; but a port or tuning needs its trained
+    adapter, which no archive has. Raises :class:`UHLError` for a file that is no such archive, before anything is
+    written.
     """
     path = Path(path)
     try:

@@ -55,7 +55,6 @@ METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
 UNUSED = {*RATES.values(), "dimension_rate", "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}
 UNUSED_BY_RETRAINING = {"steps", "epochs", "batch", "rate", "lambda_f", "tune_rate"}
 UNUSED_BY_TUNING = {"steps", "epochs", "batch", "rate", "mixer_rate", "lambda_f"}  # the adapter has them behind it
-UNUSED_BY_THE_SOURCE = {"target", *(name for name in Settings.model_fields if name.startswith("tune_"))}
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
 
@@ -189,7 +188,7 @@ def _host(settings: Settings) -> str:
 def _unused(settings: Settings, method: str) -> set[str]:
     """Settings that no trial of a method depends on: those of other methods, and of the other side of a port."""
     if _host(settings) == "source":
-        return UNUSED | UNUSED_BY_THE_SOURCE
+        return UNUSED | stages.NOT_OF_THE_SOURCE
     return UNUSED | (UNUSED_BY_TUNING if method == TUNE else UNUSED_BY_RETRAINING)
 
 

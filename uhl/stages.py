@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,9 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
-from transformers import TrainerCallback, TrainerState
 
 from uhl import models, runs, store, tasks
 from uhl.adapter import UHLAdapter
@@ -29,10 +25,10 @@ from uhl.fileformat import MAX_TEXTS, MAX_UNITS
 from uhl.frame import LAST, Basis, Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
-from uhl.layer import Attached
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
+from uhl.perturb import Perturbed
 from uhl.porting import REFRESHED, RULES, Port, Shared, Way, at_work, basis_of, port, upper_levels, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
@@ -44,6 +40,10 @@ NOT_OF_BASELINES = {
     *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims"),
     *("tune_steps", "tune_batch", "tune_rate", "dimension_rate"),
 }  # settings that no baseline depends on, beside the other methods' rates
+NOT_OF_THE_SOURCE = {
+    *("target", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
+    *("tune_steps", "tune_batch", "tune_rate"),
+}  # settings that nothing trained on the source depends on
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
 
@@ -160,27 +160,6 @@ def make_anchors(
         own=probe.own,
         cuts=probe.cuts,
     )
-
-
-class Perturbed(TrainerCallback):
-    """Trains atoms in canonical coordinates that are a little off, as a port's are: before each step the maps of the
-    stream are M' = (I + E) M and N' = N (I + F), with random E and F, of which each row and column has a norm of about
-    ``noise``. The router reads by M'; the head's coordinates stay.
-    """
-
-    def __init__(self, attached: Attached, basis: Basis, noise: float, seed: int) -> None:
-        self.attached, self.basis, self.noise, self.seed = attached, basis, noise, seed
-
-    def on_step_begin(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
-        """Draw the step's, the same when training is resumed."""
-        draw = torch.Generator().manual_seed(1_000_003 * self.seed + state.global_step)
-
-        def near_one(size: int) -> Float[Tensor, "C C"]:
-            return torch.eye(size) + self.noise / math.sqrt(size) * torch.randn(size, size, generator=draw)
-
-        read = tuple(near_one(len(m)) @ m for m in self.basis.read)
-        write = tuple(n @ near_one(n.shape[1]) for n in self.basis.write)
-        self.attached.set_frame(replace(self.basis, read=read, write=write).frame(self.attached.slots))
 
 
 def pretrain(

@@ -193,7 +193,7 @@ def quality(near: Float[Tensor, "n d"], far: Float[Tensor, "n D"]) -> dict[str, 
     """
     from scipy.stats import spearmanr
 
-    from uhl.porting import ridge
+    from uhl.ridge import ridge
 
     fit = ridge(near[::2], far[::2])
     error = (near[1::2] @ fit.matrix + fit.shift - far[1::2]).pow(2).sum()

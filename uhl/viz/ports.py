@@ -36,7 +36,7 @@ def calibration(table: pd.DataFrame) -> Figure:
 
 
 def _attempt_colour(name: str, group: str) -> str:
-    return BASELINE if group == "taught" else CONTROL if name.startswith("random-p") else OURS
+    return BASELINE if group == "taught" else CONTROL if name.startswith(("random-p", "refresh-random")) else OURS
 
 
 def attempt_scores(table: pd.DataFrame, error: float) -> Figure:

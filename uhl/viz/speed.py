@@ -20,7 +20,8 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
     ``measured`` as from :func:`uhl.bench.weights`. Bars span the quartiles of the rounds' ratios.
     """
     names = {"tokens": "tokens T", "d_in": "width D", "atoms": "atoms A", "top_k": "active atoms K"}
-    ways = [step for way in WAYS for step in (way, way + COMPILED) if step in set(measured["step"])]
+    there = set(measured["step"]) - {"bare"}
+    ways = [step for way in WAYS for step in (way, way + COMPILED) if step in there]
     fig, axes = plt.subplots(2, len(names), figsize=(12, 6), sharey="row")
     for row, train in zip(axes, (False, True), strict=True):
         for ax, (name, label) in zip(row, names.items(), strict=True):
@@ -29,8 +30,6 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
             if name != "d_in":
                 here = here[(here["d_in"] == base["d_in"])]
             for step in ways:
-                if step == "bare":
-                    continue
                 line = here[here["step"] == step].sort_values(name)
                 error = [line["ratio"] - line["ratio low"], line["ratio high"] - line["ratio"]]
                 look = {"color": WAYS[step.removesuffix(COMPILED)], "ls": "--" if step.endswith(COMPILED) else "-"}

@@ -1,0 +1,136 @@
+"""Ridge regression with penalties chosen by cross-validation: how maps between two models' states are fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from uhl.errors import UHLError
+
+FREE = 0.1  # least share of the rows that a regression leaves as degrees of freedom
+PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squared singular value
+
+
+@dataclass
+class Fit:
+    """A ridge regression Y = X B + c, a penalty for each column of Y, and what it explains of Y's variance.
+
+    ``explained`` is 1 - (sum over columns of GCV) / (sum of variances): an estimate for unseen rows; ``columns`` the
+    same for each column. ``left_out`` predicts each row from all others, or from all other groups.
+    """
+
+    matrix: Float[Tensor, "D C"]
+    shift: Float[Tensor, " C"]
+    penalty: Float[Tensor, " C"]
+    explained: float
+    columns: Float[Tensor, " C"]
+    left_out: Float[Tensor, "rows C"]  # all of them, or none
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a regression that are not alike: ``weights``, of which those of 1 judge it, and ``groups`` of rows that
+    are left out together.
+    """
+
+    weights: Float[Tensor, " n"]
+    groups: Int64[Tensor, " n"]
+
+
+def ridge(
+    x: Float[Tensor, "n D"],
+    y: Float[Tensor, "n C"],
+    centre: bool = True,
+    each: bool = True,
+    held: bool = True,
+    rows: Rows | None = None,
+) -> Fit:
+    """Ridge regression in float64; generalised cross-validation chooses each column's penalty (Golub et al. 1979).
+
+    GCV_c(l) = n ||y_c - y_c,l||^2 / (n - df_l)^2 with df_l the trace of the smoother. Columns differ in how well they
+    can be predicted (leading directions well, the tail hardly), so one penalty for all would fit neither. Where the
+    columns are a host's own coordinates, which may be turned at will, ``each`` is false: one penalty for all, chosen
+    for their sum. ``centre`` adds an intercept, ``held`` wants ``left_out``. Penalties that leave fewer than
+    :data:`FREE` of the rows as degrees of freedom are not considered: near interpolation GCV is 0 / 0. With ``rows``
+    the regression is weighted, and the criterion is the error of each group of rows, predicted from all others, over
+    the rows that count. Raises :class:`UHLError` for fewer than 16 rows.
+    """
+    counts = [len(x)] if rows is None else [len(rows.groups.unique()), int((rows.weights == 1).sum())]
+    if min(counts) < 16:
+        raise UHLError(f"{min(counts)} anchors are too few for a regression; use at least 16")
+    x, y = x.double(), y.double()
+    root = torch.ones(len(x), 1, dtype=x.dtype) if rows is None else rows.weights.double().sqrt()[:, None]
+    share = root.pow(2) / root.pow(2).sum()
+    x_mean, y_mean = ((share.T @ t)[0] if centre else torch.zeros_like(t[0]) for t in (x, y))
+    x = x - x_mean  # x is by far the largest table: no second one is kept
+    left, values, right = _svd(x if rows is None else x.mul_(root))
+    count, shape = len(x), x.shape
+    del x
+    near = (y - y_mean).mul_(root)
+    target = left.T @ near  # (r, C)
+    total = near.pow(2).sum(0)  # (C,)
+    power = values.pow(2)
+    penalties = torch.tensor(PENALTIES, dtype=power.dtype) * power.sum() / min(shape)
+    shrink = power / (power + penalties[:, None])  # (penalties, r)
+    free = count - shrink.sum(1) - float(centre)
+    if rows is None:
+        residual = total - target.pow(2).sum(0) + (1 - shrink).pow(2) @ target.pow(2)  # (penalties, C)
+        error, spread = count * residual / free[:, None].clamp_min(1e-9) ** 2, total / count
+    else:
+        missed = _left_out(left, shrink, target, near, root, rows.groups, centre)
+        judges = rows.weights == 1
+        error, spread = missed[:, judges].pow(2).mean(1), y[judges].var(0, correction=0)
+    error[free < FREE * count] = torch.inf
+    best = (error if each else error.sum(1, keepdim=True).expand_as(error)).argmin(0)  # (C,)
+    error = error.gather(0, best[None])[0]
+    inverse = values[:, None] / (power[:, None] + penalties[best])  # (r, C)
+    matrix = right.T @ (inverse * target)
+    explained, columns = 1 - float(error.sum() / spread.sum().clamp_min(1e-12)), 1 - error / spread.clamp_min(1e-12)
+    left_out = y[:0]
+    if rows is not None:
+        left_out = y - missed.gather(0, best.expand(1, *y.shape))[0]
+    elif held:
+        leverage = left.pow(2) @ shrink[best].T + (1 / count if centre else 0.0)  # (n, C), a row's share in its fit
+        left_out = y - (near - left @ (shrink[best].T * target)) / (1 - leverage).clamp_min(1e-9)
+    shift = (y_mean - x_mean @ matrix).float()
+    return Fit(matrix.float(), shift, penalties[best].float(), explained, columns, left_out)
+
+
+def _left_out(
+    left: Float[Tensor, "n r"],
+    shrink: Float[Tensor, "penalties r"],
+    target: Float[Tensor, "r C"],
+    y: Float[Tensor, "n C"],
+    root: Float[Tensor, "n 1"],
+    groups: Int64[Tensor, " n"],
+    centre: bool,
+) -> Float[Tensor, "penalties n C"]:
+    """What each row misses when its whole group is left out of the fit: (I - H_g)^-1 r_g, with H_g the group's block of
+    the smoother and r_g its residuals. ``left`` and ``y`` are weighted by ``root``; the result is not.
+    """
+    missed = y - torch.stack([left @ (s[:, None] * target) for s in shrink])
+    by_size: dict[int, list[Tensor]] = {}
+    order = groups.argsort(stable=True)
+    for members in order.split(groups[order].unique_consecutive(return_counts=True)[1].tolist()):
+        by_size.setdefault(len(members), []).append(members)
+    for size, found in by_size.items():
+        members = torch.stack(found)  # (G, size)
+        rows, ones = left[members], torch.eye(size, dtype=left.dtype)
+        mean = root[members] @ root[members].mT / root.pow(2).sum() if centre else 0.0
+        for part, s in zip(missed, shrink, strict=True):
+            part[members] = torch.linalg.solve(ones - (rows * s) @ rows.mT - mean, part[members])
+    return missed / root
+
+
+def _svd(x: Float[Tensor, "n D"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Singular vectors and values (n, r), (r,), (r, D), through the smaller Gram matrix; none of no size."""
+    wide = x.shape[0] < x.shape[1]
+    power, vectors = torch.linalg.eigh(x @ x.T if wide else x.T @ x)
+    keep = power > 1e-13 * power.max()
+    values, vectors = power[keep].sqrt(), vectors[:, keep]
+    if wide:
+        return vectors, values, (vectors.T @ x) / values[:, None]
+    return (x @ vectors) / values, values, vectors.T
