@@ -97,7 +97,7 @@ def search_rates(table: pd.DataFrame) -> Figure:
         ax.set_ylabel("dev score, %")
     lines = [Line2D([], [], color=CONTROL, linestyle=style, label=host) for host, style in styles.items()]
     lines += [Line2D([], [], color=CONTROL, linestyle="", marker="v", label="below the scale")]
-    fig.legend(handles=lines, loc="lower right", frameon=False)
-    fig.supxlabel("learning rate", fontsize=9)
-    fig.tight_layout()
+    fig.supxlabel("learning rate", fontsize=9, y=0.06)
+    fig.tight_layout(rect=(0, 0.06, 1, 1))
+    fig.legend(handles=lines, loc="lower center", ncol=len(lines), frameon=False, fontsize=9)
     return fig
