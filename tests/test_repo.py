@@ -149,6 +149,21 @@ def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path
     assert (made["arm"] == kept["arm"]).all()
 
 
+def test_the_adapter_that_lies_here_is_that_of_a_run(tmp_path, monkeypatch):
+    from uhl import runs, store
+    from uhl.files import sha256
+
+    monkeypatch.setenv("UHL_RUNS", str(tmp_path))
+    runs.restore(ROOT / "figures" / "offline-full-2.zip")
+    file = ROOT / "uhl" / "assets" / "movies.safetensors"
+    told = json.loads((tmp_path / "offline-full" / "movies-s0" / "pretrain-canonical" / "manifest.json").read_text())
+    assert told["artefacts"]["adapter.safetensors"] == {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    assert told["protocol"] == runs.PROTOCOL
+    assert file.stat().st_size < 1_000_000
+    assert store.load(file).info["source"] == "minilm-l6"
+    assert {entry["protocol"] for entry in runs.manifests("offline-full").values()} == {runs.PROTOCOL}
+
+
 def snakemake(runs, *arguments):
     """What Snakemake said, with ``runs`` as the folder of runs."""
     command = [Path(sys.executable).parent / "snakemake", *arguments]
