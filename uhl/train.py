@@ -364,15 +364,11 @@ def train(
         remove_unused_columns=False,
     )
     trainer = BudgetTrainer(
-        classifier,
-        arguments,
-        train_dataset=rows,
-        data_collator=collator(encoder, task),
-        train_config=config,
-        callbacks=list(callbacks),
+        classifier, arguments, train_dataset=rows, data_collator=collator(encoder, task), train_config=config
     )
     memory = StepMemory()
-    trainer.add_callback(memory)
+    for callback in (memory, *callbacks):
+        trainer.add_callback(callback)
     if watch is not None:
         sizes = {"max_length": config.max_length}
         trainer.add_callback(_DevScores(watch, lambda: predict(classifier, encoder, task, "dev", **sizes).score))
