@@ -20,6 +20,7 @@ from uhl.router import Route
 
 UNCHECKED = "UHL_UNCHECKED" in os.environ
 plain = pytest.mark.skipif(not UNCHECKED, reason="run by test_without_type_checks, in a process of its own")
+long = pytest.mark.skipif("UHL_LONG" not in os.environ, reason="compiles for minutes; set UHL_LONG=1")
 
 IDS = torch.arange(5, 37).reshape(2, 16)
 LARGE = torch.linspace(-9, 9, 2 * 16 * 32).sin().reshape(2, 16, 32)
@@ -121,13 +122,14 @@ def test_compiled_host_is_the_eager_host(kind):
 
 
 @plain
+@long
 def test_inductors_code_for_a_host():
     model = bert(layers=1).eval()
     check_forward(model, torch.compile(model, fullgraph=True))
 
 
 @plain
-@pytest.mark.skipif("UHL_LONG" not in os.environ, reason="compiles for a minute; set UHL_LONG=1")
+@long
 def test_inductors_code_for_a_hosts_gradients():
     model = bert(layers=1)
     check_gradients(model, torch.compile(model, fullgraph=True))
