@@ -122,6 +122,31 @@ def test_compiled_host_is_the_eager_host(kind):
 
 
 @plain
+def test_a_compiled_host_may_checkpoint():
+    """With the settings that README names; torch makes a checkpointed layer's graph one node."""
+    graphs = []
+
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    model = bert().train()
+    host = model.base_model.model
+    host.activation_checkpointing_enable()
+    host.disable_input_require_grads()
+    host.config.use_cache = False
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        compiled = torch.compile(model, fullgraph=True, backend=kept)
+        for _ in range(2):
+            check_gradients(model, compiled)
+            with torch.no_grad():
+                model.base_model.uhl_adapters["default"].dictionary.u.add_(0.3)
+    checkpointed = [node for graph in graphs for node in graph.graph.nodes if "checkpoint" in str(node.target)]
+    assert len(graphs) == 1
+    assert len(checkpointed) == 2  # layers
+
+
+@plain
 @long
 def test_inductors_code_for_a_host():
     model = bert(layers=1).eval()
