@@ -11,7 +11,7 @@ from uhl.adapter import Folded, UHLAdapter
 from uhl.anchors import Probe, observe
 from uhl.config import Sizes
 from uhl.errors import UHLError
-from uhl.frame import dimension_frame
+from uhl.frame import Basis, dimension_frame
 from uhl.host import find_slots, weight
 from uhl.mixer import type_features
 from uhl.peft_method import attach
@@ -292,6 +292,29 @@ def test_two_adapters_at_once_are_an_error_and_leave_the_first(encoder, adapter)
         assert torch.equal(run(encoder), inside)
         first.detach()
         first.detach()
+
+
+def test_an_attachment_that_fails_leaves_the_host_as_it_was(encoder, make_encoder, adapter):
+    wanted, modules = run(encoder), dict(encoder.model.named_modules())
+    trains = [p.requires_grad for p in encoder.model.parameters()]
+
+    def frame_of(layers, width):
+        read, write = torch.randn(adapter.config.width, width), torch.randn(width, adapter.config.width)
+        basis = Basis((read,), (write,), read, read[:, 0], (1.0,))
+        return basis.frame(find_slots(make_encoder(layers, width).model))
+
+    layers, width = encoder.layers, encoder.width
+    for given, said in (
+        ({"path": "fast"}, "unknown path 'fast'"),
+        ({"frame": frame_of(layers - 1, width)}, f"it has nothing for encoder.layer.{layers - 1}."),
+        ({"frame": frame_of(layers, width // 2)}, f"reads {width // 2} and writes {width // 2} wide, the host {width}"),
+        ({"frame": frame_of(layers, width), "scale": "much"}, None),
+    ):
+        with pytest.raises(Exception, match=said):
+            attach(encoder.model, adapter, "mood", **given)
+        assert dict(encoder.model.named_modules()) == modules
+        assert [p.requires_grad for p in encoder.model.parameters()] == trains
+        assert torch.equal(run(encoder), wanted)
 
 
 def test_unknown_task(encoder, adapter):

@@ -38,7 +38,7 @@ from uhl.porting import (
     why_not,
 )
 from uhl.refresh import refresh
-from uhl.ridge import PENALTIES, Rows, ridge
+from uhl.ridge import FOLDS, PENALTIES, Rows, ridge, ridge_of_groups
 from uhl.stages import make_anchors
 from uhl.tasks import Task
 from uhl.train import Classifier, predict
@@ -152,6 +152,53 @@ def test_weighted_ridge_leaves_a_groups_rows_out_together(columns):
         np.testing.assert_allclose(fit.shift[c].numpy(), model.intercept_, atol=1e-5)
 
 
+@pytest.mark.parametrize("each", [True, False])
+@pytest.mark.parametrize("columns", [8, 200])
+def test_ridge_of_groups_predicts_each_fold_from_the_others(columns, each):
+    g = torch.Generator().manual_seed(5)
+    x, y = torch.randn(120, columns, generator=g), 3 * torch.randn(120, 3, generator=g) * torch.tensor([0.1, 1.0, 3.0])
+    y += 2 * x[:, :3]
+    names = torch.randperm(30, generator=g).repeat(4) + 5
+    folds = (names - 5) % FOLDS
+    fit = ridge_of_groups(x, y, names, each)
+    tried = [p * float(x.double().pow(2).sum()) / min(x.shape) for p in PENALTIES]
+
+    def left_out(penalty):
+        found = torch.empty(120, 3).double()
+        for fold in range(FOLDS):
+            kept = folds != fold
+            model = Ridge(alpha=penalty, fit_intercept=False).fit(x[kept].double(), y[kept].double())
+            found[~kept] = torch.from_numpy(model.predict(x[~kept].double()))
+        return found
+
+    theirs = {p: left_out(p) for p in tried}
+    misses = {p: (y - found).pow(2).sum(0) for p, found in theirs.items()}
+    chosen = []
+    for c in range(3):
+        best = min(tried, key=lambda p, c=c: float(misses[p][c] if each else misses[p].sum()))
+        chosen.append(best)
+        assert float(fit.penalty[c]) == pytest.approx(best, rel=1e-5)
+        torch.testing.assert_close(fit.left_out[:, c], theirs[best][:, c], rtol=1e-6, atol=1e-6)
+        assert float(fit.columns[c]) == pytest.approx(
+            1 - float(misses[best][c] / y[:, c].double().pow(2).sum()), rel=1e-6
+        )
+        model = Ridge(alpha=best, fit_intercept=False).fit(x.double(), y[:, c].double())
+        np.testing.assert_allclose(fit.matrix[:, c].numpy(), model.coef_, atol=1e-5)
+    assert not fit.shift.any()
+    assert (len(set(chosen)) == 1) != each
+    with pytest.raises(UHLError, match="15 anchors are too few"):
+        ridge_of_groups(x, y, names % 15)
+
+
+def test_rows_of_a_group_do_not_tell_of_each_other():
+    """States of one text at several levels are alike. Left out by themselves, they make noise look explained."""
+    g = torch.Generator().manual_seed(6)
+    x, y = torch.randn(200, 50, generator=g).repeat(4, 1), torch.randn(200, 20, generator=g).repeat(4, 1)
+    x += 0.1 * torch.randn(x.shape, generator=g)
+    assert ridge(x, y, False).explained > 0.1
+    assert -0.05 < ridge_of_groups(x, y, torch.arange(200).repeat(4)).explained < 0.02
+
+
 @pytest.mark.parametrize(
     ("last", "levels"),
     [(1, (1,)), (2, (1, 2)), (3, (2, 3)), (4, (2, 3, 4)), (6, (3, 4, 6)), (12, (6, 9, 12)), (24, (12, 18, 24))],
@@ -223,13 +270,35 @@ def test_lineage_to_the_source_itself_is_the_identity(encoder):
 @pytest.mark.parametrize("arm", ["anchor", "zero-atoms"])
 def test_an_anchored_port_to_the_source_itself_is_the_identity(encoder, arm):
     adapter, frame = trained(encoder)
-    adapter.info["revision"] = "the same weights"
-    itself = Encoder("elsewhere", encoder.model, encoder.tokenizer, "the same weights")
+    itself = Encoder("elsewhere", encoder.model, encoder.tokenizer, "unknown")
     ported = port(adapter, itself, "mood", arm)
     assert ported.scale == (arm == "anchor")
     assert torch.equal(ported.frame.head, frame.head)
     for path in frame.slots:
         assert all(torch.equal(a, b) for a, b in zip(frame.slots[path], ported.frame.slots[path], strict=True))
+
+
+def test_a_host_that_differs_from_the_source_by_little_is_not_it(encoder):
+    adapter, _ = trained(encoder)
+    other = copy.deepcopy(encoder)
+    with torch.no_grad():
+        other.model.encoder.layer[-1].output.LayerNorm.bias[3] += 0.1
+    for host, way in ((other, Way()), (encoder, Way(known=False))):
+        assert "stream_fit" in port(adapter, host, "mood", way=way).report
+    assert "stream_fit" not in port(adapter, encoder, "mood").report
+
+
+def test_a_port_leaves_modes_as_they_were(encoder, make_encoder):
+    adapter, _ = trained(encoder)
+    target = make_encoder(layers=2, width=32, seed=0)
+    target.model.train()
+    target.model.encoder.layer[0].eval()
+    before = [m.training for m in target.model.modules()]
+    ported = port(adapter, target, "mood", "refresh", way=Way(refresh_steps=3))
+    assert [m.training for m in target.model.modules()] == before
+    target.model.eval()
+    again = port(adapter, target, "mood", "refresh", way=Way(refresh_steps=3))
+    assert torch.equal(again.frame.head, ported.frame.head)  # no dropout in either
 
 
 def test_a_token_task_is_ported_to_another_tokenizer_and_scored_on_the_same_tokens(encoder, make_encoder, bpe):
@@ -290,7 +359,7 @@ def test_maps_made_in_other_ways():
     reads = torch.tensor([[0.6, 0.8, 0.0, 0.0], [0.6, 0.0, 0.3, 0.0]])
 
     def pair(**given):
-        read, write, (fit,) = _map_pair(states[None], codes[None], 4, Way(**given), reads)
+        read, write, (fit,) = _map_pair(states[None], codes[None], torch.arange(400), 4, Way(**given), reads)
         assert (read.shape, write.shape) == ((4, 6), (6, 4))
         assert not read[3].any()
         assert not write[:, 3].any()
@@ -315,7 +384,7 @@ def test_maps_made_in_other_ways():
 
     turned = pair(penalties="atoms")[0]
     for row in torch.linalg.svd(reads[:, :3].double())[2]:  # as if each were fitted alone
-        alone = ridge(states, z @ row[:, None], False).matrix[:, 0].double()
+        alone = ridge_of_groups(states, z @ row[:, None], torch.arange(400)).matrix[:, 0].double()
         torch.testing.assert_close(row @ turned, alone, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(turned, usual, atol=1e-4)
 
@@ -791,6 +860,16 @@ def test_porting_a_peft_model_is_the_same_port(encoder, make_encoder, tmp_path, 
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     with model.disable_adapter():
         assert not torch.allclose(final_means(Encoder("h", inner, target.tokenizer, ""), sentences(20, 9)), wanted)
+
+
+def test_porting_a_peft_model_that_is_the_source_is_the_identity(encoder, tmp_path):
+    adapter, frame = trained(encoder)
+    model = PeftModel.from_pretrained(copy.deepcopy(encoder.model), peft_folder(adapter, tmp_path)).train()
+    done = uhl.port_model(model, encoder.tokenizer)
+    assert done.scale == 1
+    for path, pair in frame.slots.items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, done.frame.slots[path], strict=True))
+    assert all(m.training for m in model.modules())
 
 
 def test_porting_a_peft_model_says_what_is_missing(encoder, tmp_path):

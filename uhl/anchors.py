@@ -30,6 +30,7 @@ from transformers import BatchEncoding
 from uhl.config import PAIR, Kind
 from uhl.errors import UHLError
 from uhl.frame import LAST
+from uhl.host import evaluating
 from uhl.models import Encoder
 from uhl.progress import bar
 from uhl.quant import dequantise, quantise
@@ -309,10 +310,11 @@ def units_of(
 ) -> list[Float[Tensor, "u D_levels"]]:
     """States of each text's units at ``levels``, see :func:`read_levels`, with whatever is attached to the host."""
     found: list[Tensor] = [torch.empty(0)] * len(probe.observed)
-    for rows, batch in batches(encoder, probe, progress=progress):
-        hidden = read_levels(encoder.model.eval(), levels, **batch)
-        for row, units in zip(rows, _units(probe, rows, batch, hidden), strict=True):
-            found[row] = units
+    with evaluating(encoder.model) as model:
+        for rows, batch in batches(encoder, probe, progress=progress):
+            hidden = read_levels(model, levels, **batch)
+            for row, units in zip(rows, _units(probe, rows, batch, hidden), strict=True):
+                found[row] = units
     return found
 
 
@@ -375,20 +377,21 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
     starts = torch.tensor([0, *probe.units()]).cumsum(0).tolist()
     units = words = torch.empty(0)
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
-    for rows, batch in batches(encoder, probe, progress=True):
-        states = levels_of(encoder.model.eval()(**batch, output_hidden_states=True))
-        if not len(units):
-            units = torch.empty(len(states), starts[-1], encoder.width)
-            words = torch.empty(len(states), coded, probe.words, encoder.width)
-        picked = [(i, r) for i, r in enumerate(rows) if probe.words and r < coded]
-        weights = [_picked(probe, batch, i, r).to(states[0].device) for i, r in picked]
-        for level, hidden in enumerate(states):
-            for row, made in zip(rows, _units(probe, rows, batch, hidden), strict=True):
-                units[level, starts[row] : starts[row + 1]] = made.cpu()
-            for (place, row), weight in zip(picked, weights, strict=True):
-                words[level, row] = (weight @ hidden[place].float()).cpu()
-            tokens = hidden[batch["attention_mask"].bool()].float()
-            moment, count = moment + (tokens.T @ tokens).double().cpu(), count + len(tokens)
+    with evaluating(encoder.model) as model:
+        for rows, batch in batches(encoder, probe, progress=True):
+            states = levels_of(model(**batch, output_hidden_states=True))
+            if not len(units):
+                units = torch.empty(len(states), starts[-1], encoder.width)
+                words = torch.empty(len(states), coded, probe.words, encoder.width)
+            picked = [(i, r) for i, r in enumerate(rows) if probe.words and r < coded]
+            weights = [_picked(probe, batch, i, r).to(states[0].device) for i, r in picked]
+            for level, hidden in enumerate(states):
+                for row, made in zip(rows, _units(probe, rows, batch, hidden), strict=True):
+                    units[level, starts[row] : starts[row + 1]] = made.cpu()
+                for (place, row), weight in zip(picked, weights, strict=True):
+                    words[level, row] = (weight @ hidden[place].float()).cpu()
+                tokens = hidden[batch["attention_mask"].bool()].float()
+                moment, count = moment + (tokens.T @ tokens).double().cpu(), count + len(tokens)
     return Observed(units, words.flatten(1, 2), moment / max(count, 1), time.time() - begun)
 
 

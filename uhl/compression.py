@@ -20,7 +20,7 @@ from uhl.frame import Basis
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.outcome import Outcome
-from uhl.porting import RULES, Port, Shared, port, source_basis
+from uhl.porting import RULES, Port, Shared, Way, port, source_basis
 from uhl.runs import Settings
 from uhl.tasks import Task
 
@@ -60,7 +60,7 @@ def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
             ports: dict[str, dict[str, object]] = {}
             kept = pruning.kept_share(copy.model, whole.model)
             outcome = Outcome(settings, task, details={"part": cut.part, "kept": kept, "ports": ports})
-            for ported in _ports(settings, adapter, replace(copy, revision="unknown"), basis):
+            for ported in _ports(settings, adapter, copy, basis):
                 said, known = ported.report, {"arm": ported.arm, "phase": "zero-shot", "trainable_params": 0}
                 known["seconds"] = said.get("seconds", 0.0)
                 outcome.score_adapter(adapter, path, copy, ported.frame, ported.scale, **known)
@@ -82,9 +82,9 @@ def _ports(settings: Settings, adapter: UHLAdapter, copy: Encoder, basis: Basis)
     """The file as it is on the source, where the width allows; then the ports to a host of which nothing is known."""
     if basis.read[0].shape[1] == copy.width:
         yield Port("lineage", basis.frame(find_slots(copy.model, adapter.config.types)), 1.0)
-    shared = Shared()
+    shared, way = Shared(), Way(known=False)
     for arm in ARMS:
-        yield port(adapter, copy, settings.task_name, arm, seed=settings.seed, shared=shared)
+        yield port(adapter, copy, settings.task_name, arm, seed=settings.seed, shared=shared, way=way)
 
 
 def _score_head(settings: Settings, task: Task, copy: Encoder, outcome: Outcome) -> None:

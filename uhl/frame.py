@@ -26,6 +26,7 @@ from jaxtyping import Float
 from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
+from uhl.errors import UHLError
 from uhl.host import Slot
 from uhl.projector import Projector
 
@@ -89,6 +90,22 @@ class Frame:
         slots = {path: (move(a), move(b)) for path, (a, b) in self.slots.items()}
         routes = tuple(move(r) for r in self.routes)
         return replace(self, slots=slots, routes=routes, head=move(self.head), shift=move(self.shift))
+
+    def check(self, slots: Sequence[Slot], width: int | None) -> None:
+        """Raise :class:`UHLError` where this is not a frame for a host with these weights; ``width`` is D."""
+        missing = [slot.path for slot in slots if slot.path not in self.slots]
+        if missing:
+            raise UHLError(
+                f"the frame is of another host: it has nothing for {missing[0]}; port the adapter to this host"
+            )
+        for slot in slots:
+            wanted = (width, width) if self.stream else (slot.d_in, slot.d_out)
+            found = self.slots[slot.path][0].shape[1], self.slots[slot.path][1].shape[0]
+            if None not in wanted and found != wanted:
+                raise UHLError(
+                    f"the frame is of another host: at {slot.path} it reads {found[0]} and writes {found[1]} wide, the "
+                    f"host {wanted[0]} and {wanted[1]}; port the adapter to this host"
+                )
 
     def codes(self, hidden: Float[Tensor, "*n D_levels"]) -> Float[Tensor, "*n C"]:
         """Canonical coordinates of the states at ``levels``, what the head reads."""

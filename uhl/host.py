@@ -8,7 +8,8 @@ DistilBERT, MPNet, T5, BART, GPT-2 (a fused QKV weight counts as Q), and decoder
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,3 +176,14 @@ def weight(model: nn.Module, slot: Slot) -> torch.Tensor:
             f"point: load the host without quantisation, or keep the adapter unmerged"
         )
     return found.T if isinstance(module, Conv1D) else found
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """A model without dropout for a while; afterwards each of its modules is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        yield model.eval()
+    finally:
+        for module in training:
+            module.training = True

@@ -27,7 +27,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from uhl import card, fileformat, store
+from uhl import card, fileformat, ops, store
 from uhl.adapter import UHLAdapter
 from uhl.checkpointing import Rerouted
 from uhl.config import NAME, Sizes, UHLConfig
@@ -416,24 +416,35 @@ def attach(
     """Attach ``adapter`` to every weight of a known type in ``model``, for one of the adapter's tasks.
 
     ``frame`` is what a port returned; without one the adapter's own projector gives it (the `dimension` arm).
-    ``scale`` in [0, 1] says how much of the ported atoms to use. ``path`` names one way to compute the update (see
+    ``scale``, 0 or more, says how much of the ported atoms to use. ``path`` names one way to compute the update (see
     :mod:`uhl.ops`); by default it is chosen. What trains is left as it is. Raises :class:`UHLError` for a host without
-    weights of a known type and for a host that carries an adapter already.
+    weights of a known type, for a host that carries an adapter already, and for another host's frame; after any error
+    the host is as it was.
     """
     adapter.task(task)
+    if path is not None:
+        ops.get(path)
+    if frame is not None:
+        frame.check(find_slots(model, adapter.config.types), stream_width(model))
     if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise UHLError("the host already carries an adapter; detach it first")
     config = UHLConfig(**adapter.config.model_dump() | {"types": list(adapter.config.types)}, task=task)
     config._adapter, config._given = adapter, {"frame": frame, "scale": scale, "path": path}  # type: ignore[attr-defined]
     trains = [(p, p.requires_grad) for m in (model, adapter) for p in m.parameters()]
-    tuner = UHLModel(model, {"default": config}, "default")
-    for parameter, wanted in trains:
-        parameter.requires_grad_(wanted)
-    attached = tuner._attached["default"]
-    attached._detach = partial(_detach, tuner)
+    try:
+        tuner = UHLModel(model, {"default": config}, "default")
+        attached = tuner._attached["default"]
+        attached._detach = partial(_detach, tuner)
+    except BaseException:
+        for place, layer in [(p, m) for p, m in model.named_modules() if isinstance(m, UHLLinear)]:
+            model.set_submodule(place, layer.base_layer)
+        raise
+    finally:
+        for parameter, wanted in trains:
+            parameter.requires_grad_(wanted)
     try:
         attached.folded  # noqa: B018  # a frame that is missing is found now
-    except UHLError:
+    except BaseException:
         attached.detach()
         raise
     return attached

@@ -34,7 +34,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from peft import PeftModel
 from pydantic import Field
 from sklearn.metrics import cohen_kappa_score
@@ -51,12 +51,12 @@ from uhl.layer import Attached
 from uhl.models import Encoder
 from uhl.peft_method import attach, tuner_of
 from uhl.refresh import CONFIDENCE, refresh
-from uhl.ridge import Rows, ridge
+from uhl.ridge import Rows, ridge, ridge_of_groups
 
 logger = logging.getLogger("uhl")
 
 SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
-RULES = 3  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
+RULES = 4  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
 REFRESHED = {"refresh": "anchor", "refresh-random": "random-p"}  # arms that refresh, and the port that each starts from
 FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
@@ -90,6 +90,9 @@ class Way(_Strict):
     )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
+    )
+    known: bool = Field(
+        True, description="whether a host that is the source itself is known as it, and has its own basis"
     )
     refresh_steps: int = Field(200, ge=1, description="of the arms that refresh")
     confidence: float = Field(CONFIDENCE, ge=0, le=1, description="weight of the target's own decisions in these")
@@ -212,10 +215,9 @@ def port(
             made = port(adapter, target, task, "anchor", source, seed, shared, way)
             begun = time.time() - float(str(made.report["seconds"]))
             way = way.model_copy(update={"scales": (made.scale,)})
-        own = target.revision != "unknown" and target.revision == adapter.info.get("revision")
-        if own and arm in {"anchor", "zero-atoms"}:  # the source itself: its own basis, no regression
-            frame = basis_of(shared.seen, adapter.config.width).frame(slots)
-            done = Port(arm, frame, float(arm != "zero-atoms"))
+        own = _own_basis(adapter, shared.seen) if way.known and arm in {"anchor", "zero-atoms"} else None
+        if own is not None:
+            done = Port(arm, own.frame(slots), float(arm != "zero-atoms"))
         else:
             done = _anchored(adapter, target, task, arm, slots, seed, shared.seen, way)
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
@@ -307,6 +309,23 @@ def source_basis(adapter: UHLAdapter, source: Encoder) -> Basis:
     if adapter.anchors is None:
         raise UHLError("the adapter has no anchor texts to take the source's basis from")
     return basis_of(observe(source, replace(adapter.anchors.probe, words=0)), adapter.config.width)
+
+
+def _own_basis(adapter: UHLAdapter, seen: Observed) -> Basis | None:
+    """The basis of a host that is the adapter's source itself: at every depth it makes of the anchors what the file
+    says, as exactly as 8 bits hold it. None for any other.
+    """
+    anchors = adapter.anchors
+    assert anchors is not None
+    if adapter.info.get("layers") not in {None, len(seen.units) - 1}:
+        return None
+    basis = basis_of(seen, adapter.config.width)
+    for depth, codes in zip(anchors.depths, anchors.stream, strict=True):
+        made = seen.stream(anchors.words)[seen.level(depth)] @ basis.read[0][: len(codes.scale)].T
+        near = codes.scale + 1e-3 * codes.centre.float().abs()
+        if len(made) < len(codes.values[0]) or ((made[: len(codes.values[0])] - codes.table()).abs() > near).any():
+            return None
+    return basis
 
 
 def _shared(source: Encoder, target: Encoder) -> tuple[list[int], list[int]]:
@@ -414,6 +433,7 @@ class _Wanted:
     reads: Float[Tensor, "labels C"] | None
     logits: Float[Tensor, "U labels"] | None
     units: Rows  # weights of all units, and their texts
+    coded: Rows | None  # the same of ``rows``; None where each is of another text
 
     @classmethod
     def of(cls, anchors: Anchors, shuffle: torch.Generator | None) -> _Wanted:
@@ -425,8 +445,9 @@ class _Wanted:
         if logits is not None and shuffle is not None:
             logits = logits[torch.randperm(len(logits), generator=shuffle)]
         probe = anchors.probe
-        units = Rows(probe.weights(OTHERS), probe.groups())
-        return cls(codes, torch.tensor(probe.coded_units()), order, anchors.reads, logits, units)
+        units, rows = Rows(probe.weights(OTHERS), probe.groups()), torch.tensor(probe.coded_units())
+        coded = Rows(torch.ones(len(rows)), units.groups[rows]) if per_text > 1 else None
+        return cls(codes, rows, order, anchors.reads, logits, units, coded)
 
     def first(self, units: int) -> _Wanted:
         """The first units alone."""
@@ -462,12 +483,12 @@ def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) 
     sizes = sizes.repeat_interleave(width).float()
     x = states / sizes
     if wanted.reads is None:
-        fit = ridge(x[wanted.rows], wanted.codes)
+        fit = ridge(x[wanted.rows], wanted.codes, rows=wanted.coded)
         return _HeadFit(fit.matrix / sizes[:, None], fit.shift, fit.explained, None)
     left, strength, turn = torch.linalg.svd((wanted.reads - wanted.reads.mean(0)).double(), full_matrices=True)
     read = int((strength > 1e-6 * strength[0].clamp_min(1e-12)).sum())  # turn: the directions that are read come first
     targets = wanted.codes.double() @ turn.T
-    fit = first = ridge(x[wanted.rows], targets)
+    fit = first = ridge(x[wanted.rows], targets, rows=wanted.coded)
     targets = targets[:, :read]
     matrix, shift = fit.matrix.double(), fit.shift.double()
     if wanted.logits is not None:
@@ -531,8 +552,9 @@ def _stream_basis(
     else:
         nearest = [min(range(len(tables)), key=lambda i: abs(anchors.depths[i] - n / last)) for n in range(last + 1)]
     codes = tables[nearest]
-    groups = [(states, codes)] if way.maps == "shared" else zip(states[:, None], codes[:, None], strict=True)
-    pairs = [_map_pair(h, z, width, way, reads) for h, z in groups]
+    texts = torch.arange(len(rows)) // max(anchors.words, 1)
+    fitted = [(states, codes)] if way.maps == "shared" else zip(states[:, None], codes[:, None], strict=True)
+    pairs = [_map_pair(h, z, texts, width, way, reads) for h, z in fitted]
     rms = tuple(float(h.double().pow(2).mean().sqrt()) for h in ([states] if way.maps == "shared" else states))
     levels = LAST if way.reads == "last" else upper_levels(last)
     unset = torch.zeros(width, len(levels) * states.shape[-1])
@@ -557,24 +579,26 @@ def upper_levels(last: int) -> tuple[int, ...]:
 def _map_pair(
     states: Float[Tensor, "levels n D"],
     codes: Float[Tensor, "levels n R"],
+    texts: Int64[Tensor, " n"],
     width: int,
     way: Way,
     reads: Float[Tensor, "A C"],
 ) -> tuple[Tensor, Tensor, list[float]]:
-    """Reader (C, D), writer (D, C), and what the reader explains of each level's codes, rows left out of their own fit;
-    coordinates beyond the R stored are zero. With a rank both keep to some directions of the codes that the reader
-    predicts (reduced-rank regression: Izenman 1975).
+    """Reader (C, D), writer (D, C), and what the reader explains of each level's codes, of ``texts`` (each row's) that
+    its fit has not seen at any level; coordinates beyond the R stored are zero. With a rank both keep to some
+    directions of the codes that the reader predicts (reduced-rank regression: Izenman 1975).
     """
     there, back, size = states.flatten(0, 1), codes.flatten(0, 1), codes.shape[-1]
+    groups = texts.repeat(len(states))
     turn = torch.eye(size, dtype=torch.float64)
     if way.penalties == "atoms":  # the readers' principal directions, a penalty each
         turn = torch.linalg.svd(reads[:, :size].double(), full_matrices=True)[2]
-    reader = ridge(there, back.double() @ turn.T, False)
+    reader = ridge_of_groups(there, back.double() @ turn.T, groups)
     miss = (codes.double() - (reader.left_out @ turn).view_as(codes)).pow(2).sum((1, 2))
     fits = 1 - miss / codes.double().pow(2).sum((1, 2)).clamp_min(1e-12)
     told = reader.matrix.double() @ turn
     if way.writer == "states":
-        said = ridge(back, there, False, each=False, held=False).matrix.double()
+        said = ridge_of_groups(back, there, groups, each=False).matrix.double()
     else:
         said = _inverse(there.double(), told, back.double())
     if way.rank is not None:

@@ -2,12 +2,13 @@
 
 The source's decisions p on the anchors are the teacher, the target q with its ported head, which stays, the student:
 
-    loss = (1 - a) CE(p, q) + a CE(decision of q, q) + lambda_Q ||d_theta||^2
+    loss = (1 - a) CE(p, q) + a CE(decision of q, q) + lambda_Q ||B||^2
 
-The second term is the log-confidence loss of weak-to-strong generalisation (Burns et al. 2023, arXiv:2312.09390): a
-student may keep to its own decisions where the teacher errs. Part of the texts is held out; of the biases met on the
-way, zero among them, the one that is nearest to the teacher on these is kept. (The head was fitted on all texts,
-without a bias: that favours zero.)
+The second term, off by default, lets a student keep to its own decisions where the teacher errs, after the
+log-confidence loss of weak-to-strong generalisation (Burns et al. 2023, arXiv:2312.09390). Theirs takes decisions by a
+threshold that halves each batch; here a decision is the likeliest label, as tasks may have many and unequal ones. Part
+of the texts is held out; of the biases met on the way, zero among them, the one that is nearest to the teacher on these
+is kept. (The head was fitted on all texts, without a bias: that favours zero.)
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from uhl.adapter import TaskPart, UHLAdapter
 from uhl.anchors import Probe, units_of
 from uhl.errors import UHLError
 from uhl.frame import Frame
+from uhl.host import evaluating
 from uhl.models import Encoder
 from uhl.peft_method import attach
 from uhl.progress import bar
@@ -65,7 +67,7 @@ def refresh(
     try:
         for parameter in trains:
             parameter.requires_grad_(parameter is part.bias)
-        with attach(target.model, adapter, task, frame, scale):
+        with attach(target.model, adapter, task, frame, scale), evaluating(target.model):
             student = _Student(target, part, frame.to(part.bias.device), probe, taught)
             with torch.no_grad():
                 part.bias.zero_()

@@ -11,6 +11,7 @@ from torch import Tensor
 from uhl.errors import UHLError
 
 FREE = 0.1  # least share of the rows that a regression leaves as degrees of freedom
+FOLDS = 8  # of groups of rows, each predicted from the others
 PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squared singular value
 
 
@@ -18,8 +19,9 @@ PENALTIES = tuple(10.0 ** (e / 2) for e in range(-8, 9))  # times the mean squar
 class Fit:
     """A ridge regression Y = X B + c, a penalty for each column of Y, and what it explains of Y's variance.
 
-    ``explained`` is 1 - (sum over columns of GCV) / (sum of variances): an estimate for unseen rows; ``columns`` the
-    same for each column. ``left_out`` predicts each row from all others, or from all other groups.
+    ``explained`` is 1 - (sum over columns of the criterion) / (sum of variances): an estimate for unseen rows;
+    ``columns`` the same for each column. ``left_out`` predicts each row from all others, or from all other groups or
+    folds.
     """
 
     matrix: Float[Tensor, "D C"]
@@ -97,6 +99,61 @@ def ridge(
         left_out = y - (near - left @ (shrink[best].T * target)) / (1 - leverage).clamp_min(1e-9)
     shift = (y_mean - x_mean @ matrix).float()
     return Fit(matrix.float(), shift, penalties[best].float(), explained, columns, left_out)
+
+
+def ridge_of_groups(
+    x: Float[Tensor, "n D"], y: Float[Tensor, "n C"], groups: Int64[Tensor, " n"], each: bool = True
+) -> Fit:
+    """Ridge regression without an intercept, in float64, of many rows that come in groups: states of one text at
+    several words and levels. Rows of a group resemble each other, so that a row left out alone is half known.
+
+    Groups are dealt out into :data:`FOLDS`. The criterion is what the fits of all other folds miss in one, from Gram
+    matrices alone: no table as large as ``x`` is made. ``each`` as in :func:`ridge`. Raises :class:`UHLError` for fewer
+    than 16 groups.
+    """
+    names, places = groups.unique(return_inverse=True)
+    if len(names) < 16:
+        raise UHLError(f"{len(names)} anchors are too few for a regression; use at least 16")
+    folds = [(places % FOLDS == f).nonzero()[:, 0] for f in range(FOLDS)]
+    parts = [(x[f].double(), y[f].double()) for f in folds]
+    grams, crosses = [a.T @ a for a, _ in parts], [a.T @ b for a, b in parts]
+    squares = torch.stack([b.pow(2).sum(0) for _, b in parts])
+    del parts
+    gram, cross = torch.stack(grams).sum(0), torch.stack(crosses).sum(0)
+    penalties = torch.tensor(PENALTIES, dtype=gram.dtype) * gram.trace() / min(x.shape)
+    error, solvers = squares.sum(0).repeat(len(penalties), 1), []  # (penalties, C)
+    for own_gram, own_cross in zip(grams, crosses, strict=True):
+        solver = _Solver(gram - own_gram, cross - own_cross)
+        seen, told = solver.vectors.T @ own_gram @ solver.vectors, solver.vectors.T @ own_cross
+        for missed, penalty in zip(error, penalties, strict=True):
+            turned = solver.turned(penalty)
+            missed += (turned * (seen @ turned - 2 * told)).sum(0)
+        solvers.append(solver)
+    best = (error if each else error.sum(1, keepdim=True).expand_as(error)).argmin(0)
+    chosen, error = penalties[best], error.gather(0, best[None])[0]
+    total = squares.sum(0)
+    left_out = torch.empty(y.shape, dtype=gram.dtype)
+    for rows, solver in zip(folds, solvers, strict=True):
+        left_out[rows] = x[rows].double() @ solver.matrix(chosen)
+    explained, columns = 1 - float(error.sum() / total.sum().clamp_min(1e-12)), 1 - error / total.clamp_min(1e-12)
+    matrix = _Solver(gram, cross).matrix(chosen).float()
+    return Fit(matrix, matrix.new_zeros(matrix.shape[1]), chosen.float(), explained, columns, left_out)
+
+
+class _Solver:
+    """Solutions (G + l)^-1 X^T Y for any penalties l."""
+
+    def __init__(self, gram: Float[Tensor, "D D"], cross: Float[Tensor, "D C"]) -> None:
+        power, self.vectors = torch.linalg.eigh(gram)
+        self.power, self.target = power.clamp_min(0)[:, None], self.vectors.T @ cross
+
+    def turned(self, penalty: Tensor) -> Float[Tensor, "D C"]:
+        """In the Gram matrix's own directions, for one penalty or one for each column."""
+        return self.target / (self.power + penalty)
+
+    def matrix(self, penalty: Tensor) -> Float[Tensor, "D C"]:
+        """As a matrix for rows of X."""
+        return self.vectors @ self.turned(penalty)
 
 
 def _left_out(

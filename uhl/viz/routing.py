@@ -12,6 +12,8 @@ import torch
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 
+from uhl.host import evaluating
+
 if TYPE_CHECKING:
     from uhl.layer import Attached
     from uhl.models import Encoder
@@ -25,8 +27,8 @@ def routing_table(attached: Attached, encoder: Encoder, text: str) -> pd.DataFra
     ``layer`` is a route's key in :attr:`Attached.routes`: a weight's path where each weight has its own.
     """
     inputs = encoder.tokenizer(text, return_tensors="pt", truncation=True, max_length=64)
-    with torch.no_grad():
-        encoder.model.eval()(**inputs)
+    with evaluating(encoder.model) as model, torch.no_grad():
+        model(**inputs)
     tokens = encoder.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])
     rows: list[dict[str, Any]] = []
     for layer, made in sorted(attached.routes.items(), key=lambda item: str(item[0]).zfill(4)):
