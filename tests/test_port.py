@@ -538,7 +538,7 @@ def test_an_anchored_port_does_not_see_the_basis_and_dimension_does(encoder, mon
     plain, same = (e.model(**inputs).last_hidden_state for e in (encoder, other))
     torch.testing.assert_close(plain @ turn.T, same, atol=1e-4, rtol=1e-4)  # the same function indeed
     adapter, _ = trained(encoder)
-    first, second = (port(adapter, e, "mood", "anchor") for e in (encoder, other))
+    first, second = (port(adapter, e, "mood", "anchor", way=Way(known=False)) for e in (encoder, other))
     assert first.scale == second.scale
     a, b = logits(encoder, adapter, first), logits(other, adapter, second)
     assert (a - b).norm() / a.norm() < 1e-3
@@ -594,7 +594,7 @@ def test_a_file_gives_back_what_a_port_needs_and_agreement_is_what_happens(encod
 
 def test_a_poor_port_is_called_one(encoder, make_encoder, caplog):
     adapter, _ = trained(encoder, tuned=False)
-    good = port(adapter, encoder, "mood", "zero-atoms").report
+    good = port(adapter, encoder, "mood", "zero-atoms", way=Way(known=False)).report
     assert good["kappa"] > 0.8
     assert "warning" not in good
     assert good["agreement"] > 0.9
@@ -607,6 +607,19 @@ def test_a_poor_port_is_called_one(encoder, make_encoder, caplog):
     assert abs(poor["kappa"]) < 0.3
     assert "more anchors" in poor["warning"]
     assert "a poor port" in caplog.text
+
+
+def test_a_port_without_anchors_in_it_is_judged_on_them(encoder, make_encoder, caplog):
+    adapter, _ = trained(encoder)
+    with caplog.at_level("WARNING", "uhl"):
+        own = port(adapter, encoder, "mood", "lineage", encoder).report
+        assert own["agreement"] > 0.95
+        assert "warning" not in own
+        assert not caplog.text
+        stranger = port(adapter, make_encoder(encoder.layers, encoder.width, seed=3), "mood", "lineage", encoder).report
+    assert abs(stranger["kappa"]) < 0.4
+    assert "a poor port" in caplog.text
+    assert adapter.task("mood").bias.any()  # left out for a while, as it was tuned elsewhere
 
 
 def test_a_pair_is_read_as_two_parts(encoder):

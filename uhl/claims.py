@@ -22,9 +22,8 @@ import pandas as pd
 
 from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
-from uhl.config import ARMS
+from uhl.config import ARMS, CONTROLS
 from uhl.report import Cells, Groups, gather, groups_of, own_source, priors, source_of, stack, summary
-from uhl.viz import CONTROLS
 
 PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"

@@ -34,6 +34,7 @@ Arm = Literal[
     "dimension", "lineage", "embedding", "anchor", "refresh", "zero-atoms", "random-p", "shuffled", "refresh-random"
 ]
 ARMS: tuple[Arm, ...] = get_args(Arm)
+CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled", "refresh-random", "untrained")
 Method = Literal[  # a baseline
     "head", "bitfit", "lora-r8", "lora-1mb", "vera", "vb-lora", "uni-lora", "sat-lora", "hf-sat-lora", "full"
 ]

@@ -43,7 +43,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Observed, Probe, observe, unit_states
-from uhl.config import ARMS, _Strict
+from uhl.config import ARMS, CONTROLS, _Strict
 from uhl.errors import UHLError, one_of
 from uhl.frame import LAST, Basis, Frame, canonical_basis, dimension_frame
 from uhl.host import Slot, find_slots
@@ -196,6 +196,7 @@ def port(
         if arm == "embedding":
             basis, explained = _embedding_basis(shared.basis, source, target)
             done = Port(arm, basis.frame(slots), 1.0, {"stream_fit": [round(explained, 4)]})
+        done.report |= _judged(adapter, target, task, done)
     elif arm in REFRESHED:
         done = _start(adapter, target, task, arm, seed, shared, way)
         begun = time.time() - float(str(done.report["seconds"]))
@@ -232,9 +233,9 @@ def _mark(adapter: UHLAdapter) -> tuple[float, ...]:
 
 
 def _start(adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way) -> Port:
-    """The port that an arm refreshes, made now or before, without what it foresaw, which refreshing changes."""
+    """The port that an arm refreshes, made now or before, without the agreement, which refreshing changes."""
     made = port(adapter, target, task, REFRESHED[arm], seed=seed, shared=shared, way=way)
-    told = {key: value for key, value in made.report.items() if key not in {"agreement", "kappa", "warning"}}
+    told = {key: value for key, value in made.report.items() if key not in {"agreement", "kappa"}}
     return Port(arm, made.frame, made.scale, told)
 
 
@@ -404,10 +405,23 @@ def _anchored(
         "final_fit": round(best.explained, 4),
     }
     if anchors.judges(task):
-        report |= _agreement(best, anchors, few_units)
-        if arm == "anchor" and "warning" in report:  # the controls are meant to be poor
-            logger.warning("%s", report["warning"])
+        assert best.logits is not None
+        assert anchors.bias is not None
+        report |= _agreement(arm, best.logits[:few_units].float() + anchors.bias, anchors)
     return Port(arm, frame, scale, report)
+
+
+def _judged(adapter: UHLAdapter, target: Encoder, task: str, ported: Port) -> dict[str, object]:
+    """:func:`_agreement` of a port that no anchor has a part in, where the file's anchors can tell: what the host says
+    of them with the adapter at work.
+    """
+    anchors, part = adapter.anchors, adapter.task(task)
+    if anchors is None or not anchors.judges(task):
+        return {}
+    frame = ported.frame.to(torch.device("cpu"))
+    with untuned(adapter, task), attach(target.model, adapter, task, ported.frame, ported.scale), torch.no_grad():
+        codes = frame.codes(unit_states(target, anchors.probe.first(), frame.levels))
+        return _agreement(ported.arm, part.classify(codes.to(part.head.device)).cpu(), anchors)
 
 
 def _acting(frame: Frame, slots: Sequence[Slot], way: Way) -> Frame:
@@ -503,16 +517,14 @@ def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) 
     return _HeadFit((matrix @ turn).float() / sizes[:, None], (shift @ turn).float(), explained, logits)
 
 
-def _agreement(fit: _HeadFit, anchors: Anchors, units: int) -> dict[str, object]:
-    """``agreement``, the share of the first units that a target fitted without them gives the label which the source
-    gave; the same beyond chance as Cohen's ``kappa``; and a ``warning`` where that is below :data:`DOUBTFUL`.
+def _agreement(arm: str, logits: Float[Tensor, "u labels"], anchors: Anchors) -> dict[str, object]:
+    """``agreement``, the share of the first units that the target gives the label which the source gave, by logits that
+    were not fitted to them; the same beyond chance as Cohen's ``kappa``; and a ``warning``, which is logged, where that
+    is below :data:`DOUBTFUL`.
 
     The first units are those of the coded texts, which are of the task's domain where any are.
     """
-    assert fit.logits is not None
-    assert anchors.bias is not None
-    found = (fit.logits.float() + anchors.bias).argmax(1)[:units]
-    wanted = anchors.decided().argmax(1)[:units]
+    found, wanted = logits.argmax(1), anchors.decided().argmax(1)[: len(logits)]
     agreement, kappa = float((found == wanted).float().mean()), float(cohen_kappa_score(wanted, found))
     kappa = 0.0 if math.isnan(kappa) else kappa  # one label alone
     said: dict[str, object] = {"agreement": round(agreement, 4), "kappa": round(kappa, 4)}
@@ -521,6 +533,8 @@ def _agreement(fit: _HeadFit, anchors: Anchors, units: int) -> dict[str, object]
             f"a poor port: the host is expected to decide as the source does in {100 * agreement:.0f} % of cases "
             f"(kappa {kappa:.2f}); use more anchors, text nearer to the task's, or labels of this host"
         )
+        if arm not in CONTROLS:  # which are meant to be poor
+            logger.warning("%s", said["warning"])
     return said
 
 

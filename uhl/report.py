@@ -17,13 +17,13 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from uhl import card, compression, runs, stats, store, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
-from uhl.config import ARMS, UHLConfig
+from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
 from uhl.grid import PARAMS, Grid
 from uhl.runs import Settings, manifests
 from uhl.stages import TUNED_ARMS
-from uhl.viz import CONTROLS, NAMES, ORDER
+from uhl.viz import NAMES, ORDER
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
 START, END = "<!-- results: made by make table -->", "<!-- end of results -->"

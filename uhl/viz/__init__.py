@@ -3,7 +3,7 @@
 Every figure is saved with the numbers that it shows: :func:`save_fig` writes a PNG and a CSV of the same name.
 """
 
-from uhl.viz.base import BASELINE, CONTROL, CONTROLS, FAMILIES, LOOKS, NAMES, ORDER, OURS, save_fig, style
+from uhl.viz.base import BASELINE, CONTROL, FAMILIES, LOOKS, NAMES, ORDER, OURS, save_fig, style
 from uhl.viz.parts import heat, loss_curves, mixer_curves, mixer_table
 from uhl.viz.ports import attempt_changes, attempt_scores, calibration, compression, losses, score_against_anchor_bytes
 from uhl.viz.results import arm_scores, gap_heat, learning_curves, panels, score_against, slopes
@@ -14,7 +14,6 @@ from uhl.viz.speed import WAYS, roofline, speed_of_weights
 __all__ = [
     "BASELINE",
     "CONTROL",
-    "CONTROLS",
     "FAMILIES",
     "LOOKS",
     "NAMES",

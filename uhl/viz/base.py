@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from uhl.config import ARMS, METHODS
+from uhl.config import ARMS, CONTROLS, METHODS
 from uhl.files import write_atomic, write_csv
 
 NAMES = {
@@ -44,7 +44,6 @@ ORDER = (
     *METHODS[1:],
     *(*ARMS, "untrained"),
 )
-CONTROLS = ("no-adapter", "zero-atoms", "random-p", "shuffled", "refresh-random", "untrained")
 OURS, CONTROL, BASELINE = "#0b6e99", "#909090", "#d98032"
 FAMILIES = {  # the colour and the marks of each family's methods
     "ours": (OURS, "PXDs^ov", ("uhl-canonical", "uhl-dimension", *ARMS[:5])),

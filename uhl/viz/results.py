@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import offset_copy
 
-from uhl.config import METHODS
+from uhl.config import CONTROLS, METHODS
 from uhl.viz.base import (
     CONTROL,
-    CONTROLS,
     FAMILIES,
     LOOKS,
     NAMES,
