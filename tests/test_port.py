@@ -388,7 +388,7 @@ def test_maps_made_in_other_ways():
         torch.testing.assert_close(row @ turned, alone, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(turned, usual, atol=1e-4)
 
-    read, changed, _ = pair(writer="changes")
+    read, changed, _ = pair(writer="inverse")
     assert torch.equal(read, usual)
     for code, wanted in zip((1, 2), ([0, 1, 0], [0, 0, 1]), strict=True):
         assert (usual @ changed)[1:, code].tolist() == pytest.approx(wanted[1:], abs=0.05)  # read as it was written

@@ -84,7 +84,7 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
         "depths matched by CKA": {"depths": "cka"},
         "depths matched by CKA, level maps": {"depths": "cka", "maps": "level"},
         "penalties for what atoms read": {"penalties": "atoms"},
-        "writer fitted to changes": {"writer": "changes"},
+        "writer inverse to the reader": {"writer": "inverse"},
     }
     for name, changes in ways.items():
         yield Attempt("maps", f"{name}, scale 1", way=Way(**changes, scales=(1.0,)))  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ RULES = 4  # of the anchored port: a head that was tuned belongs to the rules th
 REFRESHED = {"refresh": "anchor", "refresh-random": "random-p"}  # arms that refresh, and the port that each starts from
 FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
-DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebook 06
+DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebook 10
 OTHERS = (
     0.3  # weight of a text of another pool, or a fragment, in the head's regression: on dev 0.3 and 1 differ little
 )
@@ -85,8 +85,9 @@ class Way(_Strict):
     penalties: Literal["coordinates", "atoms"] = Field(
         "coordinates", description="what the reader's penalties are for: coordinates, or the atoms' principal readers"
     )
-    writer: Literal["states", "changes"] = Field(
-        "states", description="fitted to the states, or so that a change reads as it was on the source"
+    writer: Literal["states", "inverse"] = Field(
+        "states",
+        description="fitted to the states, or an inverse of the reader: what is written reads as it was",
     )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"

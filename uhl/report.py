@@ -368,7 +368,8 @@ def findings(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
         first, second = map(str, key)
         tally = ", ".join(f"{count} {verdict}" for verdict, count in group["verdict"].value_counts().items())
         low, high = group["difference"].min(), group["difference"].max()
-        lines.append(f"{first} against {second}: {tally} of {len(group)} cells; {low:+.1f} to {high:+.1f} points")
+        ends = " to ".join(dict.fromkeys((f"{low:+.1f}", f"{high:+.1f}")))
+        lines.append(f"{first} against {second}: {tally} of {len(group)} cells; {ends} points")
     sizes = table[table["arm"].str.startswith("uhl-")]["adapter_bytes"]
     if len(sizes):
         lines.append(f"adapter files: {sizes.min():,.0f} to {sizes.max():,.0f} bytes")

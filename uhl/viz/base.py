@@ -133,8 +133,14 @@ def in_order(arms: Iterable[str], order: Iterable[str] = ORDER) -> list[str]:
 
 
 def plain_ticks(ax: Axes, values: Sequence[int | float]) -> None:
-    """Plain numbers on a logarithmic vertical axis: those of ``values`` that lie within its limits."""
+    """Plain numbers on a logarithmic vertical axis: those of ``values`` that lie within its limits and 12 points apart,
+    the earlier before the later.
+    """
     low, high = ax.get_ylim()
-    shown = [v for v in values if low <= v <= high]
+    points = 72 * ax.get_window_extent().height / ax.figure.dpi / np.log(high / low)
+    shown: list[float] = []
+    for value in values:
+        if low <= value <= high and all(points * abs(np.log(value / other)) >= 12 for other in shown):
+            shown.append(value)
     ax.set_yticks(shown, [f"{v:g}" for v in shown])
     ax.minorticks_off()

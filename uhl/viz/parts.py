@@ -12,6 +12,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from uhl.config import WEIGHT_TYPES
 from uhl.mixer import type_features
@@ -55,7 +56,8 @@ def mixer_curves(table: pd.DataFrame) -> Figure:
 def loss_curves(table: pd.DataFrame) -> Figure:
     """Training loss over steps, a line a run: columns step, loss, run."""
     fig, ax = plt.subplots(figsize=(6, 3))
-    sns.lineplot(table, x="step", y="loss", hue="run", ax=ax)
+    sns.lineplot(table, x="step", y="loss", hue="run", style="run", ax=ax)  # dashed, as runs may coincide
     ax.set(title="Training loss", xlabel="step", ylabel="loss")
-    ax.legend(title=None)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     return fig

@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import offset_copy
 
 from uhl.errors import UHLError
 from uhl.viz.base import BASELINE, CONTROL, LOOKS, NAMES, OURS, in_order, key_below, key_mark, task_grid
@@ -127,10 +128,11 @@ def losses(table: pd.DataFrame, doubtful: float) -> Figure:
     own = table[(table["part"] == "") & (table["arm"] == "lineage")].set_index("task")["score"]
     shown = table[table["arm"] == "anchor"]
     lost = shown["task"].map(own) - shown["score"]
-    shown = shown.assign(lost=lost, part=shown["part"].replace("", "nothing"))
+    shown = shown.assign(lost=lost, cut=shown["part"].replace("", "nothing")).rename(columns={"cut": "what was cut"})
     fig, ax = plt.subplots(figsize=(5.2, 3.6))
-    sns.scatterplot(shown, x="kappa", y="lost", hue="part", style="task", s=60, ax=ax)
-    ax.axvspan(min(0.0, float(shown["kappa"].min())), doubtful, color=CONTROL, alpha=0.25, linewidth=0)
+    sns.scatterplot(shown, x="kappa", y="lost", hue="what was cut", style="task", s=60, ax=ax)
+    low = min(0.0, float(shown["kappa"].min()))
+    ax.axvspan(low, doubtful, color=CONTROL, alpha=0.25, linewidth=0, label="the port warns")
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(title="Does a port know when it fails?", xlabel="Cohen's kappa with the source, predicted at the port")
     ax.set(ylabel="points lost against the source")
@@ -147,5 +149,7 @@ def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
         error = np.abs([rows["score"] - rows["low"], rows["high"] - rows["score"]])
         line = "" if "several" in set(rows["part"]) else line  # cuts of several parts are no series
         style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": mark, "label": label.get(str(arm), arm)}
-        apart = 100 * rows["kept"] + 0.7 * place  # so that bars do not hide one another
-        ax.errorbar(apart, rows["score"], yerr=error, markersize=4, elinewidth=1, **style)
+        apart = offset_copy(
+            ax.transData, ax.get_figure(root=True), x=2.0 * place, units="points"
+        )  # so that no bar hides another
+        ax.errorbar(100 * rows["kept"], rows["score"], error, markersize=4, elinewidth=1, transform=apart, **style)

@@ -67,7 +67,7 @@ def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[tuple
     """
     table = table[table["phase"].isin(phases)]
     arms = list(dict.fromkeys(a for phase in phases for a in in_order(table["arm"][table["phase"] == phase])))
-    fig, cells = task_grid(table, 2.4, 0.27 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
+    fig, cells = task_grid(table, 2.4, max(0.27 * len(arms) + 0.4, 0.9), 2.2, "test score, %", sharex=True, sharey=True)
     for ax, _, host, rows in cells:
         absent = partial(why_absent, host, undefined=undefined)
         _arm_rows(ax, rows.set_index("arm").reindex(arms).reset_index(), absent)
@@ -120,7 +120,7 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
     """
     fig, cells = task_grid(table, 2.25, 2.3, 0.6, label, ": test score, %", sharex=True, sharey=True)
     fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
-    least, most = float(table[column][table[column] > 0].min()), 2.5 * float(table[column].max())
+    least, most = float(table[column][table[column] > 0].min()), max(2.5 * float(table[column].max()), 5 * limit)
     for ax, _, _, rows in cells:
         left = offset_copy(ax.transData, fig, x=-1.5, units="points")
         for _, cell in rows.iterrows():
@@ -136,8 +136,9 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
         ax.set_xscale("symlog", linthresh=least, linscale=0.5)
         ax.set(xlim=(-0.7 * least, most), ylim=(table["low"].min() - 2, table["high"].max() + 2))
     first, last = np.ceil(np.log10(least)), np.log10(most)
-    powers = 10.0 ** np.arange(first, last, 1 if last - first < 4 else 2)
-    ax.set_xticks([0, *powers], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in powers)])
+    powers = 10.0 ** np.arange(first - 1, last, 1 if last - first < 4 else 2)
+    shown = [m * v for v in powers for m in ((1, 2, 5) if last - first < 2 else (1,)) if least < m * v < most]
+    ax.set_xticks([0, *shown], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in shown)])
     named = [key_mark(NAMES.get(a, a), *LOOKS[a]) for a in in_order(table["arm"], LOOKS) if a not in CONTROLS]
     hollow_mark, filled = key_mark("without labels", OURS, mfc="white"), key_mark("trained with labels", OURS)
     key_below(fig, [*named, key_mark("control", CONTROL, "_", ms=10), hollow_mark, filled], 3)
@@ -162,7 +163,8 @@ def slopes(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Fi
                 continue
             for (phase, cell), at in zip(pair.iterrows(), heights, strict=True):
                 if np.isnan(cell["score"]):
-                    note(ax, "not tuned" if phase == "tuned" else "not run", middle, at, ax.transData, fontsize=8)
+                    why = "not tuned" if phase == "tuned" else "none" if arm == "untrained" else "not run"
+                    note(ax, why, middle, at, ax.transData, fontsize=8)
                 else:
                     interval_mark(ax, cell, at, hollow=phase == "zero-shot", fmt="o")
         ax.set_yticks(range(len(arms)), [NAMES.get(arm, arm) for arm in arms])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,6 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from uhl.viz.base import CONTROL, LOOKS, NAMES, ORDER, OURS, in_order
+
+BEST: dict[str, Any] = {"linestyle": "", "marker": "o", "color": "black", "mfc": "none", "mew": 1.3, "markersize": 8}
 
 
 def search_history(table: pd.DataFrame) -> Figure:
@@ -69,7 +72,7 @@ def search_parallel(values: pd.DataFrame, scores: pd.Series, logs: Sequence[str]
 
 
 def search_rates(table: pd.DataFrame) -> Figure:
-    """Dev score against each method's learning rate (``value``), a panel a method, a line a ``host``, the best black.
+    """Dev score against each method's learning rate (``value``), a panel a method, a line a ``host``, the best ringed.
 
     Hosts are drawn solid, dashed and so on in the order in which the table has them. Scores more than 12 points below
     the best of all are triangles on the lower edge.
@@ -89,7 +92,7 @@ def search_rates(table: pd.DataFrame) -> Figure:
             low = mine["score"] < floor
             ax.plot(mine["value"][low], scores[low], "v", color=colour, markersize=7)
             best = int(scores.to_numpy().argmax())
-            ax.plot(mine["value"].iloc[best], scores.iloc[best], "o", color="black", markersize=5)
+            ax.plot(mine["value"].iloc[best], scores.iloc[best], **BEST)
         ax.set(xscale="log", xlim=(of_method["value"].min() / 2, of_method["value"].max() * 2))
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_title(NAMES.get(method, method), fontsize=9)
@@ -97,6 +100,7 @@ def search_rates(table: pd.DataFrame) -> Figure:
         ax.set_ylabel("dev score, %")
     lines = [Line2D([], [], color=CONTROL, linestyle=style, label=host) for host, style in styles.items()]
     lines += [Line2D([], [], color=CONTROL, linestyle="", marker="v", label="below the scale")]
+    lines += [Line2D([], [], **BEST, label="best")]
     fig.supxlabel("learning rate", fontsize=9, y=0.06)
     fig.tight_layout(rect=(0, 0.06, 1, 1))
     fig.legend(handles=lines, loc="lower center", ncol=len(lines), frameon=False, fontsize=9)

@@ -43,7 +43,7 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
             ax.set_xticks(values, [drop + text for drop, text in zip(low, plain, strict=True)], fontsize=9)
             ax.minorticks_off()
         row[0].set(yscale="log", ylabel=f"{'training' if train else 'forward'}: time / bare weight")
-        plain_ticks(row[0], (1, 1.5, 2, 3, 4, 6, 8, 12))
+        plain_ticks(row[0], (1, 2, 4, 8, 16, 32, 64, 1.5, 3, 6, 12, 24, 48))
     lines, labels = axes[0][0].get_legend_handles_labels()
     fig.tight_layout(rect=(0, 0.09, 1, 1))
     fig.legend(lines, labels, ncol=6, loc="lower center", fontsize=8, frameon=False)
@@ -66,7 +66,7 @@ def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.
                 if len(found):
                     look = {"color": WAYS[way], "mfc": WAYS[way] if filled else "none", "ms": 5, "alpha": 0.8}
                     ax.plot(found["FLOP/byte"], found["GFLOP/s"], mark, label=step, **look)
-        ax.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must move")
+        ax.set(xscale="log", yscale="log", xlabel="FLOP a byte that must move")
         ticks = [2.0**n for n in range(-2, 12) if span[0] <= 2.0**n <= span[-1]]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
@@ -74,7 +74,7 @@ def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.
     label = f"{roofs['GFLOP/s']:.0f} GFLOP/s, {roofs['GB/s']:.0f} GB/s"
     axes[0].annotate(label, (span[-1], roofs["GFLOP/s"]), (0, 4), textcoords="offset points", ha="right", fontsize=8)
     axes[0].set_ylabel("GFLOP/s")
-    plain_ticks(axes[0], (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000))
+    plain_ticks(axes[0], (*(10.0**n for n in range(-3, 6)), *(m * 10.0**n for n in range(-3, 6) for m in (2, 5))))
     lines, labels = axes[0].get_legend_handles_labels()
     fig.tight_layout(rect=(0, 0.08, 1, 1))
     fig.legend(lines, labels, ncol=7, loc="lower center", fontsize=8, frameon=False)
