@@ -69,9 +69,9 @@ def test_rows_of_all_panels_agree(table):
 def test_arms_without_a_tuned_score_say_so(table):
     left, right = viz.slopes(table).axes
     assert words(left) == ["not tuned", "not tuned", "none"]  # no adapter, embedding; untrained atoms, zero-shot
-    assert words(right) == ["not run", "not run", "not tuned", "none"]
+    assert words(right) == ["not run", "not run", "not tuned", "not run"]
     right = viz.slopes(table, [("y", "embedding")]).axes[1]
-    assert words(right) == ["not run", "not defined", "not tuned", "none"]
+    assert words(right) == ["not run", "not defined", "not tuned", "not run"]
     fills = [to_hex(box.lines[0].get_markerfacecolor()) for box in left.containers]
     assert fills == ["#ffffff", "#ffffff", "#ffffff", viz.OURS, viz.CONTROL]  # hollow without labels
 
