@@ -7,9 +7,12 @@ import pandas as pd
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 
-from uhl import bench, gpu, roofline, viz
+from uhl import bench, budget, gpu, roofline, viz
+from uhl.config import Sizes
 from uhl.errors import UHLError
+from uhl.host import find_slots, linear_flops
 
 
 def test_a_measured_size_is_not_measured_again(tmp_path, monkeypatch):
@@ -88,6 +91,19 @@ def test_a_size_stops_at_its_limit_and_says_after_how_many_rounds():
 def test_formula_says_the_fit():
     fit = {"tokens": 0.981, "d_in": 1.02, "atoms": 0.012, "seconds": 3.1e-9, "r2": 0.9}
     assert bench.formula(fit) == "seconds = 3.1e-09 T^0.98 D^1.02 A^0.01"
+
+
+@pytest.mark.parametrize("name", [n for n in bench.architectures() if n != "bert-large"])
+def test_flops_of_a_host_are_those_of_the_formula(name):
+    config = bench.architectures()[name]
+    with torch.device("meta"):
+        slots = find_slots(AutoModel.from_config(config))
+    counted, width = bench.flops(config, tokens=3), slots[0].d_in
+    for frame in ("dimension", "residual"):
+        stream = frame == "residual"
+        routes = budget.routing_flops(Sizes(), slots, width, stream)
+        assert counted[frame] == 3 * (routes + budget.update_flops(Sizes(), slots, stream)) > 0
+    assert counted["bare"] >= 3 * linear_flops(slots)  # attention may come on top
 
 
 def test_work_counts_by_hand_and_as_torch_does():

@@ -706,6 +706,11 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     listed.append(attempts.Attempt("texts", "20 coded", coded=20, texts=20))
     listed += [attempts.Attempt("choice", c, "zero-atoms", coded=20, texts=20, choice=c) for c in attempts.CHOICES]
     bias = adapter.task("mood").bias.clone()
+    pool = stages.anchor_pool(settings, task)
+    monkeypatch.setattr(stages.tasks, "generic_text", lambda: [*pool[:3], *(f"the  plot {i}" for i in range(9))])
+    more = attempts.chosen(settings, adapter, hosts[0], task, "random", len(pool) + 7)
+    assert len({*more.texts} & {*pool}) == len(pool)
+    assert len({*more.texts} & {f"the plot {i}" for i in range(9)}) == 7
     choose, seen = attempts.chosen, []
     monkeypatch.setattr(attempts, "chosen", lambda *given: seen.append(given[1].anchors) or choose(*given))
     table = attempts.measure(settings, adapter, *hosts, task, listed)
@@ -742,6 +747,10 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert "scale: anchor, scale chosen without labels" in rows
     assert len(rows) == len(table) - 1  # the score on the source is none of a port
+    panels = viz.score_against_anchor_bytes(found).axes
+    drawn = [line for line in panels[0].lines if line.get_marker() == "s"]
+    assert sorted(drawn[0].get_xdata()) == sorted(table[table["group"] == "dims"]["bytes"])
+    assert [ax.get_title() for ax in panels] == ["big", "small"]
 
 
 def test_maps_a_little_off_train_another_adapter_once(tiny_world, monkeypatch):

@@ -30,7 +30,15 @@ from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.porting import Shared, Way, at_work, port, source_basis, upper_levels
 from uhl.runs import Settings
-from uhl.stages import NOT_OF_THE_SOURCE, adapter_for, agreement, anchor_pool, make_anchors, pretrain
+from uhl.stages import (
+    NOT_OF_THE_SOURCE,
+    adapter_for,
+    agreement,
+    anchor_pool,
+    generic_texts,
+    make_anchors,
+    pretrain,
+)
 from uhl.tasks import Task, score
 from uhl.train import Classifier, Prediction, predict
 
@@ -108,9 +116,11 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     if anchors.kind != "token" and anchors.reads is not None and anchors.bias is not None:
         for what, method in TAUGHT.items():
             yield Attempt("taught", f"{what} trained on the source's decisions", taught=method)
-    counts = [n for n in (64, 128, 256, 512, 1024) if n <= anchors.coded]
+    counts = [n for n in (64, 128, 256, 512) if n <= anchors.coded]
     for count in counts:
         yield Attempt("texts", f"{count} coded texts alone", coded=count, texts=count, cuts=False)
+    for count in (1024, 2048) if anchors.coded >= 512 else ():
+        yield Attempt("texts", f"{count} coded texts alone, drawn anew", coded=count, texts=count, choice="random")
     for count in counts[:-1]:
         yield Attempt("texts", f"{count} coded texts, logits of all", coded=count)
     if len(anchors.texts) > anchors.coded + 500:
@@ -152,7 +162,8 @@ def measure(
         assert own.anchors is not None
         own.anchors = own.anchors.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
         if a.choice:
-            own.anchors = chosen(settings, adapter, source, task, a.choice, own.anchors.coded)
+            assert a.coded is not None
+            own.anchors = chosen(settings, adapter, source, task, a.choice, a.coded)
         asked = own.anchors.probe
         there = observe(target, asked) if a.choice else seen.cut(whole.probe, asked)
         made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=a.way)
@@ -224,8 +235,12 @@ def taught(settings: Settings, anchors: Anchors, target: Encoder, task: Task, me
 
 
 def chosen(settings: Settings, adapter: UHLAdapter, source: Encoder, task: Task, choice: str, count: int) -> Anchors:
-    """Anchors of a trained adapter made anew from ``count`` of the texts that its own were drawn from."""
+    """Anchors of a trained adapter made anew from ``count`` of the texts that its own were drawn from, and of generic
+    ones where these are too few.
+    """
     pool = anchor_pool(settings, task)
+    if count > len(pool):
+        pool += generic_texts(pool, count - len(pool), random.Random(settings.seed))
     texts = [pool[i] for i in select(final_means(source, pool), choice, count, settings.seed)]
     basis = source_basis(adapter, source)
     frame = basis.frame(find_slots(source.model, adapter.config.types))

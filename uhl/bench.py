@@ -5,6 +5,7 @@ Memory is measured in a process of its own, times in pairs: the rivals take turn
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import random
 import re
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -27,7 +29,18 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaModel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    LlamaConfig,
+    LlamaModel,
+    MPNetConfig,
+    PretrainedConfig,
+)
 
 from uhl import baselines, models, ops, runs, tasks
 from uhl.adapter import UHLAdapter
@@ -36,7 +49,7 @@ from uhl.config import Sizes, UHLConfig, _Strict
 from uhl.files import write_csv
 from uhl.frame import Basis, Frame, dimension_frame
 from uhl.host import Slot, find_slots
-from uhl.peft_method import LOG
+from uhl.peft_method import LOG, attach
 from uhl.porting import Way, port
 from uhl.router import Route
 
@@ -64,10 +77,44 @@ class Settings(_Strict):
 
 def bert(shape: str) -> nn.Module:
     """A BERT of that shape with random weights, in evaluation mode."""
-    layers, width, inner, heads = SHAPES[shape]
     torch.manual_seed(0)
-    config = BertConfig(num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads)
-    return BertModel(config, add_pooling_layer=False).eval()
+    return BertModel(_bert_config(*SHAPES[shape]), add_pooling_layer=False).eval()
+
+
+def _bert_config(layers: int, width: int, inner: int, heads: int) -> BertConfig:
+    return BertConfig(num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads)
+
+
+def architectures() -> dict[str, PretrainedConfig]:
+    """The hosts that the workbook and the hypothesis speak of, by name."""
+    own = {"minilm-l6": (6, 384, 1536, 12), "minilm-l3": (3, 384, 1536, 12), "minilm-4x312": (4, 312, 1200, 12)}
+    berts = {name: _bert_config(*shape) for name, shape in (own | SHAPES).items()}
+    return {**berts, "distilbert-base": DistilBertConfig(), "mpnet-base": MPNetConfig()}
+
+
+def flops(config: PretrainedConfig, tokens: int = 10) -> dict[str, int]:
+    """FLOPs of a forward pass of so many tokens by torch's counter: ``bare``, and what the adapter adds to them on the
+    reference path in a ``dimension`` and in a ``residual`` frame. The host's weights are never filled.
+    """
+    with torch.device("meta"):
+        made = AutoModel.from_config(config).eval()
+    model, sizes = made.to_empty(device="cpu"), Sizes()
+    adapter, ids = UHLAdapter(sizes), torch.zeros(1, tokens, dtype=torch.long)
+    adapter.add_task("main", [], "sentence")
+    for buffer in model.buffers():
+        buffer.zero_()
+    slots = find_slots(model)
+    width = slots[0].d_in
+    frames = {"bare": None, "dimension": None, "residual": stream_frame(slots, width, sizes.width)}
+    counted: dict[str, int] = {}
+    for name, frame in frames.items():
+        with torch.no_grad(), ExitStack() as stack:
+            if name != "bare":
+                stack.enter_context(attach(model, adapter, "main", frame, path="reference"))  # folds before the count
+            counter = stack.enter_context(FlopCounterMode(display=False))
+            model(input_ids=ids)
+        counted[name] = counter.get_total_flops() - counted.get("bare", 0)
+    return counted
 
 
 def decoder(shape: str) -> nn.Module:
@@ -177,6 +224,7 @@ def _port_cost(shape: str, count: int, cuts: int, threads: int) -> dict[str, obj
     but a regression), so that no luck spares one: with fragments the last pass over everything is among them.
     """
     torch.set_num_threads(threads)
+    logging.getLogger("uhl").setLevel(logging.ERROR)  # a port to random weights is a poor one
     texts = random.Random(0).sample(sorted(set(tasks.generic_text())), count)
     probe = Probe(texts, words=1, coded=count, own=count, cuts=cuts)
     tokenizer = AutoTokenizer.from_pretrained(models.resolve("minilm-l6")[0])

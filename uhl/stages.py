@@ -85,9 +85,14 @@ def anchor_texts(settings: Settings, task: Task) -> tuple[list[str], int]:
     own = coded + draw.sample(left, min(settings.more_anchors, len(left)))
     generic: list[str] = []
     if settings.generic_anchors:
-        others = sorted(set(map(_one_line, tasks.generic_text())) - set(pool))
-        generic = draw.sample(others, min(settings.generic_anchors, len(others)))
+        generic = generic_texts(pool, settings.generic_anchors, draw)
     return own + generic, len(own)
+
+
+def generic_texts(pool: Sequence[str], count: int, draw: random.Random) -> list[str]:
+    """Texts of no task that are not in ``pool``, at most ``count``."""
+    others = sorted(set(map(_one_line, tasks.generic_text())) - set(pool))
+    return draw.sample(others, min(count, len(others)))
 
 
 def _one_line(text: str) -> str:

@@ -65,13 +65,21 @@ def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
 
 
 def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
-    """Dev score against the bytes that anchors take, for the attempts that change them."""
+    """Dev score against the bytes that anchors take, for the attempts that change them; a panel a task (row) and target
+    (column) where the table names these. Dashed: 1 MB.
+    """
     shown = table[table["group"].isin(["texts", "dims", "bits"])]
-    fig, ax = plt.subplots(figsize=(6, 3.6))
-    sns.scatterplot(shown, x="bytes", y="dev", hue="group", style="group", s=70, ax=ax)
-    ax.set(title="Dev score against the bytes of the anchors", xlabel="bytes", ylabel="dev score, %", xscale="log")
-    ax.axvline(1e6, color=CONTROL, linestyle="--", linewidth=1)
-    ax.legend(title=None)
+    for name in {"task", "target"} - set(shown.columns):
+        shown = shown.assign(**{name: ""})
+    fig, cells = task_grid(shown, 3.0, 2.4, 1.6, "bytes of the anchors", " dev score, %", sharex=True, sharey="row")
+    looks = dict(zip(("texts", "dims", "bits"), ((OURS, "o"), (BASELINE, "s"), ("#7a5195", "D")), strict=True))
+    for ax, _, _, rows in cells:
+        for group, (colour, mark) in looks.items():
+            points = rows[rows["group"] == group]
+            ax.plot(points["bytes"], points["dev"], mark, color=colour, ms=6, mec="white", mew=0.5)
+        ax.axvline(1e6, color=CONTROL, linestyle="--", linewidth=1)
+        ax.set_xscale("log")
+    key_below(fig, [key_mark(group, *look) for group, look in looks.items() if group in set(shown["group"])])
     return fig
 
 
