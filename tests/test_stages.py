@@ -348,6 +348,9 @@ def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, 
     monkeypatch.setattr(stages, "tune", lambda *a, **k: calls.append(a) or tune(*a, **k))
     search.search(tiny_world, "tune-anchor", space)  # another adapter: another study, and its trials are run
     assert len(calls) == 2
+    monkeypatch.setattr(search, "RULES", search.RULES + 1)
+    search.search(tiny_world, "tune-anchor", space)  # another way to port it
+    assert len(calls) == 4
 
 
 def test_a_search_on_a_target_retrains_as_the_batch_does_and_saves_beside_the_settings(

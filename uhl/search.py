@@ -46,6 +46,7 @@ from uhl.errors import DivergenceError, UHLError, one_of
 from uhl.files import read_yaml, sha256, write_text
 from uhl.grid import PARAMS
 from uhl.outcome import Outcome
+from uhl.porting import RULES
 from uhl.runs import Settings
 from uhl.train import Watch
 
@@ -205,7 +206,7 @@ def methods_of(spaces: Mapping[str, Space], host: str, named: Sequence[str] = ()
 
 
 def _adapter(settings: Settings, method: str) -> str | None:
-    """Hash of the file that `tune-anchor` tunes; None for other methods."""
+    """Hash of the file that `tune-anchor` tunes, and the rules of its port; None for other methods."""
     if method != TUNE:
         return None
     path = stages.adapter_path(settings, "anchor")
@@ -215,7 +216,7 @@ def _adapter(settings: Settings, method: str) -> str | None:
             f"PROFILE={settings.profile} TARGET={runs.slug(settings.target)} TASK={settings.task_name} "
             f"SEED={settings.seed}"
         )
-    return sha256(path)
+    return f"{sha256(path)}, port rules {RULES}"
 
 
 def _text(value: object) -> str:
