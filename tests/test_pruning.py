@@ -184,6 +184,9 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     pd.testing.assert_frame_equal(table[shown], compression.table(outcomes)[shown])
     fig = viz.compression(table)
     assert [ax.get_title() for ax in fig.axes] == ["mood: fewer layers", "mood: narrower"]
+    low, high = fig.axes[0].get_ylim()
+    assert low < table["low"].min()
+    assert table["high"].max() < high
     fig = viz.losses(table, 0.4)
     (points,) = (c for c in fig.axes[0].collections if len(c.get_offsets()) == 3)
     lost = own["lineage"] - table[table["arm"] == "anchor"]["score"]

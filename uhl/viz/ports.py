@@ -121,7 +121,8 @@ def compression(table: pd.DataFrame) -> Figure:
             _compressed_lines(axes[i, j], cells.sort_values("kept", ascending=False, kind="stable"))
             cut = {"width": "narrower", "several": "several parts"}.get(part, f"fewer {part}")
             axes[i, j].set(title=f"{task}: {cut}")
-        axes[i, 0].set_ylabel("test score, %")
+        own = table[table["task"] == task]
+        axes[i, 0].set(ylabel="test score, %", ylim=(own["low"].min() - 2, own["high"].max() + 2))
     for ax in axes[-1]:
         ax.set(xlabel="% of the linear weights kept", xlim=(105, 100 * table["kept"].min() - 5))
     axes[0, -1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
