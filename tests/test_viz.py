@@ -116,6 +116,11 @@ def test_ports_are_drawn_about_the_diagonal():
     assert [line.get_xydata().tolist() for line in right.lines[1:]] == [[[0.7, 0.75]]]
     assert left.get_xlim() == left.get_ylim() == right.get_xlim() == pytest.approx((0.68, 0.92))
     assert len({line.get_marker() for line in left.lines[1:]}) == 2
+    told = table.assign(kappa=[0.3, 0.7, 0.8], score=[60.0, 70.0, 81.0], **{"source score": 80.0})
+    axes = viz.foretold(told, 0.4).axes[0]
+    (points,) = (c for c in axes.collections if len(c.get_offsets()) == 3)
+    assert points.get_offsets().tolist() == [[0.3, 20], [0.7, 10], [0.8, -1]]
+    assert (axes.patches[0].get_x(), axes.patches[0].get_width()) == (0, 0.4)
 
 
 def test_ticks_that_would_run_together_stand_lower():

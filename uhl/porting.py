@@ -60,7 +60,7 @@ RULES = 4  # of the anchored port: a head that was tuned belongs to the rules th
 REFRESHED = {"refresh": "anchor", "refresh-random": "random-p"}  # arms that refresh, and the port that each starts from
 FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
-DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebook 10
+DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebooks 06 and 10
 OTHERS = (
     0.3  # weight of a text of another pool, or a fragment, in the head's regression: on dev 0.3 and 1 differ little
 )

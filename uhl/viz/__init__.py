@@ -5,7 +5,15 @@ Every figure is saved with the numbers that it shows: :func:`save_fig` writes a 
 
 from uhl.viz.base import BASELINE, CONTROL, FAMILIES, LOOKS, NAMES, ORDER, OURS, save_fig, style
 from uhl.viz.parts import heat, loss_curves, mixer_curves, mixer_table
-from uhl.viz.ports import attempt_changes, attempt_scores, calibration, compression, losses, score_against_anchor_bytes
+from uhl.viz.ports import (
+    attempt_changes,
+    attempt_scores,
+    calibration,
+    compression,
+    foretold,
+    losses,
+    score_against_anchor_bytes,
+)
 from uhl.viz.results import arm_scores, gap_heat, learning_curves, panels, score_against, slopes
 from uhl.viz.routing import routing_explorer, routing_map, routing_table
 from uhl.viz.searches import search_history, search_importance, search_parallel, search_rates
@@ -25,6 +33,7 @@ __all__ = [
     "attempt_scores",
     "calibration",
     "compression",
+    "foretold",
     "gap_heat",
     "heat",
     "learning_curves",

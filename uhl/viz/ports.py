@@ -138,8 +138,19 @@ def losses(table: pd.DataFrame, doubtful: float) -> Figure:
     shown = table[table["arm"] == "anchor"]
     lost = shown["task"].map(own) - shown["score"]
     shown = shown.assign(lost=lost, cut=shown["part"].replace("", "nothing")).rename(columns={"cut": "what was cut"})
+    return _foretold(shown, doubtful, "what was cut", "task")
+
+
+def foretold(trust: pd.DataFrame, doubtful: float) -> Figure:
+    """The same of a profile's ports, from :func:`report.calibration`: a point a port and seed, a colour an arm."""
+    names = trust["arm"].map(NAMES).fillna(trust["arm"])
+    shown = trust.assign(lost=trust["source score"] - trust["score"], arm=names)
+    return _foretold(shown, doubtful, "arm", "target")
+
+
+def _foretold(shown: pd.DataFrame, doubtful: float, colours: str, marks: str) -> Figure:
     fig, ax = plt.subplots(figsize=(5.2, 3.6))
-    sns.scatterplot(shown, x="kappa", y="lost", hue="what was cut", style="task", s=60, ax=ax)
+    sns.scatterplot(shown, x="kappa", y="lost", hue=colours, style=marks, s=60, ax=ax)
     low = min(0.0, float(shown["kappa"].min()))
     ax.axvspan(low, doubtful, color=CONTROL, alpha=0.25, linewidth=0, label="the port warns")
     ax.axhline(0, color="black", linewidth=0.8)
