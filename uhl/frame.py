@@ -92,7 +92,12 @@ class Frame:
         return replace(self, slots=slots, routes=routes, head=move(self.head), shift=move(self.shift))
 
     def check(self, slots: Sequence[Slot], width: int | None) -> None:
-        """Raise :class:`UHLError` where this is not a frame for a host with these weights; ``width`` is D."""
+        """Raise :class:`UHLError` where this is not a frame for a host with these weights; ``width`` is D.
+
+        A frame without any pair is one whose atoms are in the weights' own coordinates (:mod:`uhl.sat`).
+        """
+        if not self.slots:
+            return
         missing = [slot.path for slot in slots if slot.path not in self.slots]
         if missing:
             raise UHLError(
