@@ -23,7 +23,7 @@ STAMP := $(VENV)/.installed
 # One batch at a time: the lock goes with its process, so a killed run never blocks the next one.
 LOCK := $(if $(shell command -v flock),flock -n -E 75 runs/.lock,)
 SNAKE = $(LOCK) env PYTHONWARNINGS=ignore $(BIN)/snakemake --nolock --cores $(JOBS) --rerun-triggers mtime \
-	--rerun-incomplete --quiet rules
+	--rerun-incomplete --keep-going --quiet rules
 TARGETS = $(patsubst params/$(PROFILE)/%.yaml,%,$(shell grep -l '^target:' params/$(PROFILE)/*.yaml))
 BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wait for it or stop it"; exit $$s; }
 

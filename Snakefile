@@ -70,7 +70,8 @@ def papermill(notebook, files=()):
     return (
         "mkdir -p $(dirname {output[0]}) && echo \"$(date +%H:%M:%S)  started  $(dirname {output[0]})\" && "
         f"papermill notebooks/{notebook}.ipynb $(dirname {{output[0]}})/.running.ipynb --cwd notebooks "
-        f"--execution-timeout 14400 --no-progress-bar {given} {{params.own}} > {{log}} 2>&1 && "
+        f"--execution-timeout 14400 --no-progress-bar {given} {{params.own}} > {{log}} 2>&1 "
+        "|| {{ tail -n 4 {log} >&2; exit 1; }}; "
         "mv $(dirname {output[0]})/.running.ipynb $(dirname {output[0]})/notebook.ipynb"
     )
 

@@ -13,6 +13,7 @@ from uhl.config import Sizes
 from uhl.errors import UHLError
 from uhl.frame import Basis, dimension_frame
 from uhl.host import find_slots, weight
+from uhl.layer import Attached
 from uhl.mixer import type_features
 from uhl.peft_method import attach
 from uhl.porting import basis_of
@@ -294,7 +295,7 @@ def test_two_adapters_at_once_are_an_error_and_leave_the_first(encoder, adapter)
         first.detach()
 
 
-def test_an_attachment_that_fails_leaves_the_host_as_it_was(encoder, make_encoder, adapter):
+def test_an_attachment_that_fails_leaves_the_host_as_it_was(encoder, make_encoder, adapter, monkeypatch):
     wanted, modules = run(encoder), dict(encoder.model.named_modules())
     trains = [p.requires_grad for p in encoder.model.parameters()]
 
@@ -304,17 +305,31 @@ def test_an_attachment_that_fails_leaves_the_host_as_it_was(encoder, make_encode
         return basis.frame(find_slots(make_encoder(layers, width).model))
 
     layers, width = encoder.layers, encoder.width
+    adapter.info = {}
+
+    def not_folded(_):
+        raise UHLError("not folded")
+
     for given, said in (
         ({"path": "fast"}, "unknown path 'fast'"),
         ({"frame": frame_of(layers - 1, width)}, f"it has nothing for encoder.layer.{layers - 1}."),
+        ({"frame": frame_of(layers + 1, width)}, f"another host, which has encoder.layer.{layers}."),
         ({"frame": frame_of(layers, width // 2)}, f"reads {width // 2} and writes {width // 2} wide, the host {width}"),
-        ({"frame": frame_of(layers, width), "scale": "much"}, None),
+        ({}, "not folded"),  # once the host is whole
     ):
-        with pytest.raises(Exception, match=said):
+        with pytest.raises(UHLError, match=said), monkeypatch.context() as patch:
+            if not given:
+                patch.setattr(Attached, "folded", property(not_folded))
             attach(encoder.model, adapter, "mood", **given)
         assert dict(encoder.model.named_modules()) == modules
         assert [p.requires_grad for p in encoder.model.parameters()] == trains
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in encoder.model.modules())
         assert torch.equal(run(encoder), wanted)
+        assert adapter.info == {} or not given
+    with attach(encoder.model, adapter, "mood") as attached:
+        with pytest.raises(UHLError, match="of another host"):
+            attached.set_frame(frame_of(layers + 1, width))
+        assert not attached.ported
 
 
 def test_unknown_task(encoder, adapter):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from dataclasses import replace
 
@@ -169,6 +170,8 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     few = settings.model_copy(update={"arms": ("anchor",)})  # its port does not say that there is no lineage
     stages.zero_shot(few).finish("port-small")
     assert report.missing("t") == []
+    shutil.rmtree(runs.cell_dir(settings, "pretrain-canonical"))
+    assert report.calibration("t").empty  # what is missing is named elsewhere
 
 
 def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkeypatch):

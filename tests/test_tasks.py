@@ -337,6 +337,12 @@ def test_folder_without_train(tmp_path):
     (tmp_path / "derived_train.jsonl").write_text("{}")
     with pytest.raises(UHLError, match=r"holds no train file but derived_train\.jsonl; name one"):
         load_task(TaskSpec(str(tmp_path), "sentence"))
+    twice = tmp_path / "twice"
+    twice.mkdir()
+    for name in ("train.csv", "dev.jsonl", "validation.jsonl.gz"):
+        (twice / name).touch()
+    with pytest.raises(UHLError, match=r"two files of its dev split, dev\.jsonl and validation\.jsonl\.gz; keep one"):
+        load_task(TaskSpec(str(twice), "sentence"))
 
 
 def test_broken_file(tmp_path):

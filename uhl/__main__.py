@@ -42,18 +42,24 @@ def fetch(options: argparse.Namespace) -> None:
 
 def port_file(options: argparse.Namespace) -> None:
     """Port an adapter's file to a host without labels and say how well it fits; with ``--texts`` also classify."""
+    lines = _lines(options.texts) if options.texts else []
     adapter, target = store.load(options.file), load_encoder(options.host)
     source = load_encoder(options.source) if options.source else None
     made = port(adapter, target, options.task, options.arm, source)
     for name, value in made.report.items():
         text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
         print(f"{name:12s} {text}", file=sys.stderr if options.texts else sys.stdout)
-    if options.texts:
-        if not options.texts.is_file():
-            raise UHLError(f"{options.texts} does not exist; give a file with a text a line")
-        lines = options.texts.read_text(encoding="utf-8").splitlines()
-        for found in predict_texts(adapter, target, made, lines, options.task):
-            print(json.dumps(found, ensure_ascii=False))
+    for found in predict_texts(adapter, target, made, lines, options.task) if lines else ():
+        print(json.dumps(found, ensure_ascii=False))
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        raise UHLError(f"{path} does not exist; give a file with a text a line")
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UHLError(f"{path} is not UTF-8 ({error}); give a file with a text a line") from error
 
 
 def table(options: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ so nothing depends on how heads or feed-forward neurons are numbered, and no wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -91,25 +91,23 @@ class Frame:
         routes = tuple(move(r) for r in self.routes)
         return replace(self, slots=slots, routes=routes, head=move(self.head), shift=move(self.shift))
 
-    def check(self, slots: Sequence[Slot], width: int | None) -> None:
-        """Raise :class:`UHLError` where this is not a frame for a host with these weights; ``width`` is D.
-
-        A frame without any pair is one whose atoms are in the weights' own coordinates (:mod:`uhl.sat`).
+    def check(self, slots: Sequence[Slot], modules: Collection[str]) -> None:
+        """Raise :class:`UHLError` where this is not a frame for a host with these ``modules`` (their paths), of which
+        ``slots`` carry atoms. A frame without any pair is one whose atoms are in the weights' own coordinates
+        (:mod:`uhl.sat`).
         """
         if not self.slots:
             return
-        missing = [slot.path for slot in slots if slot.path not in self.slots]
-        if missing:
-            raise UHLError(
-                f"the frame is of another host: it has nothing for {missing[0]}; port the adapter to this host"
-            )
+        for path in [slot.path for slot in slots if slot.path not in self.slots]:
+            raise UHLError(f"the frame is of another host: it has nothing for {path}; port the adapter to this host")
+        for path in [path for path in self.slots if path not in modules]:
+            raise UHLError(f"the frame is of another host, which has {path}; port the adapter to this host")
         for slot in slots:
-            wanted = (width, width) if self.stream else (slot.d_in, slot.d_out)
-            found = self.slots[slot.path][0].shape[1], self.slots[slot.path][1].shape[0]
-            if None not in wanted and found != wanted:
+            read, write = self.slots[slot.path][0].shape[1], self.slots[slot.path][1].shape[0]
+            if (read, write) != slot.sides(self.stream):
                 raise UHLError(
-                    f"the frame is of another host: at {slot.path} it reads {found[0]} and writes {found[1]} wide, the "
-                    f"host {wanted[0]} and {wanted[1]}; port the adapter to this host"
+                    f"the frame does not fit the host: at {slot.path} it reads {read} and writes {write} wide, the "
+                    f"host {' and '.join(map(str, slot.sides(self.stream)))}; port the adapter to this host"
                 )
 
     def codes(self, hidden: Float[Tensor, "*n D_levels"]) -> Float[Tensor, "*n C"]:

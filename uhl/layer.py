@@ -127,7 +127,7 @@ class Attached:
         self.model, self.adapter, self.task_name, self.path = model, adapter, task, path
         self.slots = list(slots)
         width = stream_width(model) or (self.slots[0].d_in if self.slots else 0)
-        self.folds = Folds(adapter, task, self.slots, width, frame, scale)
+        self.folds = Folds(adapter, task, self.slots, width, self._checked(frame), scale)
         self._first = first_layers(self.slots)
         self._decoder = _decoder_keys(model, self.slots)
         self._now = _Pass()
@@ -142,9 +142,14 @@ class Attached:
         return self.folds.given is not None
 
     def set_frame(self, frame: Frame | None, scale: float = 1.0) -> None:
-        """Use another frame and scale from the next forward pass on."""
-        self.folds.given, self.folds.scale = frame, scale
+        """Use another frame and scale from the next forward pass on. Raises :class:`UHLError` for another host's."""
+        self.folds.given, self.folds.scale = self._checked(frame), scale
         self.refold()
+
+    def _checked(self, frame: Frame | None) -> Frame | None:
+        if frame is not None:
+            frame.check(self.slots, dict(self.model.named_modules()))
+        return frame
 
     def refold(self) -> None:
         """Forget what was folded. Needed only after parameters were written through ``.data``, which nothing shows."""

@@ -27,7 +27,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, register_peft_method
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from uhl import card, fileformat, ops, store
+from uhl import card, fileformat, store
 from uhl.adapter import UHLAdapter
 from uhl.checkpointing import Rerouted
 from uhl.config import NAME, Sizes, UHLConfig
@@ -119,10 +119,10 @@ class UHLModel(BaseTuner):
         slots = find_slots(self.model, adapter.config.types, set(layers))
         for slot in slots:
             layers[slot.path].slots[name] = slot
-        if not adapter.info:
-            adapter.info = _source_of(self.model)
         given: dict[str, Any] = getattr(config, "_given", {})
         self._attached[name] = Attached(self.model, adapter, config.task, slots, **given)  # type: ignore[attr-defined]
+        if not adapter.info:
+            adapter.info = _source_of(self.model)
         weight = next(iter(layers.values())).base.weight
         if weight.device.type != "meta" and adapter.device.type != "meta":
             adapter.to(weight.device)
@@ -422,10 +422,6 @@ def attach(
     the host is as it was.
     """
     adapter.task(task)
-    if path is not None:
-        ops.get(path)
-    if frame is not None:
-        frame.check(find_slots(model, adapter.config.types), stream_width(model))
     if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise UHLError("the host already carries an adapter; detach it first")
     config = UHLConfig(**adapter.config.model_dump() | {"types": list(adapter.config.types)}, task=task)

@@ -20,7 +20,8 @@ need are fitted on more texts than the others, and on fragments of texts. How mu
 :data:`SCALES` at which the source's logits are reproduced best; 0 is allowed. How often the target will decide as the
 source did is predicted from the same texts, each left out of its own fit (``agreement`` in the report).
 
-A target whose weights are the source's own, by their hash, gets the source's own frame.
+A target that is the source itself, known by what it makes of the anchors to within 8 bits (a copy at half precision is
+not), gets the source's own frame.
 """
 
 from __future__ import annotations
@@ -234,9 +235,9 @@ def _mark(adapter: UHLAdapter) -> tuple[float, ...]:
 
 
 def _start(adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way) -> Port:
-    """The port that an arm refreshes, made now or before, without the agreement, which refreshing changes."""
+    """The port that an arm refreshes, made now or before, without what it foresaw, which refreshing changes."""
     made = port(adapter, target, task, REFRESHED[arm], seed=seed, shared=shared, way=way)
-    told = {key: value for key, value in made.report.items() if key not in {"agreement", "kappa"}}
+    told = {key: value for key, value in made.report.items() if key not in {"agreement", "kappa", "warning"}}
     return Port(arm, made.frame, made.scale, told)
 
 
@@ -416,13 +417,17 @@ def _judged(adapter: UHLAdapter, target: Encoder, task: str, ported: Port) -> di
     """:func:`_agreement` of a port that no anchor has a part in, where the file's anchors can tell: what the host says
     of them with the adapter at work.
     """
-    anchors, part = adapter.anchors, adapter.task(task)
+    anchors = adapter.anchors
     if anchors is None or not anchors.judges(task):
         return {}
+    assert anchors.reads is not None
+    assert anchors.bias is not None
     frame = ported.frame.to(torch.device("cpu"))
     with untuned(adapter, task), attach(target.model, adapter, task, ported.frame, ported.scale), torch.no_grad():
         codes = frame.codes(unit_states(target, anchors.probe.first(), frame.levels))
-        return _agreement(ported.arm, part.classify(codes.to(part.head.device)).cpu(), anchors)
+    return _agreement(
+        ported.arm, codes @ anchors.reads.T + anchors.bias, anchors
+    )  # the source's head: one may be tuned
 
 
 def _acting(frame: Frame, slots: Sequence[Slot], way: Way) -> Frame:
@@ -613,7 +618,7 @@ def _map_pair(
     fits = 1 - miss / codes.double().pow(2).sum((1, 2)).clamp_min(1e-12)
     told = reader.matrix.double() @ turn
     if way.writer == "states":
-        said = ridge_of_groups(back, there, groups, each=False).matrix.double()
+        said = ridge_of_groups(back, there, groups, each=False, held=False).matrix.double()
     else:
         said = _inverse(there.double(), told, back.double())
     if way.rank is not None:

@@ -82,11 +82,15 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
     if path.is_file():
         return {"train": _read_file(path, spec)}
     if path.is_dir():
-        found: dict[str, pd.DataFrame] = {}
+        files: dict[str, Path] = {}
         for file in sorted(path.iterdir()):
             split = ALIASES.get(file.name.split(".")[0])
             if split and file.name.removesuffix(".gz").endswith(SUFFIXES):
-                found[split] = _read_file(file, spec)
+                if split in files:
+                    both = f"{files[split].name} and {file.name}"
+                    raise UHLError(f"{path} has two files of its {split} split, {both}; keep one")
+                files[split] = file
+        found = {split: _read_file(file, spec) for split, file in files.items()}
         if "train" not in found:
             names = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"
             raise UHLError(f"{path} holds no train file but {names}; name one train{'|'.join(SUFFIXES)}, .gz too")

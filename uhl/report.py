@@ -184,7 +184,8 @@ def source_of(tables: Cells, task: str, arm: str) -> dict[int, np.ndarray]:
 
 def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     """How often a ported adapter decides as its source did: ``predicted`` when it was ported, from the anchors, and
-    ``measured`` on a split's examples (a token task: its words); and the scores of both. A row a ported cell and arm.
+    ``measured`` on a split's examples (a token task: its words); and the scores of both. A row a ported cell and arm
+    whose source's cell is there.
     """
     frame = runs.load_results(profile)
     scores = frame[frame["split"] == split].set_index(["task", "target", "phase", "arm", "seed"])["score"]
@@ -192,8 +193,10 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     for cell, entry in manifests(profile).items():
         if not cell.name.startswith("port-"):
             continue
-        source = _predictions(cell.parent / "pretrain-canonical" / "predictions.npz")
-        said, row = source[f"uhl-canonical/{split}/labels"], entry["rows"][0]
+        row = entry["rows"][0]
+        if (row["task"], row["source"], "source", "uhl-canonical", row["seed"]) not in scores.index:
+            continue  # `missing` names it
+        said = _predictions(cell.parent / "pretrain-canonical" / "predictions.npz")[f"uhl-canonical/{split}/labels"]
         for arm, made in entry.get("reports", {}).items():
             if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
                 same = said == _predictions(cell / "predictions.npz")[f"{arm}/{split}/labels"]

@@ -102,26 +102,28 @@ def ridge(
 
 
 def ridge_of_groups(
-    x: Float[Tensor, "n D"], y: Float[Tensor, "n C"], groups: Int64[Tensor, " n"], each: bool = True
+    x: Float[Tensor, "n D"], y: Float[Tensor, "n C"], groups: Int64[Tensor, " n"], each: bool = True, held: bool = True
 ) -> Fit:
     """Ridge regression without an intercept, in float64, of many rows that come in groups: states of one text at
     several words and levels. Rows of a group resemble each other, so that a row left out alone is half known.
 
     Groups are dealt out into :data:`FOLDS`. The criterion is what the fits of all other folds miss in one, from Gram
-    matrices alone: no table as large as ``x`` is made. ``each`` as in :func:`ridge`. Raises :class:`UHLError` for fewer
-    than 16 groups.
+    matrices alone: of ``x`` a fold at a time is copied. ``each`` and ``held`` as in :func:`ridge`. Raises
+    :class:`UHLError` for fewer than 16 groups.
     """
     names, places = groups.unique(return_inverse=True)
     if len(names) < 16:
         raise UHLError(f"{len(names)} anchors are too few for a regression; use at least 16")
     folds = [(places % FOLDS == f).nonzero()[:, 0] for f in range(FOLDS)]
-    parts = [(x[f].double(), y[f].double()) for f in folds]
-    grams, crosses = [a.T @ a for a, _ in parts], [a.T @ b for a, b in parts]
-    squares = torch.stack([b.pow(2).sum(0) for _, b in parts])
-    del parts
+    grams, crosses, total = [], [], torch.zeros(y.shape[1], dtype=torch.float64)
+    for rows in folds:
+        a, b = x[rows].double(), y[rows].double()
+        grams.append(a.T @ a)
+        crosses.append(a.T @ b)
+        total += b.pow(2).sum(0)
     gram, cross = torch.stack(grams).sum(0), torch.stack(crosses).sum(0)
-    penalties = torch.tensor(PENALTIES, dtype=gram.dtype) * gram.trace() / min(x.shape)
-    error, solvers = squares.sum(0).repeat(len(penalties), 1), []  # (penalties, C)
+    penalties = torch.tensor(PENALTIES, dtype=gram.dtype) * gram.trace().clamp_min(1e-300) / min(x.shape)
+    error, solvers = total.repeat(len(penalties), 1), []  # (penalties, C)
     for own_gram, own_cross in zip(grams, crosses, strict=True):
         solver = _Solver(gram - own_gram, cross - own_cross)
         seen, told = solver.vectors.T @ own_gram @ solver.vectors, solver.vectors.T @ own_cross
@@ -131,9 +133,8 @@ def ridge_of_groups(
         solvers.append(solver)
     best = (error if each else error.sum(1, keepdim=True).expand_as(error)).argmin(0)
     chosen, error = penalties[best], error.gather(0, best[None])[0]
-    total = squares.sum(0)
-    left_out = torch.empty(y.shape, dtype=gram.dtype)
-    for rows, solver in zip(folds, solvers, strict=True):
+    left_out = torch.empty(y.shape if held else (0, y.shape[1]), dtype=gram.dtype)
+    for rows, solver in zip(folds if held else (), solvers, strict=held):
         left_out[rows] = x[rows].double() @ solver.matrix(chosen)
     explained, columns = 1 - float(error.sum() / total.sum().clamp_min(1e-12)), 1 - error / total.clamp_min(1e-12)
     matrix = _Solver(gram, cross).matrix(chosen).float()
