@@ -189,13 +189,11 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     """
     frame = runs.load_results(profile)
     scores = frame[frame["split"] == split].set_index(["task", "target", "phase", "arm", "seed"])["score"]
-    rows = []
-    for cell, entry in manifests(profile).items():
-        if not cell.name.startswith("port-"):
-            continue
+    rows, finished = [], manifests(profile)
+    for cell, entry in finished.items():
+        if not cell.name.startswith("port-") or cell.parent / "pretrain-canonical" not in finished:
+            continue  # `missing` names the latter
         row = entry["rows"][0]
-        if (row["task"], row["source"], "source", "uhl-canonical", row["seed"]) not in scores.index:
-            continue  # `missing` names it
         said = _predictions(cell.parent / "pretrain-canonical" / "predictions.npz")[f"uhl-canonical/{split}/labels"]
         for arm, made in entry.get("reports", {}).items():
             if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
