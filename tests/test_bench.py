@@ -163,6 +163,10 @@ def test_times_of_a_weight_are_drawn_with_plain_numbers():
     ticks = [t.get_text() for ax in (fig.axes[0], fig.axes[4]) for t in ax.get_yticklabels()]
     assert ticks
     assert set(ticks) <= {"1", "1.5", "2", "3", "4", "6", "8", "12", "16", "24", "32", "48", "64"}
+    for ax in (fig.axes[0], fig.axes[4]):  # and they do not run together
+        low, high = np.log(ax.get_ylim())
+        points = 72 * ax.get_window_extent().height / fig.dpi * (np.log(sorted(ax.get_yticks())) - low) / (high - low)
+        assert (np.diff(points) > 8).all()  # the axes were a little higher when they were chosen
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

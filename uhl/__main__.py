@@ -79,7 +79,7 @@ def table(options: argparse.Namespace) -> None:
 def attempts(options: argparse.Namespace) -> None:
     """Gather what notebook 07 measured on a profile's targets into figures/attempts.csv, and draw it."""
     found = report.attempts(options.profile)
-    if found["group"].isin(["texts", "dims", "bits"]).any():
+    if found["group"].isin(viz.OF_BYTES).any():
         viz.save_fig(viz.score_against_anchor_bytes(found), HERE / "figures" / "anchor_bytes", found)
     path = viz.save_fig(viz.attempt_changes(found), HERE / "figures" / "attempts", found)
     print(f"{path.relative_to(HERE)}: {len(found)} attempts on {found.groupby(['task', 'target']).ngroups} cells")

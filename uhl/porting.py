@@ -87,8 +87,7 @@ class Way(_Strict):
         "coordinates", description="what the reader's penalties are for: coordinates, or the atoms' principal readers"
     )
     writer: Literal["states", "inverse"] = Field(
-        "states",
-        description="fitted to the states, or an inverse of the reader: what is written reads as it was",
+        "states", description="fitted to the states, or an inverse of the reader: what is written reads as it was"
     )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
@@ -324,9 +323,10 @@ def _own_basis(adapter: UHLAdapter, seen: Observed) -> Basis | None:
         return None
     basis = basis_of(seen, adapter.config.width)
     for depth, codes in zip(anchors.depths, anchors.stream, strict=True):
-        made = seen.stream(anchors.words)[seen.level(depth)] @ basis.read[0][: len(codes.scale)].T
+        dims, rows = codes.values.shape
+        made = seen.stream(anchors.words)[seen.level(depth)][:rows] @ basis.read[0][:dims].T
         near = codes.scale + 1e-3 * codes.centre.float().abs()
-        if len(made) < len(codes.values[0]) or ((made[: len(codes.values[0])] - codes.table()).abs() > near).any():
+        if len(made) < rows or ((made - codes.table()).abs() > near).any():
             return None
     return basis
 
@@ -425,9 +425,8 @@ def _judged(adapter: UHLAdapter, target: Encoder, task: str, ported: Port) -> di
     frame = ported.frame.to(torch.device("cpu"))
     with untuned(adapter, task), attach(target.model, adapter, task, ported.frame, ported.scale), torch.no_grad():
         codes = frame.codes(unit_states(target, anchors.probe.first(), frame.levels))
-    return _agreement(
-        ported.arm, codes @ anchors.reads.T + anchors.bias, anchors
-    )  # the source's head: one may be tuned
+    by_source = codes @ anchors.reads.T + anchors.bias  # by the head as it was there: the adapter's may be tuned
+    return _agreement(ported.arm, by_source, anchors)
 
 
 def _acting(frame: Frame, slots: Sequence[Slot], way: Way) -> Frame:

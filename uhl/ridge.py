@@ -61,8 +61,7 @@ def ridge(
     the rows that count. Raises :class:`UHLError` for fewer than 16 rows.
     """
     counts = [len(x)] if rows is None else [len(rows.groups.unique()), int((rows.weights == 1).sum())]
-    if min(counts) < 16:
-        raise UHLError(f"{min(counts)} anchors are too few for a regression; use at least 16")
+    _enough(min(counts))
     x, y = x.double(), y.double()
     root = torch.ones(len(x), 1, dtype=x.dtype) if rows is None else rows.weights.double().sqrt()[:, None]
     share = root.pow(2) / root.pow(2).sum()
@@ -112,8 +111,7 @@ def ridge_of_groups(
     :class:`UHLError` for fewer than 16 groups.
     """
     names, places = groups.unique(return_inverse=True)
-    if len(names) < 16:
-        raise UHLError(f"{len(names)} anchors are too few for a regression; use at least 16")
+    _enough(len(names))
     folds = [(places % FOLDS == f).nonzero()[:, 0] for f in range(FOLDS)]
     grams, crosses, total = [], [], torch.zeros(y.shape[1], dtype=torch.float64)
     for rows in folds:
@@ -133,12 +131,18 @@ def ridge_of_groups(
         solvers.append(solver)
     best = (error if each else error.sum(1, keepdim=True).expand_as(error)).argmin(0)
     chosen, error = penalties[best], error.gather(0, best[None])[0]
-    left_out = torch.empty(y.shape if held else (0, y.shape[1]), dtype=gram.dtype)
-    for rows, solver in zip(folds if held else (), solvers, strict=held):
-        left_out[rows] = x[rows].double() @ solver.matrix(chosen)
+    left_out = gram.new_empty(len(y) if held else 0, y.shape[1])
+    if held:
+        for rows, solver in zip(folds, solvers, strict=True):
+            left_out[rows] = x[rows].double() @ solver.matrix(chosen)
     explained, columns = 1 - float(error.sum() / total.sum().clamp_min(1e-12)), 1 - error / total.clamp_min(1e-12)
     matrix = _Solver(gram, cross).matrix(chosen).float()
     return Fit(matrix, matrix.new_zeros(matrix.shape[1]), chosen.float(), explained, columns, left_out)
+
+
+def _enough(count: int) -> None:
+    if count < 16:
+        raise UHLError(f"{count} anchors are too few for a regression; use at least 16")
 
 
 class _Solver:

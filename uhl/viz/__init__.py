@@ -6,6 +6,7 @@ Every figure is saved with the numbers that it shows: :func:`save_fig` writes a 
 from uhl.viz.base import BASELINE, CONTROL, FAMILIES, LOOKS, NAMES, ORDER, OURS, save_fig, style
 from uhl.viz.parts import heat, loss_curves, mixer_curves, mixer_table
 from uhl.viz.ports import (
+    OF_BYTES,
     attempt_changes,
     attempt_scores,
     calibration,
@@ -25,6 +26,7 @@ __all__ = [
     "FAMILIES",
     "LOOKS",
     "NAMES",
+    "OF_BYTES",
     "ORDER",
     "OURS",
     "WAYS",

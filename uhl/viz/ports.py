@@ -15,6 +15,8 @@ from matplotlib.transforms import offset_copy
 from uhl.errors import UHLError
 from uhl.viz.base import BASELINE, CONTROL, LOOKS, NAMES, OURS, in_order, key_below, key_mark, task_grid
 
+OF_BYTES = {"texts": (OURS, "o"), "dims": (BASELINE, "s"), "bits": ("#7a5195", "D")}  # attempts that change bytes
+
 
 def calibration(table: pd.DataFrame) -> Figure:
     """Predicted against measured agreement with the source, a point a ported cell; from :func:`report.calibration`.
@@ -68,18 +70,17 @@ def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
     """Dev score against the bytes that anchors take, for the attempts that change them; a panel a task (row) and target
     (column) where the table names these. Dashed: 1 MB.
     """
-    shown = table[table["group"].isin(["texts", "dims", "bits"])]
+    shown = table[table["group"].isin(OF_BYTES)]
     for name in {"task", "target"} - set(shown.columns):
         shown = shown.assign(**{name: ""})
     fig, cells = task_grid(shown, 3.0, 2.4, 1.6, "bytes of the anchors", " dev score, %", sharex=True, sharey="row")
-    looks = dict(zip(("texts", "dims", "bits"), ((OURS, "o"), (BASELINE, "s"), ("#7a5195", "D")), strict=True))
     for ax, _, _, rows in cells:
-        for group, (colour, mark) in looks.items():
+        for group, (colour, mark) in OF_BYTES.items():
             points = rows[rows["group"] == group]
             ax.plot(points["bytes"], points["dev"], mark, color=colour, ms=6, mec="white", mew=0.5)
         ax.axvline(1e6, color=CONTROL, linestyle="--", linewidth=1)
         ax.set_xscale("log")
-    key_below(fig, [key_mark(group, *look) for group, look in looks.items() if group in set(shown["group"])])
+    key_below(fig, [key_mark(group, *look) for group, look in OF_BYTES.items() if group in set(shown["group"])])
     return fig
 
 
@@ -169,7 +170,6 @@ def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
         error = np.abs([rows["score"] - rows["low"], rows["high"] - rows["score"]])
         line = "" if "several" in set(rows["part"]) else line  # cuts of several parts are no series
         style: dict[str, Any] = {"color": colour, "linestyle": line, "marker": mark, "label": label.get(str(arm), arm)}
-        apart = offset_copy(
-            ax.transData, ax.get_figure(root=True), x=2.0 * place, units="points"
-        )  # so that no bar hides another
+        # beside one another, so that no bar hides another
+        apart = offset_copy(ax.transData, ax.get_figure(root=True), x=2.0 * place, units="points")
         ax.errorbar(100 * rows["kept"], rows["score"], error, markersize=4, elinewidth=1, transform=apart, **style)
