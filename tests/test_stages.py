@@ -453,6 +453,29 @@ def test_two_workers_share_a_grid(tiny_world, task, monkeypatch):
     assert search.best([study]) == {"full_rate": 0.6}
 
 
+@pytest.mark.parametrize("at", [0.1, 0.2])  # with another queued, and the last of all
+def test_a_trial_whose_worker_was_killed_is_run_again(tiny_world, monkeypatch, at):
+    task = stages.load_data(tiny_world)
+    space, fork, killed = {"full_rate": [0.1, 0.2]}, multiprocessing.get_context("fork"), runs.root() / "killed"
+
+    def baseline(settings, host, method, begin, watch):
+        if settings.full_rate == at and not killed.exists():
+            killed.mkdir(parents=True)
+            os._exit(9)
+        row = dict.fromkeys(runs.COLUMNS, 0) | {"score": settings.full_rate, "metric": "accuracy", "arm": method}
+        return Outcome(settings, task, rows=[row])
+
+    monkeypatch.setattr(search, "BEAT", 1)
+    monkeypatch.setattr(stages, "baseline", baseline)
+    monkeypatch.setattr(stages, "baseline_start", lambda *_: None)
+    worker = fork.Process(target=search.search, args=(tiny_world, "full", space))
+    worker.start()
+    worker.join(60)
+    assert worker.exitcode == 9
+    study = search.search(tiny_world, "full", space)
+    assert sorted(search.table([study])["score"]) == space["full_rate"]
+
+
 def test_watching_a_run_does_not_change_it(tiny_world):
     seen = []
     _, plain = stages.pretrain(tiny_world, "canonical")

