@@ -74,7 +74,7 @@ def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], 
         del found[split]
     tables = _checked(spec, found)
     labels, convert = _label_map(spec, tables)
-    return labels, DatasetDict({split: Dataset.from_list(convert(split, table)) for split, table in tables.items()})
+    return labels, DatasetDict({split: Dataset.from_dict(convert(split, table)) for split, table in tables.items()})
 
 
 def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -261,13 +261,13 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
             )
         return index[text(value)]
 
-    def convert(split: str, table: pd.DataFrame) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = table.to_dict("records")  # type: ignore[assignment]
-        for row in rows:
-            cell = row[column]
-            row[column] = [number(v, split) for v in cell] if spec.kind == "token" else number(cell, split)
-            if spec.kind == "token":
-                row["tokens"] = list(row["tokens"])
-        return rows
+    def convert(split: str, table: pd.DataFrame) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {str(name): table[name].tolist() for name in table}
+        if spec.kind == "token":
+            columns["tokens"] = [list(words) for words in columns["tokens"]]
+            columns[column] = [[number(tag, split) for tag in tags] for tags in columns[column]]
+        else:
+            columns[column] = [number(value, split) for value in columns[column]]
+        return columns
 
     return labels, convert
