@@ -8,6 +8,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from uhl import models, sources, student
 from uhl.errors import UHLError
@@ -106,6 +107,31 @@ def test_corrupt_weights(tmp_path, monkeypatch):
     (folder / "manifest.json").write_text(json.dumps({"sha256": "0" * 64, "source_sha256": "y"}))
     with pytest.raises(UHLError, match="is corrupt.*delete its folder"):
         load_encoder("minilm-l6")
+
+
+def test_a_corrupt_tokenizer_or_configuration(tmp_path, monkeypatch):
+    monkeypatch.setenv("UHL_CACHE", str(tmp_path))
+    load_encoder("minilm-4x312")
+    for file in ("config.json", "vocab.txt", "tokenizer.json"):
+        damaged = tmp_path / "models" / "minilm-4x312" / file
+        whole = damaged.read_bytes()
+        damaged.write_bytes(whole[:-1] + b" ")
+        with pytest.raises(UHLError, match=rf"{file} is corrupt.*delete its folder"):
+            load_encoder("minilm-4x312")
+        damaged.write_bytes(whole)
+
+
+def test_every_shard_tells_a_folder_from_another(make_encoder, tmp_path):
+    encoder, whole, cut = make_encoder(), tmp_path / "whole", tmp_path / "cut"
+    for folder, size in ((whole, "1GB"), (cut, "4KB")):
+        encoder.model.save_pretrained(folder, max_shard_size=size)
+        encoder.tokenizer.save_pretrained(folder)
+    assert models.revision(str(whole)) == sha256(whole / "model.safetensors")
+    *_, last = sorted(cut.glob("*.safetensors"))
+    before = models.revision(str(cut))
+    tensors = {name: value + 1 for name, value in load_file(last).items()}
+    save_file(tensors, last, {"format": "pt"})
+    assert len({before, models.revision(str(cut)), sha256(last)}) == 3
 
 
 @pytest.mark.parametrize("name", ["minilm-l6", "minilm-4x312"])

@@ -18,6 +18,7 @@ tensors alone (``torch.load(weights_only=True)``) and refuses everything else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
 import shutil
@@ -121,13 +122,16 @@ def resolve(name: str) -> tuple[str, str | None]:
         folder = OFFLINE[name](sources.cache_dir() / "models" / name)
         manifest = _read_manifest(folder)
         check_sha256(folder / "model.safetensors", manifest["sha256"], REMEDY)
+        for file, digest in manifest["files"].items():
+            check_sha256(folder / file, digest, REMEDY)
         return str(folder), manifest["source_sha256"]
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UHLError(f"{path} holds no config.json; give a folder written by save_pretrained()")
-        weights = sorted(path.glob("*.safetensors"))
-        return str(path), sha256(weights[0]) if weights else None
+        shards = [sha256(file) for file in sorted(path.glob("*.safetensors"))]
+        together = hashlib.sha256("".join(shards).encode()).hexdigest()
+        return str(path), together if len(shards) > 1 else shards[0] if shards else None
     if path.is_absolute() or name.startswith((".", "~")):
         raise UHLError(f"model folder {name!r} does not exist; offline names: {', '.join(OFFLINE)}")
     return name, None
@@ -160,18 +164,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _write_manifest(folder: Path, source_sha256: str, licence: str) -> None:
+    digests = {file.name: sha256(file) for file in sorted(folder.iterdir())}
     entry = {
-        "sha256": sha256(folder / "model.safetensors"),
+        "sha256": digests.pop("model.safetensors"),
         "source_sha256": source_sha256,
         "licence": licence,
+        "files": digests,  # the tokenizer's and the configuration
     }
     write_text(folder / "manifest.json", json.dumps(entry, indent=1))
 
 
-def _read_manifest(folder: Path) -> dict[str, str]:
+def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         entry = json.loads((folder / "manifest.json").read_text())
-        return {key: entry[key] for key in ("sha256", "source_sha256")}
+        return {key: entry[key] for key in ("sha256", "source_sha256")} | {"files": dict(entry.get("files", {}))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UHLError(f"{folder / 'manifest.json'} is missing or damaged; {REMEDY}") from error
 
