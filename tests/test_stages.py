@@ -373,6 +373,13 @@ def test_a_search_on_a_target_retrains_as_the_batch_does_and_saves_beside_the_se
     monkeypatch.setattr(search, "PARAMS", tmp_path)
     search.save(there, [study])
     assert runs.read_yaml(tmp_path / "t" / "retrained.yaml") == study.best_params
+    search.save(tiny_world, [study])
+    assert runs.read_yaml(tmp_path / "t" / "settings.yaml") == study.best_params
+    (tmp_path / "t" / "source.yaml").write_text("baselines: [lora-r8]\n")
+    (tmp_path / "t" / "settings.yaml").unlink()
+    search.save(tiny_world, [study])
+    assert runs.read_yaml(tmp_path / "t" / "source.yaml") == {"baselines": ["lora-r8"], **study.best_params}
+    assert not (tmp_path / "t" / "settings.yaml").exists()
     with pytest.raises(UHLError, match="a search is on one host"):
         search.search(tiny_world.model_copy(update={"hosts": ("source", "target")}), "full", {"full_rate": [1e-3]})
 

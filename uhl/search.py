@@ -16,7 +16,7 @@ earlier ones are pruned.
 The default rates of ``uhl.runs.Settings`` are the best of the first rows of figures/search.csv: trials on the source
 with 3,000 labels of movies, one epoch with batches of 32 (94 steps), in the order of their values. Those of 500 steps
 are of ``uhl search --profile offline-full``, with and without ``--host target``; the best of them are in that
-profile's ``settings.yaml`` and ``retrained.yaml``.
+profile's ``settings.yaml``, ``source.yaml`` and ``retrained.yaml``.
 """
 
 from __future__ import annotations
@@ -399,13 +399,21 @@ def best(studies: Sequence[optuna.Study]) -> dict[str, Any]:
 
 
 def save(settings: Settings, studies: Sequence[optuna.Study]) -> None:
-    """Write the best values into a profile: of baselines on a target into `retrained.yaml`, others `settings.yaml`."""
-    files: dict[str, list[optuna.Study]] = {}
+    """Write the best values into a profile's parameter files.
+
+    Those of baselines go to the files that a batch reads for them alone, `retrained.yaml` on a target and on the source
+    `source.yaml`, where there is one: a changed `settings.yaml` makes every cell run again.
+    """
+    folder, files = PARAMS / settings.profile, dict[Path, list[optuna.Study]]()
     for one in studies:
-        retrained = _host(settings) == "target" and one.user_attrs["method"] != TUNE
-        files.setdefault("retrained.yaml" if retrained else "settings.yaml", []).append(one)
-    for name, some in files.items():
-        write_settings(PARAMS / settings.profile / name, best(some))
+        name = "settings.yaml"
+        if one.user_attrs["method"] in RATES and _host(settings) == "target":
+            name = "retrained.yaml"
+        elif one.user_attrs["method"] in RATES and (folder / "source.yaml").is_file():
+            name = "source.yaml"
+        files.setdefault(folder / name, []).append(one)
+    for file, some in files.items():
+        write_settings(file, best(some))
 
 
 def write_settings(path: Path, values: Mapping[str, Any]) -> None:
