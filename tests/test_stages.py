@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -18,12 +19,12 @@ from transformers import TrainerState
 from uhl import attempts, budget, report, runs, search, stages, store, viz
 from uhl.adapter import UHLAdapter
 from uhl.anchors import observe
+from uhl.augment import ByTurns, Perturbed
 from uhl.config import ARMS, METHODS
 from uhl.errors import DivergenceError, UHLError
 from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
-from uhl.perturb import Perturbed
 from uhl.porting import basis_of
 from uhl.runs import Settings
 from uhl.tasks import load_task
@@ -35,7 +36,8 @@ pytestmark = pytest.mark.unchecked
 @pytest.fixture
 def tiny_world(make_encoder, task, monkeypatch):
     """Stages see a tiny source, a tiny target and the toy task."""
-    shapes = {"big": (3, 24), "small": (2, 16)}
+    shapes = {"big": (3, 24), "small": (2, 16), "other": (2, 20)}
+    monkeypatch.setattr(attempts, "SECOND", ("small", "other"))
     monkeypatch.setattr(
         stages, "load_encoder", lambda name: replace(make_encoder(*shapes[name]), name=name, revision=name)
     )
@@ -739,6 +741,7 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     assert [a.way.confidence for a in refreshed] == [0, 0.5]
     listed += [replace(a, way=a.way.model_copy(update={"refresh_steps": 3})) for a in refreshed]
     listed += [a for a in attempts.attempts(whole, ["perturbed"]) if a.noise == 0.3]
+    listed += attempts.attempts(whole, ["turns"])
     listed.append(attempts.Attempt("texts", "20 coded", coded=20, texts=20))
     listed += [attempts.Attempt("choice", c, "zero-atoms", coded=20, texts=20, choice=c) for c in attempts.CHOICES]
     bias = adapter.task("mood").bias.clone()
@@ -782,7 +785,7 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     fig = viz.attempt_changes(found)
     rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert "scale: anchor, scale chosen without labels" in rows
-    assert len(rows) == len(table) - 1  # the score on the source is none of a port
+    assert len(rows) == len(table) - 2  # scores on the source are none of ports
     panels = viz.score_against_anchor_bytes(found).axes
     drawn = [line for line in panels[0].lines if line.get_marker() == "s"]
     assert sorted(drawn[0].get_xdata()) == sorted(table[table["group"] == "dims"]["bytes"])
@@ -791,7 +794,7 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
 
 def test_maps_a_little_off_train_another_adapter_once(tiny_world, monkeypatch):
     plain, _ = stages.pretrain(tiny_world, "canonical")
-    of, first, score = attempts.perturbed(tiny_world, 0.3)
+    of, first, score = attempts.trained_otherwise(tiny_world, 0.3)
     assert not torch.equal(first.dictionary.v, plain.dictionary.v)
     (entry,) = runs.manifests("t-perturbed-0.3").values()
     assert [(row["split"], row["score"]) for row in entry["rows"]] == [("dev", score)]
@@ -800,14 +803,14 @@ def test_maps_a_little_off_train_another_adapter_once(tiny_world, monkeypatch):
     assert (runs.cell_dir(of, "pretrain-canonical") / "predictions.npz").is_file()
     with monkeypatch.context() as patch:
         patch.setattr(attempts, "pretrain", None)
-        _, again, _ = attempts.perturbed(tiny_world.model_copy(update={"target": "big", "tune_rate": 0.5}), 0.3)
+        _, again, _ = attempts.trained_otherwise(tiny_world.model_copy(update={"target": "big", "tune_rate": 0.5}), 0.3)
         assert torch.equal(again.dictionary.v, first.dictionary.v)
         for change in ({"rate": 1e-4}, {"seed": 3}):
             with pytest.raises(TypeError):
-                attempts.perturbed(tiny_world.model_copy(update=change), 0.3)
+                attempts.trained_otherwise(tiny_world.model_copy(update=change), 0.3)
         patch.setattr(runs, "PROTOCOL", runs.PROTOCOL + 1)
         with pytest.raises(TypeError):
-            attempts.perturbed(tiny_world, 0.3)
+            attempts.trained_otherwise(tiny_world, 0.3)
 
     host = stages.freeze(stages.load_encoder("big"))
     basis = basis_of(observe(host, stages.probe(tiny_world, stages.load_data(tiny_world))), plain.config.width)
@@ -822,6 +825,52 @@ def test_maps_a_little_off_train_another_adapter_once(tiny_world, monkeypatch):
         assert torch.equal(off, same)
         assert not torch.equal(off, other)
         assert 0.2 < (off - true).norm() / true.norm() < 0.4
+
+
+def test_two_hosts_train_one_adapter_by_turns(tiny_world, monkeypatch):
+    taken, frames, turn = [], [], ByTurns._turn
+
+    def watched(self, place):
+        turn(self, place)
+        taken.append(self.classifier.model.config.hidden_size)
+        frames.append(self.classifier.frame.head.shape)
+
+    world = tiny_world.model_copy(update={"epochs": 3.0})
+    plain, _ = stages.pretrain(world, "canonical")
+    monkeypatch.setattr(ByTurns, "_turn", watched)
+    settings, both, score = attempts.trained_otherwise(world, second="other")
+    steps = taken[:-1]
+    assert len(steps) > 4
+    assert steps == ([24, 20] * len(steps))[: len(steps)]
+    assert taken[-1] == 24  # the source's again
+    assert set(frames) == {(plain.config.width, 24), (plain.config.width, 40)}  # the other's head reads two levels
+    assert not torch.equal(both.dictionary.v, plain.dictionary.v)
+    assert both.info["source"] == "big"
+    assert both.anchors.texts == plain.anchors.texts
+    assert not both.anchors.origin.startswith("before")
+    (entry,) = runs.manifests("t-by-turns-other").values()
+    assert entry["rows"][0]["score"] == score
+    host, found = stages.freeze(stages.load_encoder("big")), store.load(stages.adapter_path(settings, "anchor"))
+    asked = stages.probe(tiny_world, stages.load_data(tiny_world))
+    frame = basis_of(observe(host, asked), found.config.width).frame(find_slots(host.model))
+    with attach(host.model, found, "mood", frame) as attached:
+        classifier = Classifier(host.model, found.task("mood"), None, attached)
+        assert predict(classifier, host, stages.load_data(tiny_world), "dev").score == score
+
+
+def test_hosts_of_two_vocabularies_are_not_trained_by_turns(tiny_world, monkeypatch):
+    load = stages.load_encoder
+
+    def another(name):
+        found = load(name)
+        if name == "other":
+            found = replace(found, tokenizer=deepcopy(found.tokenizer))
+            found.tokenizer.add_tokens(["unheard"])
+        return found
+
+    monkeypatch.setattr(stages, "load_encoder", another)
+    with pytest.raises(UHLError, match="other has another vocabulary than big"):
+        stages.pretrain(tiny_world, "canonical", second="other")
 
 
 @pytest.mark.parametrize("method", attempts.TAUGHT.values())

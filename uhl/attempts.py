@@ -44,8 +44,10 @@ from uhl.train import Classifier, Prediction, predict
 
 CHOICES = ("random", "k-means", "leverage", "determinantal")
 GROUPS = (
-    *("head", "maps", "layers", "rank", "scale", "refresh", "perturbed", "taught", "texts", "dims", "bits", "choice"),
+    *("head", "maps", "layers", "rank", "scale", "refresh", "perturbed", "turns", "taught"),
+    *("texts", "dims", "bits", "choice"),
 )
+SECOND = ("minilm-4x312", "minilm-l3")  # hosts to train on by turns with the source: the first that is not the target
 ON_SOURCE = "source"  # no port, but the score of another adapter where it was trained
 TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights": "full"}
 
@@ -54,8 +56,9 @@ TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights"
 class Attempt:
     """One way to port. ``coded``, ``texts``, ``dims``, ``bits`` and ``cuts`` are those of :meth:`Anchors.cut`;
     ``choice`` draws the coded texts anew from the source's unlabelled text. ``noise`` ports another adapter,
-    trained on the source under maps that are so much off (:class:`uhl.perturb.Perturbed`). ``taught`` ports nothing: a
-    baseline is trained on the target with the source's decisions on the anchors in place of labels.
+    trained on the source under maps that are so much off (:class:`uhl.augment.Perturbed`); ``turns`` one that was
+    trained on a host of :data:`SECOND` as well (:class:`uhl.augment.ByTurns`). ``taught`` ports nothing: a baseline is
+    trained on the target with the source's decisions on the anchors in place of labels.
     """
 
     group: str
@@ -69,6 +72,7 @@ class Attempt:
     cuts: bool = True
     choice: str | None = None
     noise: float = 0.0
+    turns: bool = False
     taught: Method | None = None
 
 
@@ -113,6 +117,8 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     for noise in (0.3, 1.0):
         for arm in (ON_SOURCE, "zero-atoms", "anchor", "random-p"):
             yield Attempt("perturbed", f"{arm}, trained under maps {noise:g} off", arm, noise=noise)
+    for arm in (ON_SOURCE, "zero-atoms", "anchor", "random-p"):
+        yield Attempt("turns", f"{arm}, trained on another host by turns", arm, turns=True)
     if anchors.kind != "token" and anchors.reads is not None and anchors.bias is not None:
         for what, method in TAUGHT.items():
             yield Attempt("taught", f"{what} trained on the source's decisions", taught=method)
@@ -154,8 +160,9 @@ def measure(
             rows.append((a.group, a.name, size, len(whole.texts), *3 * (none,), same, found.score))
             continue
         of, own = settings, deepcopy(adapter)  # a port may change what it ports
-        if a.noise:
-            of, own, on_source = perturbed(settings, a.noise)
+        if a.noise or a.turns:
+            second = next(name for name in SECOND if name not in {source.name, target.name}) if a.turns else None
+            of, own, on_source = trained_otherwise(settings, a.noise, second)
             if a.arm == ON_SOURCE:
                 rows.append((a.group, a.name, budget.anchor_bytes(whole), len(whole.texts), *4 * (none,), on_source))
                 continue
@@ -178,11 +185,14 @@ def measure(
     return pd.DataFrame(rows, columns=columns)
 
 
-def perturbed(settings: Settings, noise: float) -> tuple[Settings, UHLAdapter, float]:
-    """The canonical adapter that is trained on the source with such a ``noise``, the settings of its run, and its dev
-    score there. One that was trained is read from its file.
+def trained_otherwise(
+    settings: Settings, noise: float = 0.0, second: str | None = None
+) -> tuple[Settings, UHLAdapter, float]:
+    """The canonical adapter that :func:`uhl.stages.pretrain` trains with such a ``noise`` or by turns with a ``second``
+    host, the settings of its run, and its dev score on the source. One that was trained is read from its file.
     """
-    own = settings.model_copy(update={"profile": f"{settings.profile}-perturbed-{noise:g}", "splits": ("dev",)})
+    how = f"by-turns-{runs.slug(second)}" if second else f"perturbed-{noise:g}"
+    own = settings.model_copy(update={"profile": f"{settings.profile}-{how}", "splits": ("dev",)})
     cell = runs.cell_dir(own, "pretrain-canonical")
     unused = {*NOT_OF_THE_SOURCE, "hosts", "dimension_rate", *RATES.values()}
 
@@ -194,7 +204,7 @@ def perturbed(settings: Settings, noise: float) -> tuple[Settings, UHLAdapter, f
         found = json.loads(file.read_text()) if file.is_file() else {"parameters": {}}
         kept = runs.protocol(found), used(found["parameters"])
         if kept != (runs.PROTOCOL, used(own.model_dump(mode="json"))):
-            _, outcome = pretrain(own, "canonical", noise=noise)
+            _, outcome = pretrain(own, "canonical", noise=noise, second=second)
             found = json.loads(outcome.finish("pretrain-canonical").read_text())
     (row,) = found["rows"]
     return own, adapter_for(own, "anchor")[0], row["score"]

@@ -8,16 +8,20 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import TrainerCallback
 
 from uhl import models, runs, store, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_states
+from uhl.augment import ByTurns, Perturbed
 from uhl.baselines import RATES, Start, run_baseline, start
 from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
@@ -25,10 +29,10 @@ from uhl.fileformat import MAX_TEXTS, MAX_UNITS
 from uhl.frame import LAST, Basis, Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
+from uhl.layer import Attached
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
-from uhl.perturb import Perturbed
 from uhl.porting import REFRESHED, RULES, Port, Shared, Way, at_work, basis_of, port, upper_levels, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
@@ -168,11 +172,12 @@ def make_anchors(
 
 
 def pretrain(
-    settings: Settings, projector: str, watch: Watch | None = None, noise: float = 0.0
+    settings: Settings, projector: str, watch: Watch | None = None, noise: float = 0.0, second: str | None = None
 ) -> tuple[UHLAdapter, Outcome]:
     """Train an adapter on the source under one projector, write its file, and score the file read back.
 
-    ``noise`` of a `canonical` adapter: see :class:`Perturbed`.
+    Of a `canonical` adapter ``noise`` is that of :class:`Perturbed`, and ``second`` names another host for every second
+    step, see :class:`ByTurns`; the anchors are the source's all the same.
     """
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
     asked = probe(settings, task)
@@ -187,13 +192,19 @@ def pretrain(
         p.requires_grad_(projector == "dimension")
     rate = settings.dimension_rate if projector == "dimension" else settings.rate
     config, folder = settings.train_config(rate=rate), runs.cell_dir(settings, f"pretrain-{projector}")
+    own = settings.task_name, seen, basis, frame, asked
+    turns = _second_host(second, encoder, adapter, task, *own) if second else nullcontext()
     torch.manual_seed(settings.seed)
-    with attach(encoder.model, adapter, settings.task_name, frame) as attached:
+    with turns as other, attach(encoder.model, adapter, settings.task_name, frame) as attached:
         classifier = Classifier(encoder.model, part, None, attached, config)
         fit_head(classifier, encoder, task, config.max_length)
-        about, callbacks = settings.model_dump_json(), []
+        about, callbacks = settings.model_dump_json(), list[TrainerCallback]()
         if noise:
-            about, callbacks = f"{about}, noise {noise}", [Perturbed(attached, basis, noise, settings.seed)]
+            about += f", noise {noise}"
+            callbacks.append(Perturbed(attached, basis, noise, settings.seed))
+        if other:
+            about += f", by turns with {second}"
+            callbacks.append(ByTurns(classifier, *other))
         log = train(classifier, encoder, task, config, folder / "trainer", about, watch, callbacks)
     if projector == "canonical":
         origin = f"{settings.anchor_text}, {task.licence}"
@@ -214,6 +225,32 @@ def pretrain(
     outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses})
     outcome.score_adapter(found, path, encoder, frame, 1.0, arm=f"uhl-{projector}", phase="source", **log.costs())
     return found, outcome
+
+
+@contextmanager
+def _second_host(
+    name: str,
+    source: Encoder,
+    adapter: UHLAdapter,
+    task: Task,
+    task_name: str,
+    seen: Observed,
+    basis: Basis,
+    frame: Frame | None,
+    asked: Probe,
+) -> Iterator[tuple[nn.Module, Attached]]:
+    """Another host with an adapter at work that has not been trained yet, as its anchored port puts it there."""
+    host = freeze(load_encoder(name))
+    if host.tokenizer.get_vocab() != source.tokenizer.get_vocab():
+        raise UHLError(f"{name} has another vocabulary than {source.name}; two hosts are trained on the same tokens")
+    with attach(source.model, adapter, task_name, frame) as attached:
+        fit_head(Classifier(source.model, adapter.task(task_name), None, attached), source, task, asked.length)
+    adapter.anchors = make_anchors(source, adapter, task_name, seen, basis, frame, asked, "before training")
+    way = Way(known=False, scales=(source.layers / host.layers,))
+    ported = port(adapter, host, task_name, way=way)
+    adapter.anchors = None
+    with attach(host.model, adapter, task_name, ported.frame, ported.scale) as attached:
+        yield host.model, attached
 
 
 def zero_shot(settings: Settings) -> Outcome:

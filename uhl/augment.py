@@ -1,4 +1,6 @@
-"""Training atoms under maps that are a little off, as those of a port are. Notebook 07 compares what comes of it."""
+"""Training atoms for more hosts than one: under maps that are a little off, as those of a port are, or on another host
+by turns. Notebook 07 compares what comes of it.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +9,12 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState
 
 from uhl.frame import Basis
 from uhl.layer import Attached
+from uhl.train import Classifier
 
 
 class Perturbed(TrainerCallback):
@@ -33,3 +36,22 @@ class Perturbed(TrainerCallback):
         read = tuple(near_one(len(m)) @ m for m in self.basis.read)
         write = tuple(n @ near_one(n.shape[1]) for n in self.basis.write)
         self.attached.set_frame(replace(self.basis, read=read, write=write).frame(self.attached.slots))
+
+
+class ByTurns(TrainerCallback):
+    """Trains on two hosts by turns: every second step is that of ``other``, to which the same adapter is attached."""
+
+    def __init__(self, classifier: Classifier, other: nn.Module, attached: Attached) -> None:
+        self.classifier = classifier
+        self.places = (classifier.model, classifier._attached), (other, attached)
+
+    def _turn(self, place: int) -> None:
+        self.classifier.model, self.classifier._attached = self.places[place]
+
+    def on_step_begin(self, args: object, state: TrainerState, *_: object, **__: object) -> None:
+        """Whose step it is follows from its number, also when training is resumed."""
+        self._turn(state.global_step % 2)
+
+    def on_train_end(self, *_: object, **__: object) -> None:
+        """The first host is the one that is scored and saved."""
+        self._turn(0)
