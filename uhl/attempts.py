@@ -103,6 +103,8 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     for layers in ("upper", "last"):
         for arm in ("anchor", "random-p"):
             yield Attempt("layers", f"{arm}, atoms in the {layers} layers", arm, Way(layers=layers))
+    for arm in ("anchor", "random-p"):  # where they act, one map of the final states is all that counts
+        yield Attempt("layers", f"{arm}, in the last, behind its own map", arm, Way(layers="last", maps="level"))
     for rank in (8, 32, 128):
         for kind in ("principal", "canonical"):
             yield Attempt("rank", f"anchor, {rank} {kind} directions", way=Way(rank=rank, directions=kind))
