@@ -57,7 +57,7 @@ def on_source(w):
 
 def of_baselines(w):
     """The parameter files of baselines on a host, beside the settings."""
-    return own_list("source") if on_source(w) else [TARGET.format(target=w.model), *own_list("retrained")]
+    return own_list("source") if on_source(w) else [*own_list("retrained"), TARGET.format(target=w.model)]
 
 
 def task(w):
@@ -154,6 +154,7 @@ rule attempts:
         own_task,
         TARGET,
         own_list("attempts"),
+        own_list("retrained"),
     output:
         f"{CELL}/attempts-{{target}}/attempts.csv",
     log:
@@ -161,7 +162,7 @@ rule attempts:
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
-        papermill("07_what_moves", [*own_list("attempts"), f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+        papermill("07_what_moves", [*own_list("attempts"), *own_list("retrained"), f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
 
 
 # Not of the batch: ways to port, compared on dev with the first seed (`make attempts`).

@@ -237,8 +237,39 @@ def test_one_seed_decides_nothing_alone():
     apart = claims.judge(table, one | {("movies", "s", "source", "uhl-canonical"): {1: right(60)}}, {})
     assert "anchor and uhl-canonical have no seed in common" in set(apart["reason"])
     lacking = judged[(judged["arm"] == "embedding")]
-    assert set(lacking["verdict"]) == {"not decidable"}
+    assert set(lacking["verdict"]) == {"not run"}
+    without = judged[judged["arm"].isin(claims.WITHOUT) & judged["claim"].str.startswith("1")].set_index("arm")
+    assert without["effect"].to_dict() == {"zero-atoms": 10.0, "random-p": pytest.approx(float("nan"), nan_ok=True)}
     assert lacking["reason"].str.contains("is not defined there, or was not run").all()
+
+
+def test_what_says_nothing_of_other_cells_lends_them_no_variance():
+    """Ports by shuffled anchors vary as they will, and cells that show the same say it once."""
+    rng = np.random.default_rng(0)
+    cells = {
+        ("movies", host, "zero-shot", arm): {s: right(75 + rng.normal(0, 0.5)) for s in range(3)}
+        for host in "abc"
+        for arm in ("anchor", "zero-atoms", "embedding", "lineage")
+    }
+    wild = {("movies", "a", "zero-shot", "shuffled"): dict(enumerate(map(right, (50, 25, 75))))}
+    again = {("movies", "a", "zero-shot", "random-p"): cells["movies", "a", "zero-shot", "zero-atoms"]}
+    compared = ["first", "second", "target"]
+    without, beside, twice = (
+        report.paired(some).set_index(compared) for some in (cells, cells | wild, cells | wild | again)
+    )
+    assert "zero-shot shuffled" in set(beside.reset_index()["second"])
+    for column in ("low", "high"):
+        assert beside.loc[without.index, column].tolist() == without[column].tolist()
+        assert twice.loc[without.index, column].tolist() == without[column].tolist()
+
+
+def test_a_caption_names_what_a_target_lacks():
+    rows = [("s", "source", "uhl-canonical")]
+    rows += [("a", "zero-shot", arm) for arm in ("anchor", "refresh", "lineage")] + [("a", "tuned", "anchor")]
+    rows += [("b", "zero-shot", "anchor")]
+    table = pd.DataFrame(rows, columns=["target", "phase", "arm"])
+    said = report._not_run(table, [("b", "lineage")])
+    assert said == "Not run on b: zero-shot anchor, refreshed; all of tuned. "
 
 
 def test_examples_that_stand_alone_have_mcnemars_p_however_they_are_marked():

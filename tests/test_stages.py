@@ -136,26 +136,27 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert (pairs["p holm"] >= pairs["p"]).all()
     assert pairs["p mcnemar"].isna().all() == (kind == "token")
     judged = claims.judge(table, tables, {})
-    ours = {"dimension", "anchor", "refresh"}
+    ours, without = {"dimension", "anchor", "refresh"}, set(claims.WITHOUT)
     others = kind == "sentence"  # LoRA at 1 MB ran there alone
     for number, arms in {
-        "1": ours,
-        "2 tuned": ours - {"refresh"},
-        "3": ours - {"refresh"} if others else set(),
+        "1": ours | without,
+        "2 tuned": (ours | without) - {"refresh"},
+        "3": (ours | without) - {"refresh"} if others else set(),
     }.items():
         rows = judged[judged["claim"].str.startswith(number)]
-        assert set(rows["arm"]) == set(claims.PORTED)
+        assert set(rows["arm"]) == {*claims.PORTED, *without}
         assert set(rows["arm"][rows["seeds"] > 0]) == arms
-        assert (rows["verdict"][rows["seeds"] == 0] == "not decidable").all()
+        assert ((rows["verdict"] == "not run") == (rows["seeds"] == 0)).all()
     lacks = judged[judged["claim"].str.startswith("3")].set_index("arm")["reason"]
     assert lacks["lineage"].startswith("lineage is not defined there")
     assert (lacks["anchor"] == "LoRA at 1 MB was not run") == (not others)
     assert report.missing("t") == []
     assert set(report.undefined("t")) == {("small", "lineage"), ("small", "embedding")}
-    assert set(judged["verdict"]) <= {"held", "refuted", "not decidable"}
+    assert set(judged["verdict"]) <= {"held", "refuted", "not decidable", "not run"}
     told = claims.markdown("t").splitlines()
-    assert sum(line.startswith("| 1 ") for line in told) == len(ours)
+    assert sum(line.startswith("| 1 ") for line in told) == len(ours | without)
     assert all(" of 1 |" in line for line in told if line.startswith(("| 1 ", "| 2 tuned")))
+    assert sum("| *ported head, " in line for line in told) == (6 if others else 4)
     assert any(line.startswith("| 3 ") and "| every arm | not run |" in line for line in told) == (not others)
     board = report.leaderboard(table)
     assert {"anchor", "sat-lora", "full"} <= set(board["method"])
@@ -186,10 +187,11 @@ def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkey
         tuned.append((config, classifier.frame.levels))
         return train(classifier, encoder, task, config, *rest)
 
-    def retrain(method, encoder, task, begin, config, folder, watch, sizes):
+    def retrain(method, encoder, task, begin, config, folder, watch, sizes, about):
         trained.append((config, begin.frame.levels))
         assert sizes.top_k == 1
-        return baseline(method, encoder, task, begin, config, folder, watch, sizes)
+        assert "levels" in about
+        return baseline(method, encoder, task, begin, config, folder, watch, sizes, about)
 
     monkeypatch.setattr(stages, "train", tune)
     monkeypatch.setattr(stages, "run_baseline", retrain)
@@ -727,6 +729,27 @@ def test_predictions_of_other_examples_are_refused(tiny_world):
     path.unlink()
     with pytest.raises(UHLError, match="lacks test predictions of head; delete that folder"):
         report.gather("t")
+
+
+def test_ports_of_another_adapter_by_other_rules_or_with_fewer_arms_are_missed(tiny_world, monkeypatch):
+    arms = ("dimension", "zero-atoms")
+    for seed in (0, 1):
+        settings = tiny_world.model_copy(update={"seed": seed, "arms": arms if seed else arms[:1]})
+        for projector in ("canonical", "dimension"):
+            stages.pretrain(settings, projector)[1].finish(f"pretrain-{projector}")
+        stages.zero_shot(settings).finish("port-small")
+        tuned = stages.tune(settings, "dimension", stages.observe_target(settings))
+        assert tuned.adapters.keys() == {"pretrain-dimension"}
+        assert tuned.rules == search.RULES
+    lacks = [f"mood-s0/port-small: zero-atoms on {split}" for split in ("dev", "test")]
+    assert report.missing("t") == lacks
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "RULES", search.RULES + 1)
+        assert sum("ported by other rules" in line for line in report.missing("t")) == 2
+    retrained = settings.model_copy(update={"rate": 5e-4})
+    stages.pretrain(retrained, "canonical")[1].finish("pretrain-canonical")
+    (found,) = set(report.missing("t")) - set(lacks)
+    assert found.startswith("mood-s1/port-small: pretrain-canonical has another adapter now")
 
 
 def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world, task, make_encoder, monkeypatch):

@@ -108,7 +108,7 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     for rank in (8, 32, 128):
         for kind in ("principal", "canonical"):
             yield Attempt("rank", f"anchor, {rank} {kind} directions", way=Way(rank=rank, directions=kind))
-    for scale in (0.5, 1.0, 2.0, 4.0):
+    for scale in (0.5, 1.0, 2.0, 4.0, 8.0):
         for arm in ("anchor", "random-p"):
             yield Attempt("scale", f"{arm}, scale {scale:g}", arm, Way(scales=(scale,)))
     yield Attempt("scale", "anchor, scale chosen without labels")
@@ -146,8 +146,8 @@ def measure(
     settings: Settings, adapter: UHLAdapter, source: Encoder, target: Encoder, task: Task, tried: Sequence[Attempt]
 ) -> pd.DataFrame:
     """Port ``adapter`` by each attempt and score it on dev: columns group, attempt, bytes of the file's anchors, texts,
-    scale, explained (of the source's logits), agreement (with its decisions) as the port predicts them, same (the
-    agreement on dev, in percent: less noisy than a score), dev.
+    scale, change (of what the head reads, by the atoms), explained (of the source's logits), agreement (with its
+    decisions) as the port predicts them, same (the agreement on dev, in percent: less noisy than a score), dev.
     """
     whole = adapter.anchors
     if whole is None:
@@ -159,14 +159,14 @@ def measure(
             size = budget.anchor_bytes(whole)
             found = taught(settings, whole, deepcopy(target), task, a.taught)
             same = 100 * agreement(settings, found, "dev")
-            rows.append((a.group, a.name, size, len(whole.texts), *3 * (none,), same, found.score))
+            rows.append((a.group, a.name, size, len(whole.texts), *4 * (none,), same, found.score))
             continue
         of, own = settings, deepcopy(adapter)  # a port may change what it ports
         if a.noise or a.turns:
             second = next(name for name in SECOND if name not in {source.name, target.name}) if a.turns else None
             of, own, on_source = trained_otherwise(settings, a.noise, second)
             if a.arm == ON_SOURCE:
-                rows.append((a.group, a.name, budget.anchor_bytes(whole), len(whole.texts), *4 * (none,), on_source))
+                rows.append((a.group, a.name, budget.anchor_bytes(whole), len(whole.texts), *5 * (none,), on_source))
                 continue
         assert own.anchors is not None
         own.anchors = own.anchors.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
@@ -175,15 +175,16 @@ def measure(
             own.anchors = chosen(settings, adapter, source, task, a.choice, a.coded)
         asked = own.anchors.probe
         there = observe(target, asked) if a.choice else seen.cut(whole.probe, asked)
-        made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=a.way)
+        way = a.way.model_copy(update={"refresh_steps": settings.refresh_steps})
+        made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=way)
         with at_work(own, target, settings.task_name, made.frame, made.scale) as attached:
             classifier = Classifier(target.model, own.task(settings.task_name), made.frame, attached)
             found = predict(classifier, target, task, "dev", max_length=settings.max_length)
         size = budget.anchor_bytes(own.anchors, a.bits)
-        known = (made.scale, made.report.get("final_fit"), made.report.get("agreement"))
+        known = (made.scale, *(made.report.get(name) for name in ("change", "final_fit", "agreement")))
         same = 100 * agreement(of, found, "dev")
         rows.append((a.group, a.name, size, len(own.anchors.texts), *known, same, found.score))
-    columns = ["group", "attempt", "bytes", "texts", "scale", "explained", "agreement", "same", "dev"]
+    columns = ["group", "attempt", "bytes", "texts", "scale", "change", "explained", "agreement", "same", "dev"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -215,10 +216,10 @@ def trained_otherwise(
 def taught(settings: Settings, anchors: Anchors, target: Encoder, task: Task, method: Method) -> Prediction:
     """Train a baseline on ``target`` (which changes) with the source's decisions on the anchors, and predict dev.
 
-    No label of the task is seen (but that learning rates were chosen with some): a fifth of the task's own texts, with
-    the source's decisions, stands in for dev. It says what the file's texts and decisions teach a host by usual means,
-    without codes or atoms: decisions are hard, and every text counts alike. Where the source decides one label alone,
-    so does what it has taught.
+    No label of the task is seen but by the source (and in choosing learning rates): a fifth of the task's own texts,
+    with the source's decisions, stands in for dev. It says what the file's texts and decisions teach a host by usual
+    means, without codes or atoms: decisions are hard, and every text counts alike. Where the source decides one label
+    alone, so does what it has taught.
     """
     probe, decided = anchors.probe, anchors.decided().argmax(1).tolist()
     own = len(anchors.texts) if anchors.own is None else anchors.own

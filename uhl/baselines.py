@@ -99,10 +99,12 @@ def run_baseline(
     folder: str | Path,
     watch: Watch | None = None,
     sizes: Sizes | None = None,
+    about: str = "",
 ) -> Baseline:
     """Train one of :data:`uhl.config.METHODS` on the task's training split.
 
     The encoder is changed in place, ``begin`` is not. ``sizes`` are a sparse method's; None: the hypothesis's.
+    ``about`` is :func:`uhl.train.train`'s: what the start was fitted to.
     """
     one_of(method, METHODS, "baseline")
     part, frame = deepcopy(begin.part), begin.frame
@@ -126,7 +128,7 @@ def run_baseline(
         model = get_peft_model(model, lora)  # type: ignore[arg-type]
         flops = budget.lora_flops_pct(rank, targets, slots)
     classifier = Classifier(model, part, frame, attached, config)
-    log = train(classifier, encoder, task, config, folder, watch=watch)
+    log = train(classifier, encoder, task, config, folder, about, watch)
     if attached is None:
         round_trained(classifier)
     return Baseline(classifier, log, added_bytes(classifier) + head_size(part, frame), flops)

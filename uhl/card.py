@@ -108,7 +108,8 @@ def _table(scores: Sequence[Score]) -> list[str]:
         )
     lines += [
         "",
-        "Test split, in percent; bootstrap intervals over seeds and examples; FLOPs added to the linear layers.",
+        "Test split, in percent: means over seeds, of which this file is one, with 95 % intervals over seeds and "
+        "examples. FLOPs: added to the host's linear layers.",
     ]
     return lines
 

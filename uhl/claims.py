@@ -5,11 +5,12 @@
     3  on a narrow host, at least 1.1 points over plain LoRA of the same budget
     4  at most 1 MB, 10 % more FLOPs and two active atoms a token
 
-Claims about scores are tests of a bound against the 95 % interval of a paired difference, on the same test examples
-and seeds, each by itself: they are not corrected for how many there are. A single seed decides none, unless other cells
-show how much seeds vary. Claims about budgets hold or do not. The claims name BERT-base, BERT-large and TinyBERT; which
-models stand in for them is what the profile says, and each claim is judged on all of its targets: the first names a
-larger host, the third a narrower one.
+Claims about scores are tests of a bound against the 95 % interval of a paired difference, on the same test examples and
+seeds, each by itself: they are not corrected for how many there are. A single seed decides none, unless other cells
+show how much seeds vary. Beside the arms they are judged for two controls, :data:`WITHOUT`, which have the ported head
+and no trained atom: what these hold too is not the atoms' merit. Claims about budgets hold or do not. The claims name
+BERT-base, BERT-large and TinyBERT; which models stand in for them is what the profile says, and each claim is judged on
+all of its targets: the first names a larger host, the third a narrower one.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ import pandas as pd
 from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS
-from uhl.report import Cells, Groups, gather, groups_of, own_source, priors, source_of, stack, summary
+from uhl.report import Cells, Groups, gather, groups_of, own_source, priors, source_of, stack, summary, undefined
+from uhl.viz import NAMES
 
 PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
+WITHOUT = ("zero-atoms", "random-p")
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
+NOT_RUN = "not run"
 COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "seeds", "n", "verdict", "reason"]
 
 
@@ -88,13 +92,16 @@ def _judged(compared: Compared, group: np.ndarray | None, known: stats.Prior | N
 
 def _unknown(claim: str, place: tuple[str, str, str], bound: float, why: str) -> list[object]:
     """The row of a claim on an (arm, target, task) of which nothing was measured."""
-    return [claim, *place, None, None, None, bound, 0, 0, "not decidable", why]
+    return [claim, *place, None, None, None, bound, 0, 0, NOT_RUN, why]
 
 
 def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str, dict[int, np.ndarray]]]:
-    """(task, target, arm, cell) of every arm on every host that was ported to; the cell is empty where none ran."""
+    """(task, target, arm, cell) of every arm, and of :data:`WITHOUT`, on every host that was ported to; the cell is
+    empty where none ran.
+    """
     for task, target in dict.fromkeys(key[:2] for key in tables if key[2] == "zero-shot"):
-        yield from ((task, target, arm, tables.get((task, target, phase, arm), {})) for arm in PORTED)
+        cells = ((arm, tables.get((task, target, phase, arm), {})) for arm in (*PORTED, *WITHOUT))
+        yield from ((task, target, arm, cell) for arm, cell in cells)
 
 
 def _zero_shot(tables: Cells) -> Iterator[Compared]:
@@ -162,7 +169,7 @@ def _budgets(table: pd.DataFrame) -> Iterator[list[object]]:
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """Counts of each verdict by claim and arm, of :func:`judge`."""
     counts = judged.groupby(["claim", "arm"], sort=False)["verdict"].value_counts().unstack(fill_value=0)
-    return counts.reindex(columns=["held", "refuted", "not decidable"], fill_value=0).reset_index()
+    return counts.reindex(columns=["held", "refuted", "not decidable", NOT_RUN], fill_value=0).reset_index()
 
 
 UNITS = {"2 with": " %", "4 at most 1 MB": " bytes", "4 at most 10": " %", "4 at most two": " atoms"}
@@ -172,22 +179,30 @@ def markdown(profile: str) -> str:
     """The verdicts on a profile's runs, as Markdown: a row a claim and arm, the claims about budgets in one row each.
 
     The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms; the
-    effects are their range.
+    effects are their range. Targets where it did not run are named; an arm that ran nowhere has no row.
     """
     tables = gather(profile)
     groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
     judged = judge(summary(profile), tables, groups)
+    nowhere_to = undefined(profile)
     nowhere = judged.groupby("claim")["effect"].transform("count") == 0
     judged["arm"] = judged["arm"].mask(nowhere, "every arm")
-    judged = judged[nowhere | judged["effect"].notna()]
+    anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
+    judged = judged[nowhere | anywhere]
     said = "The claims of the hypothesis, over tasks and targets (intervals: [figures/claims.csv](figures/claims.csv)):"
     lines = [said, "", "| claim | arm | effect | verdict |", "|---|---|---|---|"]
     arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
-    for (claim, arm), rows in judged.groupby(["claim", arms], sort=False):
+    for (claim, arm), found in judged.groupby(["claim", arms], sort=False):
+        rows = found[found["verdict"] != NOT_RUN]
         counts = ", ".join(f"{verdict} in {count}" for verdict, count in rows["verdict"].value_counts().items())
+        counts += f" of {len(rows)}" if len(rows) else NOT_RUN
+        left = dict.fromkeys(t for t in found["target"][found["verdict"] == NOT_RUN] if (t, arm) not in nowhere_to)
+        if len(rows) and left:
+            counts += f"; not run on {', '.join(left)}"
+        arm = f"*{NAMES[str(arm)]}*" if arm in WITHOUT else arm
         unit = next((unit for start, unit in UNITS.items() if str(claim).startswith(start)), " points")
         known = rows["effect"].dropna()
         form = "{:,.0f}" if known.abs().max() > 1000 else "{:.1f}" if unit != " points" else "{:+.1f}"
         ends = " to ".join(dict.fromkeys(form.format(end) for end in (known.min(), known.max())))
-        lines.append(f"| {claim} | {arm} | {ends + unit if len(known) else 'not run'} | {counts} of {len(rows)} |")
+        lines.append(f"| {claim} | {arm} | {ends + unit if len(known) else NOT_RUN} | {counts} |")
     return "\n".join(lines)

@@ -48,6 +48,8 @@ class Outcome:
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # training loss by step, of each arm
     commits: set[str] = field(default_factory=set)  # of rows that an earlier process measured, and where it ran
     hardware: set[str] = field(default_factory=set)
+    adapters: dict[str, str] = field(default_factory=dict)  # sha256 of the trained files in use, by their stage
+    rules: int | None = None  # of the ports that were scored, uhl.porting.RULES
     details: dict[str, Any] = field(default_factory=dict)
 
     def score(self, classifier: Classifier, encoder: Encoder, **known: object) -> None:
@@ -112,6 +114,7 @@ class Outcome:
         used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
         extra |= {"labels": list(self.task.labels), "models": {name: models.revision(name) for name in used}}
         extra |= {"curves": self.curves, "commit": ", ".join(sorted({*self.commits, runs.commit()}))}
+        extra |= {"adapters": self.adapters, "rules": self.rules} if self.adapters else {}
         extra["hardware"] = " and ".join(sorted(self.hardware or {runs.hardware()}))
         return runs.write_manifest(self.settings, stage, self.rows, written + self.paths, **extra)
 
@@ -183,6 +186,7 @@ def merge(outcomes: Iterable[Outcome]) -> Outcome:
     first, *rest = outcomes
     merged = Outcome(first.settings, first.task, list(first.rows), dict(first.predictions), list(first.paths))
     merged.curves, merged.commits, merged.hardware = dict(first.curves), set(first.commits), set(first.hardware)
+    merged.adapters, merged.rules = dict(first.adapters), first.rules
     for outcome in rest:
         merged.rows += outcome.rows
         merged.predictions |= outcome.predictions
@@ -190,4 +194,5 @@ def merge(outcomes: Iterable[Outcome]) -> Outcome:
         merged.curves |= outcome.curves
         merged.commits |= outcome.commits
         merged.hardware |= outcome.hardware
+        merged.adapters |= outcome.adapters
     return merged

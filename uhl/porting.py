@@ -18,7 +18,8 @@ N solves the reverse. The head's reader is the same regression from what a head 
 several levels to the *adapted* source's codes, fitted with the atoms in place; the directions that the task's logits
 need are fitted on more texts than the others, and on fragments of texts. How much of the atoms to use is the scale in
 :data:`SCALES` at which the source's logits are reproduced best; 0 is allowed. How often the target will decide as the
-source did is predicted from the same texts, each left out of its own fit (``agreement`` in the report).
+source did is predicted from the same texts, each left out of its own fit (``agreement`` in the report). ``change`` is
+how much the atoms move what the head reads: random directions at the same scale move it less.
 
 A target that is the source itself, known by what it makes of the anchors to within 8 bits (a copy at half precision is
 not), gets the source's own frame.
@@ -213,7 +214,7 @@ def port(
         here = (told.get("tuned_on"), told.get("arm")) == (target.name, arm) and isinstance(kept, float)
         if way.scales is None and here:
             way = way.model_copy(update={"scales": (kept,)})  # that of the head, which was tuned with it
-        elif way.scales is None and arm == "random-p":  # as much of other directions
+        elif way.scales is None and arm == "random-p":  # at the same scale
             made = port(adapter, target, task, "anchor", source, seed, shared, way)
             begun = time.time() - float(str(made.report["seconds"]))
             way = way.model_copy(update={"scales": (made.scale,)})
@@ -392,7 +393,8 @@ def _anchored(
             return unit_states(target, probe, basis.levels)
 
     with untuned(adapter, task):
-        tried = {scale: _head_fit(states(scale, anchors.probe.first()), few, target.width) for scale in scales}
+        coded = {scale: states(scale, anchors.probe.first()) for scale in scales}
+        tried = {scale: _head_fit(read, few, target.width) for scale, read in coded.items()}
         scale = max(tried, key=lambda s: tried[s].explained)
         best = tried[scale]
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
@@ -405,12 +407,19 @@ def _anchored(
         "stream_fit": [round(f, 4) for f in fits],
         "head_fit": {round(s, 4): round(f.explained, 4) for s, f in tried.items()},
         "final_fit": round(best.explained, 4),
+        "change": round(_change(coded[scale], states(0.0, anchors.probe.first())), 4),
     }
     if anchors.judges(task):
         assert best.logits is not None
         assert anchors.bias is not None
         report |= _agreement(arm, best.logits[:few_units].float() + anchors.bias, anchors)
     return Port(arm, frame, scale, report)
+
+
+def _change(states: Float[Tensor, "n D_levels"], bare: Float[Tensor, "n D_levels"]) -> float:
+    """How much atoms change what a head reads, over how much that differs from text to text without them."""
+    moved, spread = ((x - x.mean(0)).double().norm() for x in (states - bare, bare))
+    return float(moved / spread.clamp_min(1e-12))
 
 
 def _judged(adapter: UHLAdapter, target: Encoder, task: str, ported: Port) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
 from uhl.grid import PARAMS, Grid
+from uhl.porting import RULES
 from uhl.runs import Settings, manifests
 from uhl.stages import TUNED_ARMS
-from uhl.viz import NAMES, ORDER
+from uhl.viz import NAMES, ORDER, in_order
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
 START, END = "<!-- results: made by make table -->", "<!-- end of results -->"
@@ -114,7 +115,7 @@ def stack(tables: dict[int, np.ndarray], seeds: Iterable[int] | None = None) -> 
 def summary(profile: str, split: str = "test") -> pd.DataFrame:
     """One row a (task, target, phase, arm): mean score with its interval, seeds, n, budgets.
 
-    Bytes are those of the largest seed's file, seconds the median over seeds, as a machine may sleep during one;
+    Bytes and FLOPs are those of the seed with most, seconds the median over seeds, as a machine may sleep during one;
     ``top_k``: the most atoms of ours that a token could use.
     """
     frame = runs.load_results(profile)
@@ -122,16 +123,17 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     if frame.empty:
         raise UHLError(f"profile {profile} has no rows of {split}; its cells score what `splits` names")
     tables = gather(profile, split)
-    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items())
+    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items() if _usual(key[3]))
     finished = manifests(profile)
     rows = []
     for key, group in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
-        made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split), known[task])
+        made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split), known.get(task))
         if abs(made.value - group["score"].mean()) > 0.05:
             raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
         mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
-        mean["adapter_bytes"] = group["adapter_bytes"].max()
+        for cost in ("adapter_bytes", "extra_flops_pct"):  # a seed's port may use no atoms
+            mean[cost] = group[cost].max()
         mean["seconds"] = group["seconds"].median()
         cells = [_cell(profile, task, int(s), phase, target, arm) for s in group["seed"]]
         if lost := [cell for cell in cells if cell not in finished]:
@@ -286,12 +288,18 @@ def _pairs(tables: Cells) -> Iterator[tuple[tuple[str, str, str, str], np.ndarra
 def priors(scores: Iterable[tuple[str, np.ndarray]]) -> dict[str, stats.Prior | None]:
     """How much seeds vary in each task, from (task, what the seeds of a cell show); see :func:`uhl.stats.prior`.
 
-    Tasks differ in it, not least by how many examples they are tested on.
+    Tasks differ in it, not least by how many examples they are tested on. Cells that show the same count once: where a
+    port uses no atoms, several arms are one.
     """
-    found: dict[str, list[np.ndarray]] = {}
+    found: dict[str, dict[tuple[float, ...], np.ndarray]] = {}
     for task, values in scores:
-        found.setdefault(task, []).append(values)
-    return {task: stats.prior(values) for task, values in found.items()}
+        found.setdefault(task, {})[tuple(values.round(6))] = values
+    return {task: stats.prior(values.values()) for task, values in found.items()}
+
+
+def _usual(arm: str) -> bool:
+    """Whether a cell tells of others how much seeds vary: codes of other texts make of a host whatever they will."""
+    return not arm.endswith("shuffled")
 
 
 def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
@@ -302,17 +310,17 @@ def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     mcnemar`` is the largest of the seeds', where the metric is an accuracy and examples stand alone.
     """
     rows = []
-    known = priors((key[0], stats.seeds_apart(one, other)) for key, one, other in _pairs(tables))
+    known = priors((key[0], stats.seeds_apart(one, other)) for key, one, other in _pairs(tables) if _usual(key[3]))
     for key, one, other in _pairs(tables):
         group = (groups or {}).get(key[0])
         alone = (group is None or len(np.unique(group)) == len(group)) and bool((one[..., 1:] == 1).all())
         exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
-        rows.append((*key, len(one), *stats.difference(one, other, group, known[key[0]]), exact))
+        rows.append((*key, len(one), *stats.difference(one, other, group, known.get(key[0])), exact))
     columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "p", "p mcnemar"]
     table = pd.DataFrame(rows, columns=columns)
     table.insert(9, "p holm", stats.holm(table["p"].tolist()))
     sign = np.where(table["difference"] > 0, "better", "worse")
-    shown = table["task"].map(lambda task: known[task] is not None)
+    shown = table["task"].map(lambda task: known.get(task) is not None)
     told = (table["p holm"] < 0.05) & ((table["seeds"] > 1) | shown)
     return table.assign(verdict=np.where(told, sign, "undecided"))
 
@@ -392,7 +400,8 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
 
 def missing(profile: str) -> list[str]:
     """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
-    the rows that their parameters ask for, as `<cell>: <arm> on <split>`; and cells of an older protocol than others'.
+    the rows that their parameters, or those of another seed's cell, ask for, as `<cell>: <arm> on <split>`; cells of an
+    older protocol than others', and ports by other rules, or of an adapter that was trained again since.
     """
     folder = runs.root() / profile
     cells = Grid.read(profile).cells() if (PARAMS / profile).is_dir() else []  # none of a profile of one's own
@@ -405,13 +414,23 @@ def missing(profile: str) -> list[str]:
     finished = manifests(profile)
     old = (cell.relative_to(folder) for cell in manifests(profile, older=True))
     left += [f"{cell}: measured by an older release than others; delete the folder, and run it again" for cell in old]
+    wanted: dict[tuple[str, str], dict[tuple[str, str, str, str], None]] = {}
     for cell, entry in finished.items():
         asked = Settings.model_construct(**entry["parameters"])  # unchecked: perhaps of an earlier release
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
+        rows = [(*row, split) for row in _asked(cell.name, asked, port) for split in asked.splits]
+        wanted.setdefault((asked.task_name, cell.name), {}).update(dict.fromkeys(rows))
+    for cell, entry in finished.items():
+        asked, name = Settings.model_construct(**entry["parameters"]), cell.relative_to(folder)
+        if entry.get("rules", RULES) != RULES:  # which earlier cells do not tell
+            left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
+        for stage, digest in entry.get("adapters", {}).items():
+            trained = finished.get(cell.parent / stage, {}).get("artefacts", {}).get("adapter.safetensors", {})
+            if trained.get("sha256", digest) != digest:
+                left.append(f"{name}: {stage} has another adapter now; delete this folder, and run it again")
         left += [
-            f"{cell.relative_to(folder)}: {arm} on {split}"
-            for host, phase, arm in _asked(cell.name, asked, port)
-            for split in asked.splits
+            f"{name}: {arm} on {split}"
+            for host, phase, arm, split in wanted[asked.task_name, cell.name]
             if (asked.task_name, asked.seed, host, phase, arm, split) not in there
         ]
     return left
@@ -497,18 +516,38 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     ]
     over = "seeds and test examples" if table["seeds"].max() > 1 else "test examples alone"
     left = missing(profile)
+    alone = _not_run(table, undefined(profile))
     state = f"**Not complete: {len(left)} cells or rows are missing or old, first {left[0]}.** " if left else ""
     if any(runs.protocol(m) < runs.PROTOCOL for m in finished):
         state += "**Measured by an older release, whose settings meant something else.** "
     return (
         f"{state}Profile `{profile}`: test scores in percent, mean over seeds, with 95 % intervals over "
         f"{over} ({'; '.join(groups)}); {labels}, "
-        f"{lengths or 'nothing'} on the source{tuned}. "
+        f"{lengths or 'nothing'} on the source{tuned}. {alone}"
         f"Italics: controls. Bytes: what the method adds to the bare host, head included; files of ours and SAT-LoRA's "
         f"hold 8 and 4 bits, the others' 16. FLOPs: added per token, in percent of the host's linear layers (both: the "
         f"larger task's). †: beyond 1 MB or 10 %. Ran on {' and '.join(sorted(hardware))}; "
         f"commit {', '.join(sorted(commits))}.\n"
     )
+
+
+def _not_run(table: pd.DataFrame, undefined: Sequence[tuple[str, str]]) -> str:
+    """A sentence a target that says which rows other targets of the table have and it has not; empty where none."""
+    places = table[table["phase"] != "source"].groupby("target", sort=False)
+    own = {str(target): set(zip(rows["phase"], rows["arm"], strict=True)) for target, rows in places}
+    every, said = set().union(*own.values()), ""
+    for target, there in own.items():
+        phases = dict.fromkeys(phase for phase in runs.PHASES if any(row[0] == phase for row in every))
+        parts = []
+        for phase in phases:
+            left = in_order(a for p, a in every - there if p == phase and (target, a) not in undefined)
+            if left and not any(p == phase for p, _ in there):
+                parts.append(f"all of {phase}")
+            elif left:
+                parts.append(f"{phase} {_list(NAMES.get(arm, arm) for arm in left)}")
+        if parts:
+            said += f"Not run on {target}: {'; '.join(parts)}. "
+    return said
 
 
 def export(profile: str, task: str, seed: int, projector: str, folder: Path) -> Path:

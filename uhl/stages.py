@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from uhl.baselines import RATES, Start, run_baseline, start
 from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import MAX_TEXTS, MAX_UNITS
+from uhl.files import sha256
 from uhl.frame import LAST, Basis, Frame
 from uhl.head import fit_head
 from uhl.host import find_slots
@@ -257,11 +259,12 @@ def zero_shot(settings: Settings) -> Outcome:
     """Port the trained adapters to the target by the settings' arms, and score without any label of the target."""
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
-    outcome = Outcome(settings, task, details={"reports": {}, "undefined": {}})
+    outcome = Outcome(settings, task, rules=RULES, details={"reports": {}, "undefined": {}})
     outcome.score_majority(target)
     shared = Shared()
     for arm in settings.arms:
         adapter, path = adapter_for(settings, arm)
+        outcome.adapters[path.parent.name] = sha256(path)
         reason = why_not(adapter, target, arm, source)
         if reason:
             outcome.details["undefined"][arm] = reason
@@ -326,8 +329,8 @@ def tune(
 ) -> Outcome | None:
     """Tune the 4-bit task bias and the head on the target for ``tune_steps`` steps; None where an arm is undefined.
 
-    Three are controls: `zero-atoms` tunes the ported head alone; `random-p` and `untrained` have as much of the atoms
-    as `anchor` (its scale), the one behind random directions, the other random atoms and routes where the trained ones
+    Three are controls: `zero-atoms` tunes the ported head alone; `random-p` and `untrained` have the scale of `anchor`,
+    the one with atoms behind random directions, the other random atoms and routes where the trained ones
     were (mixer and head stay). ``shared`` is what :func:`observe_target` returned; ``watch`` is
     :func:`uhl.train.train`'s. The adapter is the one that the settings ``trained`` have trained, by default these.
     Scores are those of the tuned adapter's file.
@@ -335,7 +338,8 @@ def tune(
     one_of(arm, TUNED_ARMS, "arm to tune")
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
-    adapter, _ = adapter_for(trained or settings, arm)
+    adapter, file = adapter_for(trained or settings, arm)
+    used = {file.parent.name: sha256(file)}
     rules = "anchor" if arm == "untrained" else arm
     if why_not(adapter, target, rules, source):
         return None
@@ -350,8 +354,8 @@ def tune(
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}", watch)
     _say_where(settings, adapter, target, ported)
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
-    details = {"scale": ported.scale}
-    outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, details=details)
+    known: dict[str, Any] = {"adapters": used, "rules": RULES, "details": {"scale": ported.scale}}
+    outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, **known)
     found = store.load(path)
     outcome.score_adapter(found, path, target, ported.frame, ported.scale, arm=arm, phase="tuned", **log.costs())
     return outcome
@@ -396,7 +400,8 @@ def tune_task(
     with at_work(adapter, target, settings.task_name, ported.frame, ported.scale, learning) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
         fit_head(classifier, target, task, config.max_length, only_if_better=True)
-        return train(classifier, target, task, config, folder, settings.model_dump_json(), watch)
+        about = f"{settings.model_dump_json()}, port rules {RULES}, scale {ported.scale}"
+        return train(classifier, target, task, config, folder, about, watch)
 
 
 def _place(settings: Settings, host: str) -> tuple[str, Path]:
@@ -460,7 +465,8 @@ def baseline(settings: Settings, host: str, method: str, begin: Start, watch: Wa
     own = _as_tuned(settings) if host == "target" else {}
     config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")), **own)
     place, sizes = folder / f"trainer-{method}", settings.adapter_config("dimension")
-    made = run_baseline(method, encoder, task, begin, config, place, watch, sizes)
+    about = f"levels {begin.frame.levels} of codes from {digest(task, probe(settings, task).first().texts)}"
+    made = run_baseline(method, encoder, task, begin, config, place, watch, sizes, about)
     outcome = Outcome(settings, task, curves={method: made.log.losses})
     outcome.score(
         made.classifier,

@@ -10,7 +10,8 @@ Three seeds say little of how much seeds vary, and one says nothing, so the cell
 them show (:class:`Prior`, Smyth 2004). Where no cell has several seeds, intervals are over examples alone. What
 noise an example adds to one seed alone is in both parts, so intervals are rather too wide than too narrow: in
 simulations (tests/test_stats.py) those of three seeds hold the truth in 96 to 99 % of cases, whether seeds differ
-hardly or by eight points. (Bootstrapping seeds and examples together: in 86 to 99 %.)
+hardly or by eight points. (Bootstrapping seeds and examples together: in 86 to 99 %.) That is over cells that are
+alike: the interval of one whose seeds vary far more than the others' is too narrow, as they lend it their variance.
 """
 
 from __future__ import annotations

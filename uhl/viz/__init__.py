@@ -3,7 +3,7 @@
 Every figure is saved with the numbers that it shows: :func:`save_fig` writes a PNG and a CSV of the same name.
 """
 
-from uhl.viz.base import BASELINE, CONTROL, FAMILIES, LOOKS, NAMES, ORDER, OURS, save_fig, style
+from uhl.viz.base import BASELINE, CONTROL, FAMILIES, LOOKS, NAMES, ORDER, OURS, in_order, save_fig, style
 from uhl.viz.parts import heat, loss_curves, mixer_curves, mixer_table
 from uhl.viz.ports import (
     OF_BYTES,
@@ -38,6 +38,7 @@ __all__ = [
     "foretold",
     "gap_heat",
     "heat",
+    "in_order",
     "learning_curves",
     "loss_curves",
     "losses",

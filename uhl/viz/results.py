@@ -192,6 +192,8 @@ def learning_curves(table: pd.DataFrame, window: int = 5) -> Figure:
             loss = rows[rows["arm"] == arm].groupby("step")["loss"].agg(["mean", "min", "max"])
             ax.plot(loss["mean"], color=f"C{k}", linestyle=("-", "--", ":", "-.")[k % 4], label=NAMES.get(arm, arm))
             ax.fill_between(loss.index, loss["min"], loss["max"], color=f"C{k}", alpha=0.15, linewidth=0)
+        if rows.empty:
+            note(ax, "not run")
         if ax in ends:
             ax.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.02, 1.05), frameon=False)
     fig.supylabel(f"training loss, mean of {window} logged losses; band: range of seeds", fontsize=10)
