@@ -741,6 +741,7 @@ def test_ports_of_another_adapter_by_other_rules_or_with_fewer_arms_are_missed(t
         tuned = stages.tune(settings, "dimension", stages.observe_target(settings))
         assert tuned.adapters.keys() == {"pretrain-dimension"}
         assert tuned.rules == search.RULES
+        assert tuned.details["head"] in {"ported", "fitted"}
     lacks = [f"mood-s0/port-small: zero-atoms on {split}" for split in ("dev", "test")]
     assert report.missing("t") == lacks
     with monkeypatch.context() as patch:

@@ -354,7 +354,8 @@ def tune(
     log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}", watch)
     _say_where(settings, adapter, target, ported)
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
-    known: dict[str, Any] = {"adapters": used, "rules": RULES, "details": {"scale": ported.scale}}
+    details = {"scale": ported.scale, "head": ported.report["head"]}
+    known: dict[str, Any] = {"adapters": used, "rules": RULES, "details": details}
     outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, **known)
     found = store.load(path)
     outcome.score_adapter(found, path, target, ported.frame, ported.scale, arm=arm, phase="tuned", **log.costs())
@@ -386,7 +387,8 @@ def tune_task(
 ) -> TrainLog:
     """The tuning itself: everything but the task bias and the head is frozen.
 
-    The head starts as it was ported, or fitted to the labels, as every baseline's is, where that is better on dev.
+    The head starts as it was ported, or fitted to the labels, as every baseline's is, where that is better on dev; the
+    port's report then says which.
     """
     for p in adapter.parameters():
         p.requires_grad_(False)
@@ -399,7 +401,9 @@ def tune_task(
     torch.manual_seed(settings.seed)
     with at_work(adapter, target, settings.task_name, ported.frame, ported.scale, learning) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
+        before = part.head.detach().clone()
         fit_head(classifier, target, task, config.max_length, only_if_better=True)
+        ported.report["head"] = "ported" if torch.equal(before, part.head) else "fitted"
         about = f"{settings.model_dump_json()}, port rules {RULES}, scale {ported.scale}"
         return train(classifier, target, task, config, folder, about, watch)
 
