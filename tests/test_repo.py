@@ -164,10 +164,9 @@ def test_the_adapter_that_lies_here_is_that_of_a_run(tmp_path, monkeypatch):
     assert {entry["protocol"] for entry in runs.manifests("offline-full").values()} == {runs.PROTOCOL}
 
 
-def test_baselines_on_targets_have_the_searched_rates_in_every_profile_of_as_many_steps():
-    full, local = (
-        yaml.safe_load((ROOT / "params" / name / "retrained.yaml").read_text()) for name in ("offline-full", "local")
-    )
+@pytest.mark.parametrize("file", ["retrained.yaml", "source.yaml"])
+def test_baselines_have_the_searched_rates_in_every_profile_that_has_searched_ones(file):
+    full, local = (yaml.safe_load((ROOT / "params" / name / file).read_text()) for name in ("offline-full", "local"))
     assert full == local
 
 
