@@ -47,7 +47,7 @@ GROUPS = (
     *("head", "maps", "layers", "rank", "scale", "refresh", "perturbed", "turns", "taught"),
     *("texts", "dims", "bits", "choice"),
 )
-SECOND = ("minilm-4x312", "minilm-l3")  # hosts to train on by turns with the source: the first that is not the target
+SECOND = ("minilm-4x312", "minilm-l3", "minilm-l6")  # to train on by turns with the source: the first other host
 ON_SOURCE = "source"  # no port, but the score of another adapter where it was trained
 TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights": "full"}
 

@@ -29,6 +29,7 @@ from uhl.viz import NAMES
 
 PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
 WITHOUT = ("zero-atoms", "random-p")
+JUDGED = (*PORTED, *WITHOUT)
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
 NOT_RUN = "not run"
 COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "seeds", "n", "verdict", "reason"]
@@ -100,8 +101,7 @@ def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str, dict[int
     empty where none ran.
     """
     for task, target in dict.fromkeys(key[:2] for key in tables if key[2] == "zero-shot"):
-        cells = ((arm, tables.get((task, target, phase, arm), {})) for arm in (*PORTED, *WITHOUT))
-        yield from ((task, target, arm, cell) for arm, cell in cells)
+        yield from ((task, target, arm, tables.get((task, target, phase, arm), {})) for arm in JUDGED)
 
 
 def _zero_shot(tables: Cells) -> Iterator[Compared]:
@@ -184,7 +184,7 @@ def markdown(profile: str) -> str:
     tables = gather(profile)
     groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
     judged = judge(summary(profile), tables, groups)
-    nowhere_to = undefined(profile)
+    not_defined = undefined(profile)
     nowhere = judged.groupby("claim")["effect"].transform("count") == 0
     judged["arm"] = judged["arm"].mask(nowhere, "every arm")
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
@@ -196,7 +196,7 @@ def markdown(profile: str) -> str:
         rows = found[found["verdict"] != NOT_RUN]
         counts = ", ".join(f"{verdict} in {count}" for verdict, count in rows["verdict"].value_counts().items())
         counts += f" of {len(rows)}" if len(rows) else NOT_RUN
-        left = dict.fromkeys(t for t in found["target"][found["verdict"] == NOT_RUN] if (t, arm) not in nowhere_to)
+        left = dict.fromkeys(t for t in found["target"][found["verdict"] == NOT_RUN] if (t, arm) not in not_defined)
         if len(rows) and left:
             counts += f"; not run on {', '.join(left)}"
         arm = f"*{NAMES[str(arm)]}*" if arm in WITHOUT else arm

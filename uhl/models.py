@@ -121,17 +121,17 @@ def resolve(name: str) -> tuple[str, str | None]:
     if name in OFFLINE:
         folder = OFFLINE[name](sources.cache_dir() / "models" / name)
         manifest = _read_manifest(folder)
-        check_sha256(folder / "model.safetensors", manifest["sha256"], REMEDY)
-        for file, digest in manifest["files"].items():
+        for file, digest in {"model.safetensors": manifest["sha256"], **manifest["files"]}.items():
             check_sha256(folder / file, digest, REMEDY)
         return str(folder), manifest["source_sha256"]
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UHLError(f"{path} holds no config.json; give a folder written by save_pretrained()")
-        shards = [sha256(file) for file in sorted(path.glob("*.safetensors"))]
-        together = hashlib.sha256("".join(shards).encode()).hexdigest()
-        return str(path), together if len(shards) > 1 else shards[0] if shards else None
+        digests = [sha256(file) for file in sorted(path.glob("*.safetensors"))]
+        if len(digests) > 1:  # shards
+            digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
+        return str(path), next(iter(digests), None)
     if path.is_absolute() or name.startswith((".", "~")):
         raise UHLError(f"model folder {name!r} does not exist; offline names: {', '.join(OFFLINE)}")
     return name, None

@@ -414,14 +414,14 @@ def missing(profile: str) -> list[str]:
     finished = manifests(profile)
     old = (cell.relative_to(folder) for cell in manifests(profile, older=True))
     left += [f"{cell}: measured by an older release than others; delete the folder, and run it again" for cell in old]
+    settings = {c: Settings.model_construct(**e["parameters"]) for c, e in finished.items()}  # unchecked: perhaps older
     wanted: dict[tuple[str, str], dict[tuple[str, str, str, str], None]] = {}
-    for cell, entry in finished.items():
-        asked = Settings.model_construct(**entry["parameters"])  # unchecked: perhaps of an earlier release
+    for cell, asked in settings.items():
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
         rows = [(*row, split) for row in _asked(cell.name, asked, port) for split in asked.splits]
         wanted.setdefault((asked.task_name, cell.name), {}).update(dict.fromkeys(rows))
     for cell, entry in finished.items():
-        asked, name = Settings.model_construct(**entry["parameters"]), cell.relative_to(folder)
+        asked, name = settings[cell], cell.relative_to(folder)
         if entry.get("rules", RULES) != RULES:  # which earlier cells do not tell
             left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
         for stage, digest in entry.get("adapters", {}).items():
@@ -537,9 +537,8 @@ def _not_run(table: pd.DataFrame, undefined: Sequence[tuple[str, str]]) -> str:
     own = {str(target): set(zip(rows["phase"], rows["arm"], strict=True)) for target, rows in places}
     every, said = set().union(*own.values()), ""
     for target, there in own.items():
-        phases = dict.fromkeys(phase for phase in runs.PHASES if any(row[0] == phase for row in every))
         parts = []
-        for phase in phases:
+        for phase in runs.PHASES:
             left = in_order(a for p, a in every - there if p == phase and (target, a) not in undefined)
             if left and not any(p == phase for p, _ in there):
                 parts.append(f"all of {phase}")

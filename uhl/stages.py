@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -355,8 +354,8 @@ def tune(
     _say_where(settings, adapter, target, ported)
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
     details = {"scale": ported.scale, "head": ported.report["head"]}
-    known: dict[str, Any] = {"adapters": used, "rules": RULES, "details": details}
-    outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, **known)
+    outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, details=details)
+    outcome.adapters, outcome.rules = used, RULES
     found = store.load(path)
     outcome.score_adapter(found, path, target, ported.frame, ported.scale, arm=arm, phase="tuned", **log.costs())
     return outcome
