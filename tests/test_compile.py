@@ -166,13 +166,45 @@ def test_what_compiled_hosts_hold_has_memory_of_its_own():
     model = bert(layers=1).eval()
     with torch.no_grad():
         run(torch.compile(model, fullgraph=True, backend="eager"))
-    tensors = model.base_model.attached().folds._cache.compiled.tensors
+    tensors = model.base_model.attached().folds._cache.compiled[torch.float32].tensors
     assert len({t.untyped_storage().data_ptr() for t in tensors}) == len(tensors) > 6
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
 
 
 @plain
-def test_inductors_code_for_an_update_and_its_gradients():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_compiled_host_calls_tritons_kernels(dtype):
+    """Without a GPU in Triton's interpreter, which no compiler may look into either."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    model, graphs = made(KINDS[-1]).eval(), []
+    model.base_model.attached().path = "fused"
+    model.base_model.model.to(dtype)
+
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compiled = torch.compile(model, fullgraph=True, backend=kept)
+    with torch.no_grad():
+        found = run(compiled)
+        torch.testing.assert_close(found, run(model), atol=1e-5, rtol=1e-5)
+        model.base_model.uhl_adapters["default"].dictionary.u.add_(0.3)
+        changed = run(compiled)
+        torch.testing.assert_close(changed, run(model), atol=1e-5, rtol=1e-5)
+        assert (changed - found).abs().max() > 1e-2
+    names = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("rows" in name for name in names) == 6  # weights of a layer
+    assert sum("best" in name for name in names) == 1
+    assert not any("topk" in name for name in names)
+    if dtype == torch.float32:
+        check_gradients(model, compiled)
+
+
+@plain
+@pytest.mark.parametrize("path", ["gather", "fused"])
+def test_inductors_code_for_an_update_and_its_gradients(path):
+    if path == "fused":
+        pytest.importorskip("triton", reason="Triton is not installed")
     g = torch.Generator().manual_seed(0)
     y, x, v, u = (torch.randn(*shape, generator=g) for shape in ((19, 10), (19, 12), (7, 12), (7, 10)))
     strength, gate, index = (
@@ -181,7 +213,7 @@ def test_inductors_code_for_an_update_and_its_gradients():
         torch.arange(38).view(19, 2) % 7,
     )
     found = []
-    for update in (ops.get("reference"), torch.compile(ops.get("gather"), fullgraph=True)):
+    for update in (ops.get("reference"), torch.compile(ops.get(path), fullgraph=True)):
         leaves = [t.clone().requires_grad_() for t in (y, x, v, u, strength, gate)]
         out = update(*leaves[:5], Route(index, leaves[5]))
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()

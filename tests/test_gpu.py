@@ -32,7 +32,7 @@ def bert(stream=True, **kwargs):
     if stream:
         read, write = torch.randn(24, 48) / 5, torch.randn(48, 24) / 5
         frame = Basis((read,), (write,), read, read[:, 0], (1.0,)).frame(model.base_model.attached().slots)
-        model.base_model.set_frame("default", frame)
+        model.base_model.set_frame("default", frame, scale=4.0)
     return model.eval()
 
 
@@ -91,7 +91,7 @@ def test_half_precision(dtype):
     with torch.no_grad():
         wanted = run(model)
         with model.disable_adapter():
-            assert (run(model) - wanted).norm() > 0.2 * wanted.norm()
+            assert (run(model) - wanted).norm() > 0.4 * wanted.norm()
         model.base_model.model.to("cuda", dtype)
         model.cuda()
         found = run(model)

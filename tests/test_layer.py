@@ -177,13 +177,14 @@ def on_the_weights_sides(frame, encoder):
 
 def test_what_compiled_hosts_hold_follows_the_device(encoder, adapter):
     with attach(encoder.model, adapter, "mood") as attached:
-        attached.folds.prepare_compiled()
-        first = attached.folds._cache.compiled
-        attached.folds.prepare_compiled()
-        assert attached.folds._cache.compiled is first
+        folds, held = attached.folds, attached.folds._cache.compiled
+        folds.prepare_compiled(torch.float32)
+        first = held[torch.float32]
+        folds.prepare_compiled(torch.float32)
+        assert held == {torch.float32: first}
         first.tensors = [t.to("meta") for t in first.tensors]  # as if the host had been compiled on another device
-        attached.folds.prepare_compiled()
-        assert {t.device for t in attached.folds._cache.compiled.tensors} == {adapter.device}
+        folds.prepare_compiled(torch.float32)
+        assert {t.device for t in held[torch.float32].tensors} == {adapter.device}
 
 
 def test_residual_frame_reads_the_stream_in_the_routers_scale(encoder):

@@ -413,7 +413,8 @@ def _methods(
 ) -> dict[str, nn.Module]:
     """The host of that shape with each method on the same weights, all of a layer; "bare" is the frozen host.
 
-    "UHL" works in a residual frame, as a trained or ported adapter does, "UHL dimension" in the hypothesis's.
+    "UHL" works in a residual frame, as a trained or ported adapter does, "UHL dimension" in the hypothesis's. Behind
+    ", half" a method's own weights have the host's dtype.
     """
     config = UHLConfig(seed=0, init_weights=False)
     configs = baselines.peft_methods(SEVEN if shape in DECODERS else SIX)
@@ -422,7 +423,9 @@ def _methods(
     made: dict[str, Any] = {}
     for name in names:
         host = _host(shape, device, dtype)
-        made[name] = host if name == "bare" else get_peft_model(host, configs[name])  # type: ignore[arg-type]
+        method = name.removesuffix(", half")
+        wide = method == name
+        made[name] = host if name == "bare" else get_peft_model(host, configs[method], autocast_adapter_dtype=wide)  # type: ignore[arg-type]
         if name == "UHL":
             tuner = made[name].base_model
             attached = tuner.attached()

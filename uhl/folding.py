@@ -23,6 +23,8 @@ from uhl.errors import UHLError
 from uhl.frame import Frame, dimension_frame
 from uhl.host import Slot
 
+HALF = (torch.float16, torch.bfloat16)  # a host's dtypes that have copies of a fold
+
 
 class _Spent:
     """Whether a backward pass has run through a fold, which frees what the fold's graph has kept."""
@@ -53,8 +55,10 @@ class Fold:
 
     def like(self, dtype: torch.dtype) -> Folded:
         """What was folded, in a half-precision host's dtype, so that its activations need not be cast; made once."""
-        if dtype not in (torch.float16, torch.bfloat16):
+        if dtype not in HALF:
             return self.folded
+        if torch.compiler.is_compiling():  # what refreshing does not reach would stay as it is
+            return self.copies.get(dtype, self.folded)
         if dtype not in self.copies:
             with torch.inference_mode(False), torch.no_grad():
                 self.copies[dtype] = self.folded.like(dtype)
@@ -78,8 +82,9 @@ class Fold:
 
 
 def _distinct(fold: Fold) -> list[Tensor]:
-    """Every tensor of a fold, once."""
-    return list({id(t): t for t in (*fold.folded.tensors(), fold.frame.head)}.values())
+    """Every tensor of a fold and of its copies, once."""
+    copied = (t for copy in fold.copies.values() for t in copy.tensors())
+    return list({id(t): t for t in (*fold.folded.tensors(), fold.frame.head, *copied)}.values())
 
 
 def in_backward() -> bool:
@@ -114,6 +119,7 @@ class _Now(threading.local):
 
     def __init__(self) -> None:
         self.inside = False  # the host's own forward pass is running
+        self.dtype = torch.float32  # the host's
         self.folds: dict[bool, Fold] = {}  # of this pass, with gradients and without
         self.graph: Fold | None = None  # the last one with gradients
 
@@ -124,7 +130,8 @@ class _Cache:
 
     plain: Fold | None = None
     graph: Fold | None = None  # the last one with gradients of any thread, for backward passes in threads of their own
-    compiled: Fold | None = None  # whose tensors compiled hosts hold; `uhl::refresh` writes into them
+    # whose tensors compiled hosts of a dtype hold; `uhl::refresh` writes into them
+    compiled: dict[torch.dtype, Fold] = field(default_factory=dict)
     vectors: tuple[_State, Frame, dict[str, Vectors]] | None = None  # of a frozen dictionary and projector
     placed: tuple[Frame, torch.device, Frame] | None = None  # the given frame on the adapter's device
     backwards: int = 0
@@ -171,10 +178,10 @@ class Folds:
         self._cache = _Cache()
         _OWNERS[self._cache.key] = self
 
-    def begin(self, inside: bool) -> None:
-        """A forward pass begins; ``inside``: the host's own, which has one fold for all of it."""
+    def begin(self, inside: bool, dtype: torch.dtype = torch.float32) -> None:
+        """A forward pass of a host of that dtype begins; ``inside``: its own, which has one fold for all of it."""
         now = self._cache.now
-        now.inside, now.folds, now.graph = inside or now.inside, {}, None
+        now.inside, now.dtype, now.folds, now.graph = inside or now.inside, dtype, {}, None
         if inside:
             self()
 
@@ -261,10 +268,10 @@ class Folds:
         if atoms_train:
             frame, vectors = self.frame, None
         else:
-            _prepare(self._cache.key)
-            kept = self._cache.compiled
-            assert kept is not None
-            refresh(kept.tensors, self._cache.key)
+            dtype = self._cache.now.dtype
+            _prepare(self._cache.key, dtype)
+            kept = self._cache.compiled[dtype]
+            refresh(kept.tensors, self._cache.key, dtype)
             frame = kept.frame
             if not learning:
                 return kept
@@ -273,24 +280,28 @@ class Folds:
             folded = self.adapter.fold(frame, self.slots, self.task, self.scale, vectors)
         return Fold(frame, folded, learning, None, 0)
 
-    def prepare_compiled(self) -> None:
-        """Make the fold that compiled hosts hold, if there is none on the adapter's device."""
-        held = self._cache.compiled
+    def prepare_compiled(self, dtype: torch.dtype) -> None:
+        """Make the fold that compiled hosts of a dtype hold, if there is none on the adapter's device."""
+        held = self._cache.compiled.get(dtype)
         if held is None or held.tensors[0].device != self.adapter.device:
-            self._cache.compiled = fold = self._new_fold(False, self._state())
+            self._cache.compiled[dtype] = fold = self._new_fold(False, self._state())
             with torch.inference_mode(False), torch.no_grad():  # compilers lose track of views that are written to
                 fold.folded = fold.folded.apart()
                 fold.frame = replace(fold.frame, head=fold.frame.head.clone())
+                if dtype in HALF:
+                    fold.copies[dtype] = fold.folded.like(dtype)
             fold.tensors = _distinct(fold)
 
-    def refresh_compiled(self, tensors: Sequence[Tensor]) -> None:
-        """Write anew what compiled hosts hold, where a parameter has changed since."""
+    def refresh_compiled(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Write anew what compiled hosts of a dtype hold, where a parameter has changed since."""
         cache, state = self._cache, self._state()
-        held = cache.compiled
+        held = cache.compiled.get(dtype)
         if held is None or (held.state and held.state.same(state) and held.backwards == cache.backwards):
             return
+        fold = self._new_fold(False, state)
         with torch.no_grad():
-            for old, new in zip(tensors, _distinct(self._new_fold(False, state)), strict=True):
+            fold.copies = {name: fold.folded.like(name) for name in held.copies}
+            for old, new in zip(tensors, _distinct(fold), strict=True):
                 old.copy_(new)
         held.state, held.backwards = state, cache.backwards
 
@@ -324,24 +335,24 @@ class Folds:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _prepare(key: int) -> None:
+def _prepare(key: int, dtype: torch.dtype) -> None:
     """Runs once, while the host is compiled."""
-    _OWNERS[key].prepare_compiled()
+    _OWNERS[key].prepare_compiled(dtype)
 
 
 @torch.library.custom_op(
     "uhl::refresh",
     mutates_args=("tensors",),
-    schema="(Tensor(a!)[] tensors, int key) -> ()",
+    schema="(Tensor(a!)[] tensors, int key, ScalarType dtype) -> ()",
     tags=(torch.Tag.cudagraph_unsafe,),  # it asks each time: nothing that a recorded graph could repeat
 )
-def refresh(tensors: list[Tensor], key: int) -> None:
+def refresh(tensors: list[Tensor], key: int, dtype: torch.dtype) -> None:
     """The first thing that a compiled host does: have its folds written anew if a parameter has changed."""
     owner = _OWNERS.get(key)
     if owner is not None:
-        owner.refresh_compiled(tensors)
+        owner.refresh_compiled(tensors, dtype)
 
 
 @refresh.register_fake
-def _(tensors: list[Tensor], key: int) -> None:
+def _(tensors: list[Tensor], key: int, dtype: torch.dtype) -> None:
     return None

@@ -271,7 +271,7 @@ class Attached:
     def _begin_pass(self, inside: bool = False) -> None:
         now = self._now
         now.routes, now.paths, now.layer, now.last, now.reading = {}, {}, None, -1, None
-        self.folds.begin(inside)
+        self.folds.begin(inside, getattr(self.model, "dtype", torch.float32))
 
     @property
     def stream(self) -> bool:
@@ -308,8 +308,6 @@ class Attached:
         path = self.path or ops.choose(
             x.device.type, x.shape[:-1].numel(), self.adapter.config.atoms, x.shape[-1], y.shape[-1]
         )
-        if path == "fused" and torch.compiler.is_compiling():
-            path = "gather"  # which compilers fuse themselves
         self._now.paths[slot.path] = path
         # Triton's kernels add in float32 whatever they read; a learning fold has gradients to give
         half = path == "fused" and not fold.learning

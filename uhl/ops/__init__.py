@@ -32,11 +32,9 @@ def choose(device: str, tokens: int, atoms: int, d_in: int, d_out: int) -> str:
     it gathers always. On CUDA devices Triton's kernels do everything, where Triton is installed: forward they were the
     quickest at every size (one H200; of one weight by itself, its tables made anew, *dense* trained 3 to 16 % quicker).
     """
-    if torch.compiler.is_compiling():
-        return "gather"
     if device == "cuda" and _has_triton():
         return "fused"
-    return "gather" if tokens * atoms * (d_in + d_out) >= LAUNCH else "dense"
+    return "gather" if torch.compiler.is_compiling() or tokens * atoms * (d_in + d_out) >= LAUNCH else "dense"
 
 
 @cache
@@ -52,8 +50,7 @@ def route(
     path: str | None = None,
 ) -> Route:
     """:func:`uhl.router.route`, on CUDA devices in fewer kernels where Triton is installed and no other path chosen."""
-    wanted = not torch.compiler.is_compiling() and path in (None, "fused")
-    if wanted and hidden.is_cuda and _has_triton():
+    if path == "fused" or (path is None and hidden.is_cuda and _has_triton()):
         from uhl.ops import fused
 
         return fused.route(hidden, folded, task, top_k)

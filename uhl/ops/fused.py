@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from uhl import router
-from uhl.router import ByAtom, Places, Route
+from uhl.router import Places, Route
 
 NUMBERS = 2048  # of a block, tokens x atoms x columns, where one token's are no more (quickest of 13 on an H200)
 COLUMNS = 1024  # of a block, at most
@@ -73,14 +73,15 @@ def update(
 
     First gradients only.
     """
-    places = chosen.places()
-    index = places.index
+    places = None if torch.compiler.is_compiling() else chosen.places()
+    index = chosen.index.reshape(-1, chosen.index.shape[-1]) if places is None else places.index
     gate = chosen.gate.reshape(index.shape)
     given = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), v, u, strength, gate
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (*given, *([] if offset is None else [offset]))):
-        out: Tensor = _Update.apply(*given, offset, index, places)
-    elif not index.numel():
-        out = given[0].clone()
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*given, offset))
+    if places is None:
+        out: Tensor = _opaque_rows(*given[1:], index, given[0], offset, None, learning, y.dtype)[0]
+    elif learning:
+        out = _Update.apply(*given, offset, index, places)
     else:
         out, _ = rows(*given[1:], index, given[0], offset, keep=False)
     return out.view(y.shape)
@@ -255,6 +256,9 @@ def rows(
     out = torch.empty(count, u.shape[-1], device=x.device, dtype=dtype or (x if y is None else y).dtype)
     dots = torch.empty(count, k, device=x.device, dtype=torch.float32) if keep else out
     products = dots if read is None else torch.empty_like(dots)
+    if not index.numel():
+        out.zero_() if y is None else out.copy_(y)
+        return out, (dots, products) if keep else None
     others = out if y is None else y, strength if offset is None else offset, dots if read is None else read
     given = [t.contiguous() for t in (x, v, u, strength, gate, index, *others)]
     wide = _padded(k)
@@ -272,22 +276,26 @@ def sums(
     gate: Float[Tensor, "T K"],
     dots: Float[Tensor, "T K"],
     back: Float[Tensor, "T K"],
-    by_atom: ByAtom,
+    order: Int64[Tensor, " TK"],
+    starts: Int64[Tensor, " A"],
     for_v: bool = True,
     for_u: bool = True,
 ) -> Float[Tensor, "A width"]:
     """Gradients of V~ and U~, where they are wanted, of the strengths and of the offsets, side by side in float32.
 
-    Each atom's are summed over its tokens. Where there are many, in a few parts, which are then added.
+    Each atom's are summed over its tokens, which ``order`` and ``starts`` give as :class:`ByAtom` does. Where there are
+    many, in a few parts, which are then added.
     """
-    atoms, (places, k) = len(by_atom.starts), (gate.numel(), gate.shape[1])
+    atoms, (places, k) = len(starts), (gate.numel(), gate.shape[1])
     d_in, d_out = x.shape[-1], g.shape[-1]
     width = for_v * d_in + for_u * d_out + 2
+    if not places:
+        return torch.zeros(atoms, width, device=x.device, dtype=torch.float32)
     tokens, columns = SUMMED if for_v or for_u else (SUMMED[1], 1)
     split = min(PARTS, _padded(max(1, places // (2 * SUMMED[0] * atoms))))
     out = torch.empty(split, atoms, width, device=x.device, dtype=torch.float32)
     grid = atoms, -(-max(for_v * d_in, for_u * d_out, 1) // columns), split
-    given = x, g, strength, gate, dots, back, by_atom.order, by_atom.starts
+    given = x, g, strength, gate, dots, back, order, starts
     _sums(
         grid,
         (*(t.contiguous() for t in given), out),
@@ -307,6 +315,9 @@ def best(
 
     With ``hidden`` and ``task`` the scores are those of before the division by hidden's root mean square.
     """
+    if torch.compiler.is_compiling():
+        found: tuple[Tensor, Tensor] = _opaque_best(scores, k, hidden, task)
+        return found
     atoms, shape = scores.shape[-1], (*scores.shape[:-1], k)
     flat = scores.reshape(-1, atoms).contiguous()
     index = torch.empty(shape, device=scores.device, dtype=torch.int64)
@@ -319,6 +330,22 @@ def best(
         sizes, grid = (len(flat), h.shape[-1], atoms), (-(-len(flat) // tokens),)
         _best(grid, (flat, h, e, index, gate), sizes, (hidden is not None, k, tokens, padded, columns))
     return index, gate
+
+
+def _by_atom(
+    given: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, ...], summed: Callable[[bool, bool], Tensor]
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (V~, U~, strengths) and offsets, where ``wanted``, out of :func:`sums` for V~ and for U~."""
+    (v, u, strength), (for_v, for_u, for_strength, for_offset) = given, wanted
+    if not any(wanted):
+        return None, None, None, None
+    every = summed(for_v, for_u)
+    return (
+        every[:, : v.shape[-1]].to(v.dtype) if for_v else None,
+        every[:, -2 - u.shape[-1] : -2].to(u.dtype) if for_u else None,
+        every[:, -2].to(strength.dtype) if for_strength else None,
+        every[:, -1].to(strength.dtype) if for_offset else None,
+    )
 
 
 class _Update(torch.autograd.Function):
@@ -335,12 +362,9 @@ class _Update(torch.autograd.Function):
         index: Tensor,
         places: Places,
     ) -> Tensor:
-        ctx.places = places
-        if not index.numel():
-            ctx.save_for_backward(x, v, u, strength, gate, index, gate)
-            return y.clone()
         out, kept = rows(x, v, u, strength, gate, index, y, offset)
         assert kept is not None
+        ctx.places = places
         ctx.save_for_backward(x, v, u, strength, gate, index, kept[0])
         return out
 
@@ -349,27 +373,162 @@ class _Update(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, v, u, strength, gate, index, dots = ctx.saved_tensors
         _, for_x, for_v, for_u, for_strength, for_gate, for_offset, *_ = ctx.needs_input_grad
-        if not index.numel():
-            less = strength.new_zeros(strength.shape) if for_offset else None
-            return (g, *(torch.zeros_like(t) for t in (x, v, u, strength, gate)), less, None, None)
         dx, kept = rows(g, u, v, strength, gate, index, read=dots, dtype=x.dtype)
         assert kept is not None
         back, by_gate = kept
-        by_v = by_u = by_strength = by_offset = None
-        if for_v or for_u or for_strength or for_offset:
-            by_atom = ctx.places.by_atom(len(v))
-            every = sums(x, g, strength, gate, dots, back, by_atom, for_v, for_u)
-            by_strength, by_offset = every[:, -2].to(strength.dtype), every[:, -1].to(strength.dtype)
-            by_v = every[:, : x.shape[-1]].to(v.dtype) if for_v else None
-            by_u = every[:, -2 - g.shape[-1] : -2].to(u.dtype) if for_u else None
+
+        def summed(for_v: bool, for_u: bool) -> Tensor:
+            places = ctx.places.by_atom(len(v))
+            return sums(x, g, strength, gate, dots, back, places.order, places.starts, for_v, for_u)
+
+        by_v, by_u, by_strength, by_offset = _by_atom(
+            (v, u, strength), (for_v, for_u, for_strength, for_offset), summed
+        )
         return (
             g,
             dx if for_x else None,
             by_v,
             by_u,
-            by_strength if for_strength else None,
+            by_strength,
             by_gate.to(gate.dtype) if for_gate else None,
-            by_offset if for_offset else None,
+            by_offset,
             None,
             None,
         )
+
+
+# --- what compilers see of the launches: operators that they call and do not look into -------------------------------
+#
+# No result shares another's memory. Dynamo would take seconds to look into each `autograd.Function`.
+
+
+@torch.library.custom_op(
+    "uhl::rows",
+    mutates_args=(),
+    schema="(Tensor x, Tensor v, Tensor u, Tensor strength, Tensor gate, Tensor index, Tensor? y, Tensor? offset, "
+    "Tensor? read, bool keep, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+)
+def _opaque_rows(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    strength: Tensor,
+    gate: Tensor,
+    index: Tensor,
+    y: Tensor | None,
+    offset: Tensor | None,
+    read: Tensor | None,
+    keep: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, kept = rows(x, v, u, strength, gate, index, y, offset, read, keep, dtype)
+    none = strength.new_empty(0)
+    return out, kept[0] if kept else none, kept[1] if kept and read is not None else none.clone()
+
+
+@_opaque_rows.register_fake
+def _(
+    x: Tensor,
+    v: Tensor,
+    u: Tensor,
+    strength: Tensor,
+    gate: Tensor,
+    index: Tensor,
+    y: Tensor | None,
+    offset: Tensor | None,
+    read: Tensor | None,
+    keep: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, none = x.new_empty(len(x), u.shape[-1], dtype=dtype), strength.new_empty(0)
+    made = [index.new_empty(index.shape, dtype=torch.float32) for _ in range(2)]
+    return out, made[0] if keep else none, made[1] if keep and read is not None else none.clone()
+
+
+@torch.library.custom_op(
+    "uhl::sums",
+    mutates_args=(),
+    schema="(Tensor x, Tensor g, Tensor strength, Tensor gate, Tensor dots, Tensor back, Tensor order, Tensor starts, "
+    "bool for_v, bool for_u) -> Tensor",
+)
+def _opaque_sums(
+    x: Tensor,
+    g: Tensor,
+    strength: Tensor,
+    gate: Tensor,
+    dots: Tensor,
+    back: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    for_v: bool,
+    for_u: bool,
+) -> Tensor:
+    return sums(x, g, strength, gate, dots, back, order, starts, for_v, for_u)
+
+
+@_opaque_sums.register_fake
+def _(
+    x: Tensor,
+    g: Tensor,
+    strength: Tensor,
+    gate: Tensor,
+    dots: Tensor,
+    back: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    for_v: bool,
+    for_u: bool,
+) -> Tensor:
+    return x.new_empty(len(starts), for_v * x.shape[-1] + for_u * g.shape[-1] + 2, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "uhl::best",
+    mutates_args=(),
+    schema="(Tensor scores, int k, Tensor? hidden, Tensor? task) -> (Tensor, Tensor)",
+)
+def _opaque_best(scores: Tensor, k: int, hidden: Tensor | None, task: Tensor | None) -> tuple[Tensor, Tensor]:
+    return best(scores, k, hidden, task)
+
+
+@_opaque_best.register_fake
+def _(scores: Tensor, k: int, hidden: Tensor | None, task: Tensor | None) -> tuple[Tensor, Tensor]:
+    index = scores.new_empty((*scores.shape[:-1], k), dtype=torch.int64)
+    return index, torch.empty_like(index, dtype=(scores if task is None else task).dtype)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, v, u, strength, gate, index, y, *_ = inputs
+    ctx.save_for_backward(x, v, u, strength, gate, index, output[1])
+    ctx.of_y = y is not None
+
+
+def _opaque_backward(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() or not ctx.of_y:
+        raise NotImplementedError("the Triton kernels have first gradients of updates only; choose path='reference'")
+    x, v, u, strength, gate, index, dots = ctx.saved_tensors
+    dx, back, by_gate = _opaque_rows(g, u, v, strength, gate, index, None, None, dots, True, x.dtype)
+    places = Places(index).by_atom(len(v))
+
+    def summed(for_v: bool, for_u: bool) -> Tensor:
+        made: Tensor = _opaque_sums(x, g, strength, gate, dots, back, places.order, places.starts, for_v, for_u)
+        return made
+
+    wanted = ctx.needs_input_grad
+    by_v, by_u, by_strength, by_offset = _by_atom((v, u, strength), (*wanted[1:4], wanted[7]), summed)
+    return (
+        dx if wanted[0] else None,
+        by_v,
+        by_u,
+        by_strength,
+        by_gate.to(gate.dtype) if wanted[4] else None,
+        None,
+        g if wanted[6] else None,
+        by_offset,
+        None,
+        None,
+        None,
+    )
+
+
+_opaque_rows.register_autograd(_opaque_backward, setup_context=_remember)
