@@ -132,9 +132,11 @@ def test_training_waits_for_nothing():
 
 @plain
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_host_is_the_eager_host_and_follows_the_parameters(mode):
+@pytest.mark.parametrize("path", [None, "fused"])
+def test_a_compiled_host_is_the_eager_host_and_follows_the_parameters(path, mode):
     torch._dynamo.reset()
     model = bert().cuda()
+    model.base_model.attached().path = path
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     with torch.no_grad():
         for _ in range(3):  # recorded in the second, repeated in the third

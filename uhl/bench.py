@@ -413,12 +413,12 @@ def _methods(
 ) -> dict[str, nn.Module]:
     """The host of that shape with each method on the same weights, all of a layer; "bare" is the frozen host.
 
-    "UHL" works in a residual frame, as a trained or ported adapter does, "UHL dimension" in the hypothesis's. Behind
-    ", half" a method's own weights have the host's dtype.
+    "UHL" works in a residual frame, as a trained or ported adapter does, "UHL dimension" in the hypothesis's. By
+    "UHL fused" it takes Triton's kernels, also compiled. Behind ", half" a method's own weights have the host's dtype.
     """
     config = UHLConfig(seed=0, init_weights=False)
     configs = baselines.peft_methods(SEVEN if shape in DECODERS else SIX)
-    configs |= {"UHL": config, "UHL dimension": config}
+    configs |= dict.fromkeys(("UHL", "UHL fused", "UHL dimension"), config)
     width = (SHAPES | DECODERS)[shape][1]
     made: dict[str, Any] = {}
     for name in names:
@@ -426,9 +426,10 @@ def _methods(
         method = name.removesuffix(", half")
         wide = method == name
         made[name] = host if name == "bare" else get_peft_model(host, configs[method], autocast_adapter_dtype=wide)  # type: ignore[arg-type]
-        if name == "UHL":
+        if name in {"UHL", "UHL fused"}:
             tuner = made[name].base_model
             attached = tuner.attached()
+            attached.path = "fused" if name == "UHL fused" else None
             attached.set_frame(stream_frame(attached.slots, width, config.width))
             tuner.uhl_adapters["default"].projector.requires_grad_(False)  # a residual frame has no use for it
     return made

@@ -24,7 +24,7 @@ ATOMS, TOP_K = 128, 2
 KERNELS = [(4096, 1024), (4096, 4096), (65536, 1024), (65536, 4096)]  # tokens, width
 TOKENS = (1, 16, 128, 1024, 4096)  # of one weight
 HOSTS = [("bert-large", 8, 512), ("llama-7b", 1, 4096)]  # shape, batch, length
-METHODS = ("bare", "LoRA r8", "LoRA r8, half", "UHL")
+METHODS = ("bare", "LoRA r8", "LoRA r8, half", "UHL")  # eager; compiled ones have "UHL fused" too
 MODES = ("eager", "reduce-overhead")  # the latter of torch.compile: recorded, so that nothing waits for Python
 BUFFER = 256 << 20  # bytes that the inputs of one measurement cover, so that no cache holds them
 
@@ -150,7 +150,8 @@ def weights(file: str | Path | None = None, repeats: int = 30) -> pd.DataFrame:
 
 def _hosts(shape: str, batch: int, length: int, train: bool, mode: str, repeats: int) -> pd.DataFrame:
     """Hosts in turn; ``step MB``: the most that an eager step takes beside what is there before it."""
-    models: dict[str, Any] = dict(bench._methods(shape, METHODS, "cuda", torch.bfloat16))
+    names = METHODS if mode == "eager" else (*METHODS, "UHL fused")
+    models: dict[str, Any] = dict(bench._methods(shape, names, "cuda", torch.bfloat16))
     if mode != "eager":
         torch._dynamo.reset()
         models = {name: torch.compile(model, mode=mode) for name, model in models.items()}

@@ -29,12 +29,15 @@ def choose(device: str, tokens: int, atoms: int, d_in: int, d_out: int) -> str:
 
     On CPUs gathering is quicker wherever the matrix products have enough to do: below :data:`LAUNCH` multiply-adds,
     T A (d_in + d_out), they are done before it has started (measured; notebook 08). A compiled host starts nothing, so
-    it gathers always. On CUDA devices Triton's kernels do everything, where Triton is installed: forward they were the
-    quickest at every size (one H200; of one weight by itself, its tables made anew, *dense* trained 3 to 16 % quicker).
+    it gathers always; on GPUs too, where a compiled host can call Triton's kernels, but has not been timed with them.
+    On CUDA devices Triton's kernels do everything else, where Triton is installed: forward they were the quickest at
+    every size (one H200; of one weight by itself, its tables made anew, *dense* trained 3 to 16 % quicker).
     """
+    if torch.compiler.is_compiling():
+        return "gather"
     if device == "cuda" and _has_triton():
         return "fused"
-    return "gather" if torch.compiler.is_compiling() or tokens * atoms * (d_in + d_out) >= LAUNCH else "dense"
+    return "gather" if tokens * atoms * (d_in + d_out) >= LAUNCH else "dense"
 
 
 @cache
@@ -49,8 +52,9 @@ def route(
     top_k: int,
     path: str | None = None,
 ) -> Route:
-    """:func:`uhl.router.route`, on CUDA devices in fewer kernels where Triton is installed and no other path chosen."""
-    if path == "fused" or (path is None and hidden.is_cuda and _has_triton()):
+    """:func:`uhl.router.route`; in fewer kernels by the path `fused`, and on CUDA devices as :func:`choose` has it."""
+    default = path is None and hidden.is_cuda and not torch.compiler.is_compiling() and _has_triton()
+    if path == "fused" or default:
         from uhl.ops import fused
 
         return fused.route(hidden, folded, task, top_k)
