@@ -86,8 +86,8 @@ def start(encoder: Encoder, task: Task, probe: Probe, max_length: int = 64, leve
         p.requires_grad_(False)
     device = next(encoder.model.parameters()).device
     frame = own_frame(encoder, probe, levels=levels).to(device)
-    seconds = fit_head(Classifier(encoder.model, part.to(device), frame), encoder, task, max_length)
-    return Start(frame, part, seconds)
+    fit = fit_head(Classifier(encoder.model, part.to(device), frame), encoder, task, max_length)
+    return Start(frame, part, fit.seconds)
 
 
 def run_baseline(

@@ -148,8 +148,20 @@ def weights(file: str | Path | None = None, repeats: int = 30) -> pd.DataFrame:
     return bench._resumed(_weight, [size | {"repeats": repeats} for size in sizes], file)
 
 
+def _busy(step: Callable[[], object]) -> float:
+    """Milliseconds that a step's kernels run, without what waits for Python between them."""
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=both) as profile:
+        step()
+        torch.cuda.synchronize()
+    rows = [r for r in profile.key_averages() if r.device_type == torch.autograd.DeviceType.CUDA]
+    return float(sum(r.self_device_time_total for r in rows) / 1e3)
+
+
 def _hosts(shape: str, batch: int, length: int, train: bool, mode: str, repeats: int) -> pd.DataFrame:
-    """Hosts in turn; ``step MB``: the most that an eager step takes beside what is there before it."""
+    """Hosts in turn; ``kernels ms`` are those of :func:`_busy`, ``step MB`` is the most that an eager step takes beside
+    what is there before it.
+    """
     names = METHODS if mode == "eager" else (*METHODS, "UHL fused")
     models: dict[str, Any] = dict(bench._methods(shape, names, "cuda", torch.bfloat16))
     if mode != "eager":
@@ -163,9 +175,11 @@ def _hosts(shape: str, batch: int, length: int, train: bool, mode: str, repeats:
         torch.cuda.reset_peak_memory_stats()
         step()
         most[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
+    busy = {name: _busy(step) for name, step in steps.items()}
     del models, steps
     torch.cuda.empty_cache()
-    return found.assign(**{"step MB": found["step"].map(most)}, **_versions())
+    more = {"kernels ms": found["step"].map(busy), "step MB": found["step"].map(most)}
+    return found.assign(**more, **_versions())
 
 
 def hosts(

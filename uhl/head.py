@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,13 @@ from uhl.train import Classifier, collator, eval_batches
 
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1)  # inverse penalties tried on dev
 MOST_ROWS = 20_000  # sentences and words that the regression sees, drawn with a fixed seed
+
+
+class HeadFit(NamedTuple):
+    """What :func:`fit_head` did: ``seconds`` that it took, and whether the head is ``fitted`` or the one before."""
+
+    seconds: float
+    fitted: bool
 
 
 @torch.no_grad()
@@ -50,9 +57,9 @@ def features(
 
 def fit_head(
     classifier: Classifier, encoder: Encoder, task: Task, max_length: int = 64, only_if_better: bool = False
-) -> float:
+) -> HeadFit:
     """Fit the classifier's head on frozen codes; dev chooses among :data:`STRENGTHS`, and with ``only_if_better`` keeps
-    the head that is there where none is better. Returns seconds.
+    the head that is there where none is better.
     """
     begun = time.time()
     x, y, _ = features(classifier, encoder, task, "train", max_length)
@@ -74,9 +81,9 @@ def fit_head(
     part = classifier.part
     with torch.no_grad():
         there = part.classify(dev_x.to(part.head.device)).argmax(-1).cpu().numpy()
-    if not only_if_better or best[0] > _dev_score(task, there, dev_y.numpy(), lengths):
+    if fitted := not only_if_better or best[0] > _dev_score(task, there, dev_y.numpy(), lengths):
         _install(classifier, best[1])
-    return time.time() - begun
+    return HeadFit(time.time() - begun, fitted)
 
 
 def _drawn(count: int) -> list[int]:

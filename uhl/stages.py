@@ -28,7 +28,7 @@ from uhl.errors import UHLError, one_of
 from uhl.fileformat import MAX_TEXTS, MAX_UNITS
 from uhl.files import sha256
 from uhl.frame import LAST, Basis, Frame
-from uhl.head import fit_head
+from uhl.head import HeadFit, fit_head
 from uhl.host import find_slots
 from uhl.layer import Attached
 from uhl.models import Encoder, load_encoder
@@ -193,12 +193,18 @@ def pretrain(
         p.requires_grad_(projector == "dimension")
     rate = settings.dimension_rate if projector == "dimension" else settings.rate
     config, folder = settings.train_config(rate=rate), runs.cell_dir(settings, f"pretrain-{projector}")
-    own = settings.task_name, seen, basis, frame, asked
-    turns = _second_host(second, encoder, adapter, task, *own) if second else nullcontext()
+
+    def anchored(origin: str) -> Anchors:
+        dims = settings.anchor_dims
+        return make_anchors(encoder, adapter, settings.task_name, seen, basis, frame, asked, origin, dims)
+
+    with attach(encoder.model, adapter, settings.task_name, frame) as attached:
+        fit_head(Classifier(encoder.model, part, None, attached), encoder, task, config.max_length)
+    adapter.anchors = anchored("before training") if second else None
+    turns = _second_host(second, encoder, adapter, settings.task_name) if second else nullcontext()
     torch.manual_seed(settings.seed)
     with turns as other, attach(encoder.model, adapter, settings.task_name, frame) as attached:
         classifier = Classifier(encoder.model, part, None, attached, config)
-        fit_head(classifier, encoder, task, config.max_length)
         about, callbacks = settings.model_dump_json(), list[TrainerCallback]()
         if noise:
             about += f", noise {noise}"
@@ -211,9 +217,7 @@ def pretrain(
         origin = f"{settings.anchor_text}, {task.licence}"
         if settings.generic_anchors:
             origin += f"; {settings.generic_anchors} generic, {tasks.LICENCE}"
-        adapter.anchors = make_anchors(
-            encoder, adapter, settings.task_name, seen, basis, frame, asked, origin, settings.anchor_dims
-        )
+        adapter.anchors = anchored(origin)
     adapter.info = {
         "source": encoder.name,
         "revision": encoder.revision,
@@ -229,28 +233,15 @@ def pretrain(
 
 
 @contextmanager
-def _second_host(
-    name: str,
-    source: Encoder,
-    adapter: UHLAdapter,
-    task: Task,
-    task_name: str,
-    seen: Observed,
-    basis: Basis,
-    frame: Frame | None,
-    asked: Probe,
-) -> Iterator[tuple[nn.Module, Attached]]:
-    """Another host with an adapter at work that has not been trained yet, as its anchored port puts it there."""
+def _second_host(name: str, source: Encoder, adapter: UHLAdapter, task: str) -> Iterator[tuple[nn.Module, Attached]]:
+    """Another host with the adapter at work, as its anchors put it there before it is trained; it has none then."""
     host = freeze(load_encoder(name))
     if host.tokenizer.get_vocab() != source.tokenizer.get_vocab():
         raise UHLError(f"{name} has another vocabulary than {source.name}; two hosts are trained on the same tokens")
-    with attach(source.model, adapter, task_name, frame) as attached:
-        fit_head(Classifier(source.model, adapter.task(task_name), None, attached), source, task, asked.length)
-    adapter.anchors = make_anchors(source, adapter, task_name, seen, basis, frame, asked, "before training")
     way = Way(known=False, scales=(source.layers / host.layers,))
-    ported = port(adapter, host, task_name, way=way)
+    ported = port(adapter, host, task, way=way)
     adapter.anchors = None
-    with attach(host.model, adapter, task_name, ported.frame, ported.scale) as attached:
+    with attach(host.model, adapter, task, ported.frame, ported.scale) as attached:
         yield host.model, attached
 
 
@@ -350,10 +341,10 @@ def tune(
         adapter.redraw(settings.seed)
     ported = port(adapter, target, settings.task_name, rules, source, settings.seed, shared, way)
     folder = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}")
-    log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}", watch)
+    head, log = tune_task(settings, adapter, target, task, ported, folder / f"trainer-{arm}", watch)
     _say_where(settings, adapter, target, ported)
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
-    details = {"scale": ported.scale, "head": ported.report["head"]}
+    details = {"scale": ported.scale, "head": "fitted" if head.fitted else "ported"}
     outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, details=details)
     outcome.adapters, outcome.rules = used, RULES
     found = store.load(path)
@@ -383,11 +374,10 @@ def tune_task(
     ported: Port,
     folder: Path,
     watch: Watch | None = None,
-) -> TrainLog:
+) -> tuple[HeadFit, TrainLog]:
     """The tuning itself: everything but the task bias and the head is frozen.
 
-    The head starts as it was ported, or fitted to the labels, as every baseline's is, where that is better on dev; the
-    port's report then says which.
+    The head starts as it was ported, or fitted to the labels, as every baseline's is, where that is better on dev.
     """
     for p in adapter.parameters():
         p.requires_grad_(False)
@@ -400,11 +390,9 @@ def tune_task(
     torch.manual_seed(settings.seed)
     with at_work(adapter, target, settings.task_name, ported.frame, ported.scale, learning) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
-        before = part.head.detach().clone()
-        fit_head(classifier, target, task, config.max_length, only_if_better=True)
-        ported.report["head"] = "ported" if torch.equal(before, part.head) else "fitted"
+        head = fit_head(classifier, target, task, config.max_length, only_if_better=True)
         about = f"{settings.model_dump_json()}, port rules {RULES}, scale {ported.scale}"
-        return train(classifier, target, task, config, folder, about, watch)
+        return head, train(classifier, target, task, config, folder, about, watch)
 
 
 def _place(settings: Settings, host: str) -> tuple[str, Path]:
