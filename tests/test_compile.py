@@ -33,9 +33,11 @@ def bert(layers=2, **kwargs):
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     sizes = {"atoms": 16, "width": 24}
-    return get_peft_model(
-        BertModel(config, add_pooling_layer=False), UHLConfig(seed=0, init_weights=False, **sizes | kwargs)
-    )
+    host = BertModel(config, add_pooling_layer=False)
+    for name, parameter in host.named_parameters():
+        if name.endswith("bias"):  # zeros at the start, from which atoms would read nothing
+            torch.nn.init.normal_(parameter)
+    return get_peft_model(host, UHLConfig(seed=0, init_weights=False, **sizes | kwargs))
 
 
 def frame_of(tuner):
@@ -146,6 +148,55 @@ def test_a_compiled_host_may_checkpoint():
     assert len(checkpointed) == 2  # layers
 
 
+def break_inside(layer):
+    """The graph breaks in the layer's attention, and goes on behind it."""
+    inner = layer.attention.forward
+
+    def forward(*args, **kwargs):
+        torch._dynamo.graph_break()
+        return inner(*args, **kwargs)
+
+    layer.attention.forward = forward
+
+
+@plain
+@pytest.mark.parametrize("part", ["broken", "layer", "encoder"])
+def test_a_host_that_is_compiled_in_parts(part):
+    """What one part writes down about a pass, the next one reads."""
+    model = made({"projector": "canonical"}).eval()
+    layer = model.base_model.model.encoder.layer[0]
+    with torch.no_grad():
+        wanted = run(model)
+        model.base_model.attached().routes.clear()
+        whole = model
+        if part == "broken":
+            break_inside(layer)
+            whole = torch.compile(model, backend="eager")
+        else:
+            (layer if part == "layer" else model.base_model.model.encoder).compile(backend="eager", fullgraph=True)
+        for _ in range(3):
+            torch.testing.assert_close(run(whole), wanted, atol=1e-5, rtol=1e-5)
+        assert sorted(model.base_model.attached().routes) == [0, 1]
+
+
+@plain
+def test_a_compiled_pass_leaves_its_own_routes_and_their_gradients():
+    model = made(KINDS[-1])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    attached = model.base_model.attached()
+    found = []
+    for whole in (model, compiled):
+        run(model)
+        with torch.no_grad():
+            model.base_model.uhl_adapters["default"].router.weight.neg_()  # other routes than those just made
+        found.append(gradients(model, lambda _, whole=whole: 0 * run(whole).detach() + attached.active() * LARGE))
+        with torch.no_grad():
+            model.base_model.uhl_adapters["default"].router.weight.neg_()
+    assert max(gradient.abs().max() for gradient in found[0].values()) > 1e-3
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+
+
 @plain
 @long
 def test_inductors_code_for_a_host():
@@ -192,6 +243,11 @@ def test_a_compiled_host_calls_tritons_kernels(dtype):
         changed = run(compiled)
         torch.testing.assert_close(changed, run(model), atol=1e-5, rtol=1e-5)
         assert (changed - found).abs().max() > 1e-2
+        ids = torch.arange(5, 26).reshape(1, 21)
+        torch._dynamo.mark_dynamic(ids, 1)
+        longer = compiled(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(longer, model(input_ids=ids).last_hidden_state, atol=1e-5, rtol=1e-5)
+        assert len(graphs) == 2
     names = [str(node.target) for node in graphs[0].graph.nodes]
     assert sum("rows" in name for name in names) == 6  # weights of a layer
     assert sum("best" in name for name in names) == 1
@@ -207,15 +263,12 @@ def test_inductors_code_for_an_update_and_its_gradients(path):
         pytest.importorskip("triton", reason="Triton is not installed")
     g = torch.Generator().manual_seed(0)
     y, x, v, u = (torch.randn(*shape, generator=g) for shape in ((19, 10), (19, 12), (7, 12), (7, 10)))
-    strength, gate, index = (
-        torch.randn(7, generator=g),
-        torch.rand(19, 2, generator=g),
-        torch.arange(38).view(19, 2) % 7,
-    )
+    strength, offset = torch.randn(2, 7, generator=g)
+    gate, index = torch.rand(19, 2, generator=g), torch.arange(38).view(19, 2) % 7
     found = []
     for update in (ops.get("reference"), torch.compile(ops.get(path), fullgraph=True)):
-        leaves = [t.clone().requires_grad_() for t in (y, x, v, u, strength, gate)]
-        out = update(*leaves[:5], Route(index, leaves[5]))
+        leaves = [t.clone().requires_grad_() for t in (y, x, v, u, strength, gate, offset)]
+        out = update(*leaves[:5], Route(index, leaves[5]), leaves[6])
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         found.append([out, *(leaf.grad for leaf in leaves)])
     for reference, compiled in zip(*found, strict=True):
@@ -224,8 +277,13 @@ def test_inductors_code_for_an_update_and_its_gradients(path):
 
 
 @plain
-def test_compiled_tuning_has_the_eager_gradients_and_does_not_compile_again():
+@pytest.mark.parametrize(("path", "dtype"), [(None, torch.float32), ("fused", torch.bfloat16)])
+def test_compiled_tuning_has_the_eager_gradients_and_does_not_compile_again(path, dtype):
+    if path == "fused":
+        pytest.importorskip("triton", reason="Triton is not installed")
     model = made(KINDS[-1])  # its backward pass goes through edits of the residual stream, too
+    model.base_model.attached().path = path
+    model.base_model.model.to(dtype)
     for name, p in model.named_parameters():
         p.requires_grad_(name.endswith("bias") and ".tasks." in name)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -26,9 +26,11 @@ def bert(stream=True, **kwargs):
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     sizes = {"atoms": 16, "width": 24}
-    model = get_peft_model(
-        BertModel(config, add_pooling_layer=False), UHLConfig(seed=0, init_weights=False, **sizes | kwargs)
-    )
+    host = BertModel(config, add_pooling_layer=False)
+    for name, parameter in host.named_parameters():
+        if name.endswith("bias"):  # zeros at the start, from which atoms would read nothing
+            torch.nn.init.normal_(parameter)
+    model = get_peft_model(host, UHLConfig(seed=0, init_weights=False, **sizes | kwargs))
     if stream:
         read, write = torch.randn(24, 48) / 5, torch.randn(48, 24) / 5
         frame = Basis((read,), (write,), read, read[:, 0], (1.0,)).frame(model.base_model.attached().slots)

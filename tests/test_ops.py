@@ -3,6 +3,8 @@
 Without a GPU the Triton kernels run in Triton's interpreter.
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -302,6 +304,39 @@ def test_the_router_in_one_kernel_decides_as_the_equation(device):
             assert not tokens or a.abs().max() > 1e-3
             torch.testing.assert_close(a, b)
     assert 0 < torch.cat(gates).mean() < 1
+
+
+def test_the_operators_that_compilers_call(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    ops.get("fused")
+    torch.use_deterministic_algorithms(False)  # which poisons what compared operators leave unwritten
+    y, x, v, u, m, chosen = inputs(b=1, t=5)
+    tables, index, gate = chosen.places().by_atom(len(v)), chosen.index[0], chosen.gate[0]
+    g, dots = y[0].clone(), torch.randn(5, 2)
+    leaves = [z.requires_grad_() for z in (x[0], v, u, m, gate)]
+    rows = [*leaves, index, y[0], torch.randn(7), None, True, torch.float32, tables.order, tables.starts]
+    for name, tensors in {
+        "rows": rows,
+        "sums": [x[0].detach(), g, m.detach(), gate.detach(), dots, dots, tables.order, tables.starts, True, False],
+        "best": [torch.randn(5, 7), 2, torch.randn(5, 6), torch.randn(7)],
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.uhl, name).default, tensors)
+    out = torch.ops.uhl.rows(*rows)[0].sum()
+    with pytest.raises(NotImplementedError, match="first gradients only"):
+        torch.autograd.grad(out, leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match="first gradients only"):
+        torch.ops.uhl.rows(*(False if z is True else z for z in rows))[0].sum().backward()
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # as it is while another thread compiles
+    assert torch.ops.uhl.best(torch.randn(5, 7), 2, None, None)[0].shape == (5, 2)
+
+
+def test_without_triton_the_fused_path_says_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uhl.ops.fused", None)
+    monkeypatch.delattr(ops, "fused", raising=False)
+    _, x, v, _, m, _ = inputs()
+    for work in (lambda: ops.get("fused"), lambda: ops.route(x, v, m, 2, "fused")):
+        with pytest.raises(UHLError, match="needs Triton: pip install triton"):
+            work()
 
 
 def test_kernels_see_their_own_module():

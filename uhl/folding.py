@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from uhl.adapter import Folded, UHLAdapter, Vectors
 from uhl.errors import UHLError
 from uhl.frame import Frame, dimension_frame
-from uhl.host import Slot
+from uhl.host import Slot, stream_width
 
 HALF = (torch.float16, torch.bfloat16)  # a host's dtypes that have copies of a fold
 
@@ -57,7 +57,7 @@ class Fold:
         """What was folded, in a half-precision host's dtype, so that its activations need not be cast; made once."""
         if dtype not in HALF:
             return self.folded
-        if torch.compiler.is_compiling():  # what refreshing does not reach would stay as it is
+        if self.tensors:  # a copy made now would not be written anew
             return self.copies.get(dtype, self.folded)
         if dtype not in self.copies:
             with torch.inference_mode(False), torch.no_grad():
@@ -114,12 +114,27 @@ def _version(parameter: Tensor) -> int:
     return -1 if parameter.is_inference() else parameter._version
 
 
-class _Now(threading.local):
-    """The folds of one forward pass. Each thread has its own, so that concurrent passes do not meet."""
+class PerThread(threading.local):
+    """Each thread's ``now``, made by ``make``, so that concurrent passes do not meet; never copied with its owner.
+
+    Dynamo loses what a compiled host writes to a thread-local object itself, but not what it writes to ``now``.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self.make, self.now = make, make()
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> PerThread:
+        return PerThread(self.make)
+
+    def __reduce__(self) -> Any:
+        return PerThread, (self.make,)
+
+
+class _Now:
+    """The folds of one forward pass."""
 
     def __init__(self) -> None:
         self.inside = False  # the host's own forward pass is running
-        self.dtype = torch.float32  # the host's
         self.folds: dict[bool, Fold] = {}  # of this pass, with gradients and without
         self.graph: Fold | None = None  # the last one with gradients
 
@@ -136,7 +151,13 @@ class _Cache:
     placed: tuple[Frame, torch.device, Frame] | None = None  # the given frame on the adapter's device
     backwards: int = 0
     key: int = field(default_factory=itertools.count().__next__)  # names the owner to `uhl::refresh`
-    now: _Now = field(default_factory=_Now)
+    threads: PerThread = field(default_factory=lambda: PerThread(_Now))
+
+    @property
+    def now(self) -> _Now:
+        """The pass that this thread is in."""
+        now: _Now = self.threads.now
+        return now
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> _Cache:
         return _Cache()
@@ -149,7 +170,7 @@ _OWNERS: weakref.WeakValueDictionary[int, Folds] = weakref.WeakValueDictionary()
 
 
 class Folds:
-    """The folds of one adapter in one host, which has the weights ``slots`` and a residual stream of ``width``.
+    """The folds of one adapter in one host, whose weights ``slots`` carry it.
 
     ``given`` is the host's frame where there is one, ``scale`` weighs the mixer.
     """
@@ -159,11 +180,12 @@ class Folds:
         adapter: UHLAdapter,
         task: str,
         slots: Sequence[Slot],
-        width: int,
+        model: nn.Module,
         given: Frame | None = None,
         scale: float = 1.0,
     ) -> None:
-        self.adapter, self.task, self.slots, self.width = adapter, task, slots, width
+        self.adapter, self.task, self.slots, self.model = adapter, task, slots, model
+        self.width = stream_width(model) or (slots[0].d_in if slots else 0)
         self.given, self.scale = given, scale
         self._cache = _Cache()
         _OWNERS[self._cache.key] = self
@@ -178,10 +200,10 @@ class Folds:
         self._cache = _Cache()
         _OWNERS[self._cache.key] = self
 
-    def begin(self, inside: bool, dtype: torch.dtype = torch.float32) -> None:
-        """A forward pass of a host of that dtype begins; ``inside``: its own, which has one fold for all of it."""
+    def begin(self, inside: bool) -> None:
+        """A forward pass begins; ``inside``: the host's own, which has one fold for all of it."""
         now = self._cache.now
-        now.inside, now.dtype, now.folds, now.graph = inside or now.inside, dtype, {}, None
+        now.inside, now.folds, now.graph = inside or now.inside, {}, None
         if inside:
             self()
 
@@ -268,7 +290,8 @@ class Folds:
         if atoms_train:
             frame, vectors = self.frame, None
         else:
-            dtype = self._cache.now.dtype
+            own = getattr(self.model, "dtype", torch.float32)
+            dtype = torch.float32 if learning else own
             _prepare(self._cache.key, dtype)
             kept = self._cache.compiled[dtype]
             refresh(kept.tensors, self._cache.key, dtype)

@@ -7,7 +7,6 @@ update. `uhl.peft_method` puts them into a host and takes them out again.
 from __future__ import annotations
 
 import inspect
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
@@ -22,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 from uhl import ops
 from uhl.adapter import Folded, UHLAdapter
 from uhl.errors import UHLError
-from uhl.folding import Fold, Folds, in_backward
+from uhl.folding import Fold, Folds, PerThread, in_backward
 from uhl.frame import LAST, Frame, Times
-from uhl.host import Slot, first_layers, shape, stream_width, weight
+from uhl.host import Slot, first_layers, shape, weight
 from uhl.router import Route, choose
 
 
@@ -76,8 +75,8 @@ def _same(x: Tensor, hidden: Tensor) -> bool:
     return x is hidden if torch.compiler.is_compiling() else x.data_ptr() == hidden.data_ptr()
 
 
-class _Pass(threading.local):
-    """What belongs to one forward pass. Each thread has its own, so that concurrent passes do not meet."""
+class _Pass:
+    """What belongs to one forward pass."""
 
     def __init__(self) -> None:
         self.last = -1  # number of the layer that ran last
@@ -101,12 +100,6 @@ class _Pass(threading.local):
         vars(self).update(mine)
         folds.resume(theirs)
 
-    def __deepcopy__(self, _memo: dict[int, Any]) -> _Pass:
-        return _Pass()
-
-    def __reduce__(self) -> Any:
-        return _Pass, ()
-
 
 class Attached:
     """One adapter at work in one host. After a forward pass ``routes`` holds each :class:`Route` that it made.
@@ -126,15 +119,19 @@ class Attached:
     ) -> None:
         self.model, self.adapter, self.task_name, self.path = model, adapter, task, path
         self.slots = list(slots)
-        width = stream_width(model) or (self.slots[0].d_in if self.slots else 0)
-        self.folds = Folds(adapter, task, self.slots, width, self._checked(frame), scale)
+        self.folds = Folds(adapter, task, self.slots, model, self._checked(frame), scale)
         self._first = first_layers(self.slots)
         self._decoder = _decoder_keys(model, self.slots)
-        self._now = _Pass()
+        self._threads = PerThread(_Pass)
         self._detach: Callable[[], None] | None = None
         if path is not None:
             ops.get(path)
         adapter.task(task)
+
+    @property
+    def _now(self) -> _Pass:
+        now: _Pass = self._threads.now
+        return now
 
     @property
     def ported(self) -> bool:
@@ -154,7 +151,7 @@ class Attached:
     def refold(self) -> None:
         """Forget what was folded. Needed only after parameters were written through ``.data``, which nothing shows."""
         self.folds.forget()
-        self._now = _Pass()
+        self._threads = PerThread(_Pass)
 
     @property
     def routes(self) -> dict[int | str, Route]:
@@ -271,7 +268,7 @@ class Attached:
     def _begin_pass(self, inside: bool = False) -> None:
         now = self._now
         now.routes, now.paths, now.layer, now.last, now.reading = {}, {}, None, -1, None
-        self.folds.begin(inside, getattr(self.model, "dtype", torch.float32))
+        self.folds.begin(inside)
 
     @property
     def stream(self) -> bool:

@@ -8,8 +8,8 @@ path=...)`` or ``Attached.path`` overrides it, and ``Attached.paths`` says what 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from uhl.ops import dense, gather, reference
 from uhl.router import Route
 
 PATHS = ("reference", "dense", "gather", "fused")
+TRITON = find_spec("triton") is not None
 LAUNCH = 1_500_000  # multiply-adds of two matrix products in the time that gathering needs to start (notebook 08)
 
 
@@ -29,20 +30,15 @@ def choose(device: str, tokens: int, atoms: int, d_in: int, d_out: int) -> str:
 
     On CPUs gathering is quicker wherever the matrix products have enough to do: below :data:`LAUNCH` multiply-adds,
     T A (d_in + d_out), they are done before it has started (measured; notebook 08). A compiled host starts nothing, so
-    it gathers always; on GPUs too, where a compiled host can call Triton's kernels, but has not been timed with them.
-    On CUDA devices Triton's kernels do everything else, where Triton is installed: forward they were the quickest at
-    every size (one H200; of one weight by itself, its tables made anew, *dense* trained 3 to 16 % quicker).
+    it gathers always (on GPUs it can call Triton's kernels, by the path `fused`). Otherwise Triton's kernels do
+    everything on CUDA devices, where Triton is installed: forward they were the quickest at every size (one H200; of
+    one weight by itself, its tables made anew, *dense* trained 3 to 16 % quicker).
     """
     if torch.compiler.is_compiling():
         return "gather"
-    if device == "cuda" and _has_triton():
+    if device == "cuda" and TRITON:
         return "fused"
     return "gather" if tokens * atoms * (d_in + d_out) >= LAUNCH else "dense"
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def route(
@@ -53,11 +49,10 @@ def route(
     path: str | None = None,
 ) -> Route:
     """:func:`uhl.router.route`; in fewer kernels by the path `fused`, and on CUDA devices as :func:`choose` has it."""
-    default = path is None and hidden.is_cuda and not torch.compiler.is_compiling() and _has_triton()
-    if path == "fused" or default:
-        from uhl.ops import fused
-
-        return fused.route(hidden, folded, task, top_k)
+    default = path is None and hidden.is_cuda and not torch.compiler.is_compiling() and TRITON
+    if default or path == "fused":
+        made: Route = _fused().route(hidden, folded, task, top_k)
+        return made
     return router.route(hidden, folded, task, top_k)
 
 
@@ -65,11 +60,16 @@ def get(name: str) -> Callable[..., Tensor]:
     """The update function of that name. Raises :class:`UHLError` for another name, and where Triton is missing."""
     if one_of(name, PATHS, "path") != "fused":
         return {"reference": reference.update, "dense": dense.update, "gather": gather.update}[name]
+    update: Callable[..., Tensor] = _fused().update
+    return update
+
+
+def _fused() -> ModuleType:
     try:
         from uhl.ops import fused
     except ImportError as err:
         raise UHLError("the path `fused` needs Triton: pip install triton (Linux), or choose `gather`") from err
-    return fused.update
+    return fused
 
 
 def halves(name: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]] | None:

@@ -73,13 +73,16 @@ def update(
 
     First gradients only.
     """
-    places = None if torch.compiler.is_compiling() else chosen.places()
-    index = chosen.index.reshape(-1, chosen.index.shape[-1]) if places is None else places.index
+    places = chosen.places()
+    index = places.index
     gate = chosen.gate.reshape(index.shape)
     given = y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), v, u, strength, gate
     learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*given, offset))
-    if places is None:
-        out: Tensor = _opaque_rows(*given[1:], index, given[0], offset, None, learning, y.dtype)[0]
+    if torch.compiler.is_compiling():
+        summed = learning and any(t is not None and t.requires_grad for t in (v, u, strength, offset))
+        tables = places.by_atom(len(v)) if summed else None
+        order, starts = (tables.order, tables.starts) if tables else (None, None)
+        out: Tensor = _opaque_rows(*given[1:], index, given[0], offset, None, learning, y.dtype, order, starts)[0]
     elif learning:
         out = _Update.apply(*given, offset, index, places)
     else:
@@ -91,11 +94,11 @@ def route(
     hidden: Float[Tensor, "*b T D"], folded: Float[Tensor, "A D"], task: Float[Tensor, " A"], top_k: int
 ) -> Route:
     """Same decisions as :func:`uhl.router.route`; of equal scores the first is taken."""
-    k = min(top_k, len(task))
+    k, find = min(top_k, len(task)), _opaque_best if torch.compiler.is_compiling() else best
     if torch.is_grad_enabled() and (hidden.requires_grad or folded.requires_grad or task.requires_grad):
         scores = router.scores(hidden, folded, task)
-        return router.choose(scores, k, best(scores.detach(), k)[0])
-    return Route(*best(hidden @ folded.T, k, hidden, task))
+        return router.choose(scores, k, find(scores.detach(), k, None, None)[0])
+    return Route(*find(hidden @ folded.T, k, hidden, task))
 
 
 @_Kernel
@@ -315,9 +318,6 @@ def best(
 
     With ``hidden`` and ``task`` the scores are those of before the division by hidden's root mean square.
     """
-    if torch.compiler.is_compiling():
-        found: tuple[Tensor, Tensor] = _opaque_best(scores, k, hidden, task)
-        return found
     atoms, shape = scores.shape[-1], (*scores.shape[:-1], k)
     flat = scores.reshape(-1, atoms).contiguous()
     index = torch.empty(shape, device=scores.device, dtype=torch.int64)
@@ -333,13 +333,19 @@ def best(
 
 
 def _by_atom(
-    given: tuple[Tensor, Tensor, Tensor], wanted: tuple[bool, ...], summed: Callable[[bool, bool], Tensor]
+    launch: Callable[..., Tensor],
+    given: Sequence[Tensor],
+    vectors: tuple[Tensor, Tensor],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of (V~, U~, strengths) and offsets, where ``wanted``, out of :func:`sums` for V~ and for U~."""
-    (v, u, strength), (for_v, for_u, for_strength, for_offset) = given, wanted
+    """Gradients of V~, U~, strengths and offsets, where ``wanted``: ``launch`` is :func:`sums` or its operator, and
+    ``given`` all that it is given before ``for_v`` and ``for_u``.
+    """
+    (v, u), strength = vectors, given[2]
     if not any(wanted):
         return None, None, None, None
-    every = summed(for_v, for_u)
+    for_v, for_u, for_strength, for_offset = wanted
+    every = launch(*given, for_v, for_u)
     return (
         every[:, : v.shape[-1]].to(v.dtype) if for_v else None,
         every[:, -2 - u.shape[-1] : -2].to(u.dtype) if for_u else None,
@@ -376,37 +382,26 @@ class _Update(torch.autograd.Function):
         dx, kept = rows(g, u, v, strength, gate, index, read=dots, dtype=x.dtype)
         assert kept is not None
         back, by_gate = kept
-
-        def summed(for_v: bool, for_u: bool) -> Tensor:
-            places = ctx.places.by_atom(len(v))
-            return sums(x, g, strength, gate, dots, back, places.order, places.starts, for_v, for_u)
-
-        by_v, by_u, by_strength, by_offset = _by_atom(
-            (v, u, strength), (for_v, for_u, for_strength, for_offset), summed
-        )
-        return (
-            g,
-            dx if for_x else None,
-            by_v,
-            by_u,
-            by_strength,
-            by_gate.to(gate.dtype) if for_gate else None,
-            by_offset,
-            None,
-            None,
-        )
+        wanted, given = (for_v, for_u, for_strength, for_offset), [x, g, strength, gate, dots, back]
+        if any(wanted):
+            tables = ctx.places.by_atom(len(v))
+            given += [tables.order, tables.starts]
+        by_v, by_u, by_strength, by_offset = _by_atom(sums, given, (v, u), wanted)
+        gates = by_gate.to(gate.dtype) if for_gate else None
+        return g, dx if for_x else None, by_v, by_u, by_strength, gates, by_offset, None, None
 
 
 # --- what compilers see of the launches: operators that they call and do not look into -------------------------------
 #
-# No result shares another's memory. Dynamo would take seconds to look into each `autograd.Function`.
+# Dynamo would take long to look into each `autograd.Function`. Results may share no memory, so what is not there is an
+# empty tensor of its own. Schemas are written out, as none can be inferred where a checker has wrapped the functions.
 
 
 @torch.library.custom_op(
     "uhl::rows",
     mutates_args=(),
     schema="(Tensor x, Tensor v, Tensor u, Tensor strength, Tensor gate, Tensor index, Tensor? y, Tensor? offset, "
-    "Tensor? read, bool keep, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+    "Tensor? read, bool keep, ScalarType dtype, Tensor? order, Tensor? starts) -> (Tensor, Tensor, Tensor)",
 )
 def _opaque_rows(
     x: Tensor,
@@ -420,10 +415,17 @@ def _opaque_rows(
     read: Tensor | None,
     keep: bool,
     dtype: torch.dtype,
+    order: Tensor | None,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`rows`; ``order`` and ``starts`` are for the gradients, as :func:`sums` has them."""
     out, kept = rows(x, v, u, strength, gate, index, y, offset, read, keep, dtype)
-    none = strength.new_empty(0)
-    return out, kept[0] if kept else none, kept[1] if kept and read is not None else none.clone()
+    dots, products = kept or (None, None)
+    return (
+        out,
+        x.new_empty(0) if dots is None else dots,
+        x.new_empty(0) if products is None or read is None else products,
+    )
 
 
 @_opaque_rows.register_fake
@@ -439,10 +441,14 @@ def _(
     read: Tensor | None,
     keep: bool,
     dtype: torch.dtype,
+    order: Tensor | None,
+    starts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, none = x.new_empty(len(x), u.shape[-1], dtype=dtype), strength.new_empty(0)
-    made = [index.new_empty(index.shape, dtype=torch.float32) for _ in range(2)]
-    return out, made[0] if keep else none, made[1] if keep and read is not None else none.clone()
+    return (
+        x.new_empty((x.shape[0], u.shape[-1]), dtype=dtype),
+        index.new_empty(index.shape, dtype=torch.float32) if keep else x.new_empty(0),
+        index.new_empty(index.shape, dtype=torch.float32) if keep and read is not None else x.new_empty(0),
+    )
 
 
 @torch.library.custom_op(
@@ -463,6 +469,7 @@ def _opaque_sums(
     for_v: bool,
     for_u: bool,
 ) -> Tensor:
+    """:func:`sums`."""
     return sums(x, g, strength, gate, dots, back, order, starts, for_v, for_u)
 
 
@@ -479,7 +486,8 @@ def _(
     for_v: bool,
     for_u: bool,
 ) -> Tensor:
-    return x.new_empty(len(starts), for_v * x.shape[-1] + for_u * g.shape[-1] + 2, dtype=torch.float32)
+    width = for_v * x.shape[-1] + for_u * g.shape[-1] + 2
+    return x.new_empty((starts.shape[0], width), dtype=torch.float32)
 
 
 @torch.library.custom_op(
@@ -488,6 +496,7 @@ def _(
     schema="(Tensor scores, int k, Tensor? hidden, Tensor? task) -> (Tensor, Tensor)",
 )
 def _opaque_best(scores: Tensor, k: int, hidden: Tensor | None, task: Tensor | None) -> tuple[Tensor, Tensor]:
+    """:func:`best`."""
     return best(scores, k, hidden, task)
 
 
@@ -498,37 +507,22 @@ def _(scores: Tensor, k: int, hidden: Tensor | None, task: Tensor | None) -> tup
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, v, u, strength, gate, index, y, *_ = inputs
-    ctx.save_for_backward(x, v, u, strength, gate, index, output[1])
-    ctx.of_y = y is not None
+    x, v, u, strength, gate, index, _, _, _, keep, _, order, starts = inputs
+    ctx.save_for_backward(x, v, u, strength, gate, index, output[1], order, starts)
+    ctx.kept = keep
 
 
-def _opaque_backward(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() or not ctx.of_y:
-        raise NotImplementedError("the Triton kernels have first gradients of updates only; choose path='reference'")
-    x, v, u, strength, gate, index, dots = ctx.saved_tensors
-    dx, back, by_gate = _opaque_rows(g, u, v, strength, gate, index, None, None, dots, True, x.dtype)
-    places = Places(index).by_atom(len(v))
-
-    def summed(for_v: bool, for_u: bool) -> Tensor:
-        made: Tensor = _opaque_sums(x, g, strength, gate, dots, back, places.order, places.starts, for_v, for_u)
-        return made
-
-    wanted = ctx.needs_input_grad
-    by_v, by_u, by_strength, by_offset = _by_atom((v, u, strength), (*wanted[1:4], wanted[7]), summed)
-    return (
-        dx if wanted[0] else None,
-        by_v,
-        by_u,
-        by_strength,
-        by_gate.to(gate.dtype) if wanted[4] else None,
-        None,
-        g if wanted[6] else None,
-        by_offset,
-        None,
-        None,
-        None,
-    )
+def _backward(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() or not ctx.kept:
+        raise NotImplementedError("the Triton kernels have first gradients only; choose path='reference' for others")
+    x, v, u, strength, gate, index, dots, order, starts = ctx.saved_tensors
+    for_x, for_v, for_u, for_strength, for_gate, _, for_y, for_offset, *_ = ctx.needs_input_grad
+    dx, back, by_gate = _opaque_rows(g, u, v, strength, gate, index, None, None, dots, True, x.dtype, None, None)
+    given, wanted = [x, g, strength, gate, dots, back, order, starts], (for_v, for_u, for_strength, for_offset)
+    by_v, by_u, by_strength, by_offset = _by_atom(_opaque_sums, given, (v, u), wanted)
+    gates = by_gate.to(gate.dtype) if for_gate else None
+    tensors = dx if for_x else None, by_v, by_u, by_strength, gates, None, g if for_y else None, by_offset
+    return *tensors, None, None, None, None, None
 
 
-_opaque_rows.register_autograd(_opaque_backward, setup_context=_remember)
+_opaque_rows.register_autograd(_backward, setup_context=_remember)
