@@ -431,10 +431,10 @@ def test_a_layer_that_ran_again_keeps_nothing_of_its_graph():
     """On a GPU backward passes run in a thread of their own, whose state no later forward pass clears."""
     model = trainable(False)
     value, found = loss(model), []
-    now = model.base_model._attached["default"]._now
 
     def back():
         value.backward()
+        now = model.base_model._attached["default"]._now  # this thread's
         found.append((now.layer, now.reading, [r.gate.requires_grad for r in now.routes.values()]))
 
     thread = threading.Thread(target=back)
