@@ -154,7 +154,7 @@ def test_the_adapter_that_lies_here_is_that_of_a_run(tmp_path, monkeypatch):
     from uhl.files import sha256
 
     monkeypatch.setenv("UHL_RUNS", str(tmp_path))
-    runs.restore(ROOT / "figures" / "offline-full-2.zip")
+    runs.restore(ROOT / "figures" / "offline-full.zip")
     file = ROOT / "uhl" / "assets" / "movies.safetensors"
     told = json.loads((tmp_path / "offline-full" / "movies-s0" / "pretrain-canonical" / "manifest.json").read_text())
     assert told["artefacts"]["adapter.safetensors"] == {"bytes": file.stat().st_size, "sha256": sha256(file)}
