@@ -56,6 +56,16 @@ def gradients(model, step):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def keeping(graphs):
+    """A backend that compiles as `aot_eager` does, and keeps what Dynamo gives it."""
+
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    return kept
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
@@ -127,18 +137,13 @@ def test_compiled_host_is_the_eager_host(kind):
 def test_a_compiled_host_may_checkpoint():
     """With the settings that README names; torch makes a checkpointed layer's graph one node."""
     graphs = []
-
-    def kept(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
     model = bert().train()
     host = model.base_model.model
     host.activation_checkpointing_enable()
     host.disable_input_require_grads()
     host.config.use_cache = False
     with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
-        compiled = torch.compile(model, fullgraph=True, backend=kept)
+        compiled = torch.compile(model, fullgraph=True, backend=keeping(graphs))
         for _ in range(2):
             check_gradients(model, compiled)
             with torch.no_grad():
@@ -230,12 +235,7 @@ def test_a_compiled_host_calls_tritons_kernels(dtype):
     model, graphs = made(KINDS[-1]).eval(), []
     model.base_model.attached().path = "fused"
     model.base_model.model.to(dtype)
-
-    def kept(graph, inputs):
-        graphs.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-    compiled = torch.compile(model, fullgraph=True, backend=kept)
+    compiled = torch.compile(model, fullgraph=True, backend=keeping(graphs))
     with torch.no_grad():
         found = run(compiled)
         torch.testing.assert_close(found, run(model), atol=1e-5, rtol=1e-5)

@@ -290,8 +290,7 @@ class Folds:
         if atoms_train:
             frame, vectors = self.frame, None
         else:
-            own = getattr(self.model, "dtype", torch.float32)
-            dtype = torch.float32 if learning else own
+            dtype = torch.float32 if learning else getattr(self.model, "dtype", torch.float32)
             _prepare(self._cache.key, dtype)
             kept = self._cache.compiled[dtype]
             refresh(kept.tensors, self._cache.key, dtype)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from uhl import router
+from uhl.errors import UHLError
 from uhl.router import Places, Route
 
 NUMBERS = 2048  # of a block, tokens x atoms x columns, where one token's are no more (quickest of 13 on an H200)
@@ -429,21 +430,8 @@ def _opaque_rows(
 
 
 @_opaque_rows.register_fake
-def _(
-    x: Tensor,
-    v: Tensor,
-    u: Tensor,
-    strength: Tensor,
-    gate: Tensor,
-    index: Tensor,
-    y: Tensor | None,
-    offset: Tensor | None,
-    read: Tensor | None,
-    keep: bool,
-    dtype: torch.dtype,
-    order: Tensor | None,
-    starts: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, _v: Tensor, u: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _strength, _gate, index, _y, _offset, read, keep, dtype, *_ = others
     return (
         x.new_empty((x.shape[0], u.shape[-1]), dtype=dtype),
         index.new_empty(index.shape, dtype=torch.float32) if keep else x.new_empty(0),
@@ -474,18 +462,8 @@ def _opaque_sums(
 
 
 @_opaque_sums.register_fake
-def _(
-    x: Tensor,
-    g: Tensor,
-    strength: Tensor,
-    gate: Tensor,
-    dots: Tensor,
-    back: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    for_v: bool,
-    for_u: bool,
-) -> Tensor:
+def _(x: Tensor, g: Tensor, *others: Any) -> Tensor:
+    *_, starts, for_v, for_u = others
     width = for_v * x.shape[-1] + for_u * g.shape[-1] + 2
     return x.new_empty((starts.shape[0], width), dtype=torch.float32)
 
@@ -514,7 +492,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, T
 
 def _backward(ctx: Any, g: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled() or not ctx.kept:
-        raise NotImplementedError("the Triton kernels have first gradients only; choose path='reference' for others")
+        raise UHLError("the Triton kernels have first gradients only; choose path='reference' for others")
     x, v, u, strength, gate, index, dots, order, starts = ctx.saved_tensors
     for_x, for_v, for_u, for_strength, for_gate, _, for_y, for_offset, *_ = ctx.needs_input_grad
     dx, back, by_gate = _opaque_rows(g, u, v, strength, gate, index, None, None, dots, True, x.dtype, None, None)
