@@ -89,6 +89,9 @@ def own_files(tiny_world, tmp_path, monkeypatch):
     return make
 
 
+FEW = ("head", "sat-lora", "full")
+
+
 def run_all(settings):
     for projector in ("canonical", "dimension"):
         _, outcome = stages.pretrain(settings, projector)
@@ -97,8 +100,9 @@ def run_all(settings):
     outcome.finish("port-small", **outcome.details)
     tuned = [o for o in (stages.tune(settings, arm) for arm in stages.TUNED_ARMS) if o]
     merge(tuned).finish("tune-small")
-    for host, name in (("source", "big"), ("target", "small")):
-        merge(stages.baselines(settings, host).values()).finish(f"baselines-{name}")
+    for host, name, methods in (("source", "big", FEW), ("target", "small", settings.baselines)):
+        given = settings.model_copy(update={"baselines": methods})
+        merge(stages.baselines(given, host).values()).finish(f"baselines-{name}")
     return outcome
 
 
@@ -106,14 +110,14 @@ def run_all(settings):
 @pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
 def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     settings = tiny_world if kind == "sentence" else own_files(kind)
-    methods = METHODS if kind == "sentence" else ("head", "sat-lora", "full")
+    methods = METHODS if kind == "sentence" else FEW
     settings = settings.model_copy(update={"baselines": methods})
     zero = run_all(settings)
     frame = runs.load_results("t")
     assert tuple(frame.columns) == runs.COLUMNS
     test = frame[frame["split"] == "test"]
     cells = {phase: set(rows["arm"]) for phase, rows in test.groupby("phase")}
-    assert cells["source"] == {"uhl-canonical", "uhl-dimension", *methods}
+    assert cells["source"] == {"uhl-canonical", "uhl-dimension", *FEW}
     assert cells["retrained"] == set(methods)
     assert cells["zero-shot"] == {"no-adapter", *ARMS} - {"lineage", "embedding"}
     assert cells["tuned"] == {"dimension", "anchor", "zero-atoms", "random-p", "untrained"}
@@ -633,8 +637,6 @@ def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monk
 def test_what_is_trained_is_what_is_shipped(tiny_world, own_files, kind, tmp_path):
     """Every example's logits, before saving and after loading, for the three kinds of task."""
     settings = tiny_world if kind == "sentence" else own_files(kind)
-    methods = METHODS if kind == "sentence" else ("head", "sat-lora", "full")
-    settings = settings.model_copy(update={"baselines": methods})
     data, encoder = stages.load_data(settings), stages.freeze(stages.load_encoder("big"))
     adapter = UHLAdapter(settings.adapter_config("dimension"))
     part = adapter.add_task("t", data.labels, data.kind)
