@@ -17,6 +17,8 @@ CORES ?= $(shell nproc 2>/dev/null || echo 2)
 # Cells side by side: one where they would share a GPU.
 JOBS ?= $(if $(wildcard /dev/nvidia0),1,$(CORES))
 VENV := .venv
+# Dozens of processes import the package: compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 export UHL_RUNS := $(abspath $(UHL_RUNS))
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

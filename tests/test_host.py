@@ -45,7 +45,7 @@ def test_every_family_gives_six_weights_a_layer(model):
 
 
 def test_attaches_to_every_family_and_leaves_it_bit_identical(model, config):
-    from conftest import fill
+    from world import fill
 
     from uhl.adapter import UHLAdapter
     from uhl.peft_method import attach
@@ -77,7 +77,7 @@ OTHERS = {  # types of a layer's weights, in order
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_encoders_with_other_names(family, config):
-    from conftest import fill
+    from world import fill
 
     from uhl.adapter import UHLAdapter
     from uhl.peft_method import attach

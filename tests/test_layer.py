@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import fill
+from world import fill
 
 from uhl import ops, store, viz
 from uhl.adapter import Folded, UHLAdapter

@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import sentences
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from sklearn.linear_model import Ridge
 from transformers import BertForSequenceClassification
+from world import sentences
 
 import uhl
 from uhl import anchors, budget, store
@@ -48,7 +48,7 @@ TAGS = ("O", "B-JOY", "I-JOY")
 
 def trained(source, projector="canonical", width=16, kind="sentence", coded=None, tuned=True, own=None, cuts=0):
     """An adapter with anchors on a source, its parts filled at random; the task's bias too where it is ``tuned``."""
-    from conftest import fill
+    from world import fill
 
     adapter = UHLAdapter(Sizes(atoms=12, width=width, hidden=6, projector=projector))
     adapter.add_task("mood", TAGS if kind == "token" else ("negative", "positive"), kind)

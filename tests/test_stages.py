@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import sentences
 from datasets import Dataset, DatasetDict
 from transformers import TrainerState
+from world import sentences
 
 from uhl import attempts, budget, report, runs, search, stages, store, viz
 from uhl.adapter import UHLAdapter

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill, sentences
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from world import fill, sentences
 
 from uhl import budget, fileformat, store
 from uhl.adapter import UHLAdapter

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from conftest import sentences
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import TrainerCallback
+from world import sentences
 
 from uhl import train
 from uhl.adapter import TaskPart, UHLAdapter

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 from uhl.errors import UHLError
@@ -171,6 +170,8 @@ def canonical_basis(
     directions of the final states, scaled towards unit variance, the variances shrunk as Ledoit & Wolf (2004) advise so
     that directions which few sentences hardly show are not blown up. When D < C the missing coordinates are zero.
     """
+    from sklearn.covariance import ledoit_wolf_shrinkage
+
     directions, spread = principal(moment, width)
     scale = spread.clamp_min(1e-6 * spread.max()) ** whiten
     read, write = (directions / scale).T, directions * scale

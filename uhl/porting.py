@@ -39,7 +39,6 @@ import torch
 from jaxtyping import Float, Int64
 from peft import PeftModel
 from pydantic import Field
-from sklearn.metrics import cohen_kappa_score
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -538,6 +537,8 @@ def _agreement(arm: str, logits: Float[Tensor, "u labels"], anchors: Anchors) ->
 
     The first units are those of the coded texts, which are of the task's domain where any are.
     """
+    from sklearn.metrics import cohen_kappa_score
+
     found, wanted = logits.argmax(1), anchors.decided().argmax(1)[: len(logits)]
     agreement, kappa = float((found == wanted).float().mean()), float(cohen_kappa_score(wanted, found))
     kappa = 0.0 if math.isnan(kappa) else kappa  # one label alone
