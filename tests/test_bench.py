@@ -1,6 +1,7 @@
 """The measuring itself: pairs, files that are gone on with, memory by process, and fits that find a known law."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -60,6 +61,19 @@ def test_peak_is_that_of_the_process_alone():
     here, child = bench._peak(), bench._alone(bench._peak)
     assert here > held.nbytes
     assert child < here - held.nbytes / 2
+
+
+def rise_after_a_peak():
+    """How much more than 16 MB the peak rises for them, where 64 MB were needed, and given back, before."""
+    np.ones(8_000_000)
+    before = bench._base()
+    held = np.ones(2_000_000)
+    return bench._peak() - before - held.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system cannot forget a peak")
+def test_an_earlier_peak_hides_nothing():
+    assert -1e6 < bench._alone(rise_after_a_peak) < 4e6
 
 
 def test_porting_is_measured_with_and_without_fragments():

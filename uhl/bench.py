@@ -5,6 +5,8 @@ Memory is measured in a process of its own, times in pairs: the rivals take turn
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import multiprocessing
 import random
@@ -155,6 +157,20 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def _base() -> int:
+    """Bytes that this process has resident, from which :func:`_peak` rises anew; what is free is given back first.
+
+    Where the system cannot forget a peak (Linux can), the peak so far.
+    """
+    gc.collect()
+    forget = Path("/proc/self/clear_refs")
+    if forget.exists():
+        if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)
+        forget.write_text("5")
+    return _peak()
+
+
 def _load(method: str, shape: str, repeats: int) -> dict[str, object]:
     """Seconds to load a file into a host, seconds of the fold at first use, and how far the peak of memory rises."""
     host, config = bert(shape), _configs()[method]
@@ -170,7 +186,7 @@ def _load(method: str, shape: str, repeats: int) -> dict[str, object]:
         later: list[float] = []
         with torch.no_grad():
             host(ids)
-            before = _peak()
+            before = _base()
             for _ in range(repeats):
                 begun = time.perf_counter()
                 loaded = PeftModel.from_pretrained(host, folder)  # type: ignore[arg-type]
@@ -200,7 +216,7 @@ def _fold_cost(shape: str, frame: str) -> dict[str, object]:
         slots = find_slots(bert(shape))
     with torch.no_grad():
         adapter.fold(dimension_frame(adapter.projector, slots[:1], 64), slots[:1], "main")  # what first use costs
-        before, begun = _peak(), time.perf_counter()
+        before, begun = _base(), time.perf_counter()
         if dimension:
             made = dimension_frame(adapter.projector, slots, width)
         else:
@@ -239,7 +255,7 @@ def _port_cost(shape: str, count: int, cuts: int, threads: int) -> dict[str, obj
     adapter.anchors = replace(made, logits=logits, own=count, cuts=cuts)
     with torch.no_grad():
         target.model(torch.ones(1, 4, dtype=torch.long))
-    before, begun = _peak(), time.perf_counter()
+    before, begun = _base(), time.perf_counter()
     port(adapter, target, "main", way=Way(scales=(1.0, 2.0)))
     seconds, peak = time.perf_counter() - begun, _peak() - before
     size = sum(p.numel() * p.element_size() for p in target.model.parameters())
