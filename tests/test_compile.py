@@ -138,7 +138,7 @@ def test_compiled_host_is_the_eager_host(kind):
 def test_a_compiled_host_may_checkpoint():
     """With the settings that README names; torch makes a checkpointed layer's graph one node."""
     graphs = []
-    model = bert(layers=1).train()
+    model = bert(layers=1, types=SOME).train()
     host = model.base_model.model
     host.activation_checkpointing_enable()
     host.disable_input_require_grads()
@@ -169,7 +169,7 @@ def break_inside(layer):
 @pytest.mark.parametrize("part", ["broken", "layer", "encoder"])
 def test_a_host_that_is_compiled_in_parts(part):
     """What one part writes down about a pass, the next one reads."""
-    model = made({"projector": "canonical"}).eval()
+    model = made({"projector": "canonical", "types": SOME}).eval()
     layer = model.base_model.model.encoder.layer[0]
     with torch.no_grad():
         wanted = run(model)
@@ -187,7 +187,7 @@ def test_a_host_that_is_compiled_in_parts(part):
 
 @plain
 def test_a_compiled_pass_leaves_its_own_routes_and_their_gradients():
-    model = made(KINDS[-1])
+    model = made(KINDS[-1] | {"types": SOME})
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     attached = model.base_model.attached()
     found = []
@@ -292,7 +292,7 @@ def test_inductors_code_for_an_update_and_its_gradients(path):
 def test_compiled_tuning_has_the_eager_gradients_and_does_not_compile_again(path, dtype):
     if path == "fused":
         pytest.importorskip("triton", reason="Triton is not installed")
-    model = made(KINDS[-1])  # its backward pass goes through edits of the residual stream, too
+    model = made(KINDS[-1] | {"types": SOME})  # its backward pass goes through edits of the residual stream, too
     model.base_model.attached().path = path
     model.base_model.model.to(dtype)
     for name, p in model.named_parameters():

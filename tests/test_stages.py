@@ -90,6 +90,19 @@ def own_files(tiny_world, tmp_path, monkeypatch):
 
 
 FEW = ("head", "sat-lora", "full")
+TRAINED: dict[str, bytes] = {}  # by settings: files that `trained` has made
+
+
+def trained(settings):
+    """The canonical adapter in its cell, for tests that need one; trained for the first of them alone."""
+    path, key = runs.cell_dir(settings, "pretrain-canonical") / "adapter.safetensors", settings.model_dump_json()
+    if key in TRAINED:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(TRAINED[key])
+    else:
+        stages.pretrain(settings, "canonical")
+        TRAINED[key] = path.read_bytes()
+    return store.load(path)
 
 
 def run_all(settings):
@@ -215,7 +228,7 @@ def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkey
 
 def test_atoms_that_do_not_act_cost_nothing(tiny_world, monkeypatch):
     monkeypatch.setattr("uhl.porting.SCALES", (0.0,))
-    stages.pretrain(tiny_world, "canonical")
+    trained(tiny_world)
     settings = tiny_world.model_copy(update={"arms": ("anchor", "zero-atoms", "random-p")})
     ported, alone = stages.zero_shot(settings), stages.tune(settings, "zero-atoms")
     rows = [row for row in ported.rows + alone.rows if row["arm"] != "no-adapter"]
@@ -335,7 +348,7 @@ def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, 
     tiny_world = tiny_world.model_copy(update={"hosts": ("target",)})
     with pytest.raises(UHLError, match="train it first: make port PROFILE=t TARGET=small"):
         search.search(tiny_world, "tune-anchor", space)
-    stages.pretrain(tiny_world, "canonical")
+    trained(tiny_world)
     file = stages.adapter_path(tiny_world, "anchor")
     before = file.read_bytes()
     study = search.search(tiny_world, "tune-anchor", space)
@@ -583,7 +596,7 @@ def test_a_search_file_is_checked(tmp_path, text, says):
 
 
 def test_a_tuned_file_holds_what_was_scored(tiny_world):
-    stages.pretrain(tiny_world, "canonical")
+    trained(tiny_world)
     outcome = stages.tune(tiny_world, "anchor")
     before = store.load(runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors")
     after = store.load(outcome.paths[0])
@@ -593,7 +606,7 @@ def test_a_tuned_file_holds_what_was_scored(tiny_world):
 
 
 def test_the_untrained_control_keeps_nothing_of_the_dictionary_but_its_sizes(tiny_world):
-    stages.pretrain(tiny_world, "canonical")
+    trained(tiny_world)
     before = store.load(runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors")
     after = store.load(stages.tune(tiny_world, "untrained").paths[0])
     new = UHLAdapter(before.config)
@@ -614,7 +627,7 @@ def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monk
     from uhl.porting import port
 
     monkeypatch.setattr("uhl.porting.SCALES", (1.0, 2.0))  # atoms and bias at work in the fit
-    adapter, _ = stages.pretrain(tiny_world, "canonical")
+    adapter = trained(tiny_world)
     outcome = stages.tune(tiny_world, arm)
     found = store.load(outcome.paths[0])
     ported_as = "anchor" if arm == "untrained" else arm
@@ -682,7 +695,7 @@ def test_training_again_with_one_seed_gives_the_same_file(tiny_world):
 
 
 def test_a_head_for_other_labels_is_an_error(tiny_world, task, monkeypatch):
-    stages.pretrain(tiny_world, "canonical")
+    trained(tiny_world)
     other = type(task)("mood", "sentence", ("sad", "glad"), task.data)
     monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
     with pytest.raises(UHLError, match="labels negative, positive; the task is a sentence task with labels sad, glad"):
