@@ -1,4 +1,4 @@
-"""Loads world.py, unless this process only hands tests to others (``pytest -n``): importing takes 20 seconds."""
+"""Loads world.py, unless this process only hands tests to others (``pytest -n``): importing takes some 15 s."""
 
 import pytest
 

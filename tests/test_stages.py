@@ -89,13 +89,12 @@ def own_files(tiny_world, tmp_path, monkeypatch):
     return make
 
 
-FEW = ("head", "sat-lora", "full")
 TRAINED: dict[str, bytes] = {}  # by settings: files that `trained` has made
 
 
 def trained(settings):
     """The canonical adapter in its cell, for tests that need one; trained for the first of them alone."""
-    path, key = runs.cell_dir(settings, "pretrain-canonical") / "adapter.safetensors", settings.model_dump_json()
+    path, key = stages.adapter_path(settings, "anchor"), settings.model_dump_json()
     if key in TRAINED:
         path.parent.mkdir(parents=True)
         path.write_bytes(TRAINED[key])
@@ -113,9 +112,8 @@ def run_all(settings):
     outcome.finish("port-small", **outcome.details)
     tuned = [o for o in (stages.tune(settings, arm) for arm in stages.TUNED_ARMS) if o]
     merge(tuned).finish("tune-small")
-    for host, name, methods in (("source", "big", FEW), ("target", "small", settings.baselines)):
-        given = settings.model_copy(update={"baselines": methods})
-        merge(stages.baselines(given, host).values()).finish(f"baselines-{name}")
+    for host, name in (("source", "big"), ("target", "small")):
+        merge(stages.baselines(settings, host).values()).finish(f"baselines-{name}")
     return outcome
 
 
@@ -123,14 +121,14 @@ def run_all(settings):
 @pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
 def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     settings = tiny_world if kind == "sentence" else own_files(kind)
-    methods = METHODS if kind == "sentence" else FEW
+    methods = METHODS if kind == "sentence" else ("head", "sat-lora", "full")
     settings = settings.model_copy(update={"baselines": methods})
     zero = run_all(settings)
     frame = runs.load_results("t")
     assert tuple(frame.columns) == runs.COLUMNS
     test = frame[frame["split"] == "test"]
     cells = {phase: set(rows["arm"]) for phase, rows in test.groupby("phase")}
-    assert cells["source"] == {"uhl-canonical", "uhl-dimension", *FEW}
+    assert cells["source"] == {"uhl-canonical", "uhl-dimension", *methods}
     assert cells["retrained"] == set(methods)
     assert cells["zero-shot"] == {"no-adapter", *ARMS} - {"lineage", "embedding"}
     assert cells["tuned"] == {"dimension", "anchor", "zero-atoms", "random-p", "untrained"}
@@ -596,9 +594,8 @@ def test_a_search_file_is_checked(tmp_path, text, says):
 
 
 def test_a_tuned_file_holds_what_was_scored(tiny_world):
-    trained(tiny_world)
+    before = trained(tiny_world)
     outcome = stages.tune(tiny_world, "anchor")
-    before = store.load(runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors")
     after = store.load(outcome.paths[0])
     assert torch.equal(before.dictionary.u, after.dictionary.u)
     assert torch.equal(before.router.weight, after.router.weight)
@@ -606,8 +603,7 @@ def test_a_tuned_file_holds_what_was_scored(tiny_world):
 
 
 def test_the_untrained_control_keeps_nothing_of_the_dictionary_but_its_sizes(tiny_world):
-    trained(tiny_world)
-    before = store.load(runs.cell_dir(tiny_world, "pretrain-canonical") / "adapter.safetensors")
+    before = trained(tiny_world)
     after = store.load(stages.tune(tiny_world, "untrained").paths[0])
     new = UHLAdapter(before.config)
     one, other = ((a.dictionary.u, a.dictionary.v, a.router.weight) for a in (before, after))
