@@ -50,16 +50,6 @@ def own_list(name):
     return [path] if os.path.exists(path) else []
 
 
-def on_source(w):
-    """Whether a cell's host is the source."""
-    return w.model == slug(GRID.source)
-
-
-def of_baselines(w):
-    """The parameter files of baselines on a host, beside the settings."""
-    return own_list("source") if on_source(w) else [*own_list("retrained"), TARGET.format(target=w.model)]
-
-
 def task(w):
     return f"-f {own_task(w)[0]}" if own_task(w) else f"-p task {w.task}"
 
@@ -131,20 +121,39 @@ rule tune:
         papermill("04_tune", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
 
 
+rule baselines_of_source:
+    input:
+        SETTINGS,
+        own_task,
+        own_list("source"),
+    output:
+        f"{CELL}/baselines-{slug(GRID.source)}/manifest.json",
+    log:
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{slug(GRID.source)}.log",
+    priority: 2  # longer than those of a target, and begun while adapters are pre-trained
+    params:
+        own=lambda w: f"{task(w)} -p seed {w.seed} -y 'hosts: [source]'",
+    shell:
+        papermill("05_baselines", own_list("source"))
+
+
 rule baselines:
     input:
         SETTINGS,
         own_task,
-        of_baselines,
+        own_list("retrained"),
+        TARGET,
     output:
-        f"{CELL}/baselines-{{model}}/manifest.json",
+        f"{CELL}/baselines-{{target}}/manifest.json",
     log:
-        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{model}}.log",
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{target}}.log",
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed} " + "".join(f"-f {f} " for f in of_baselines(w))
-        + f"-y 'hosts: [{'source' if on_source(w) else 'target'}]'",
+        own=lambda w: f"{task(w)} -p seed {w.seed} -y 'hosts: [target]'",
     shell:
-        papermill("05_baselines")
+        papermill("05_baselines", [*own_list("retrained"), f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+
+
+ruleorder: baselines_of_source > baselines
 
 
 rule attempts:

@@ -835,6 +835,17 @@ def test_batches_cover_every_text_once(encoder):
     assert seen == list(range(70))
 
 
+@pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
+def test_units_may_be_read_from_a_text_on(encoder, kind):
+    texts = ["film\t" + text for text in sentences(12)] if kind == "pair" else sentences(12)
+    probe = Probe(texts, kind, coded=5, cuts=0 if kind == "token" else 2)
+    whole, few = (unit_states(encoder, p, (1, -1)) for p in (probe, probe.first()))
+    rest = unit_states(encoder, probe, (1, -1), start=5)
+    assert 0 < len(few) < len(whole)
+    torch.testing.assert_close(torch.cat([few, rest]), whole, atol=1e-5, rtol=1e-4)
+    assert unit_states(encoder, probe, (1, -1), start=len(probe.observed)).shape == (0, 48)
+
+
 def test_batches_of_long_texts_are_small(encoder, monkeypatch):
     monkeypatch.setattr(anchors, "CHARACTERS", 300)
     texts = sorted([*sentences(40), *(" ".join(sentences(9)) for _ in range(5)), "film " * 200])

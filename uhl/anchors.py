@@ -248,10 +248,11 @@ def pieces_of(pieces: Sequence[Piece], spans: Sequence[Span], first: bool = Fals
 
 
 def batches(
-    encoder: Encoder, probe: Probe, size: int = 64, progress: bool = False
+    encoder: Encoder, probe: Probe, size: int = 64, progress: bool = False, start: int = 0
 ) -> Iterator[tuple[list[int], BatchEncoding]]:
-    """Yield (row indices, tokenised batch) over the texts, sorted by length so that little is padded: at most ``size``
-    in a batch, and on CPUs fewer of long ones: passes there are no slower for it, and take less memory.
+    """Yield (row indices, tokenised batch) over what is observed, from row ``start`` on, sorted by length so that
+    little is padded: at most ``size`` in a batch, and on CPUs fewer of long ones: passes there are no slower for it,
+    and take less memory.
 
     ``progress`` shows a bar on a terminal; elsewhere (notebooks, logs) there is none.
     """
@@ -261,7 +262,7 @@ def batches(
     device = next(encoder.model.parameters()).device
     most_characters = CHARACTERS if device.type == "cpu" else size * 5 * length
     groups: list[list[int]] = []
-    for row in sorted(range(len(texts)), key=lambda i: len(texts[i])):
+    for row in sorted(range(start, len(texts)), key=lambda i: len(texts[i])):
         wide = min(len(texts[row]), 5 * length)  # characters, of which a token has about five
         if not groups or len(groups[-1]) == size or wide * (len(groups[-1]) + 1) > most_characters:
             groups.append([])
@@ -306,22 +307,23 @@ def final_means(encoder: Encoder, texts: Sequence[str]) -> Float[Tensor, "N D"]:
 
 
 def units_of(
-    encoder: Encoder, probe: Probe, levels: Sequence[int], progress: bool = False
+    encoder: Encoder, probe: Probe, levels: Sequence[int], progress: bool = False, start: int = 0
 ) -> list[Float[Tensor, "u D_levels"]]:
-    """States of each text's units at ``levels``, see :func:`read_levels`, with whatever is attached to the host."""
-    found: list[Tensor] = [torch.empty(0)] * len(probe.observed)
+    """States of the units of each text and fragment from row ``start`` on, at ``levels``, see :func:`read_levels`, with
+    whatever is attached to the host.
+    """
+    found: dict[int, Tensor] = {}
     with evaluating(encoder.model) as model:
-        for rows, batch in batches(encoder, probe, progress=progress):
+        for rows, batch in batches(encoder, probe, progress=progress, start=start):
             hidden = read_levels(model, levels, **batch)
-            for row, units in zip(rows, _units(probe, rows, batch, hidden), strict=True):
-                found[row] = units
-    return found
+            found |= zip(rows, _units(probe, rows, batch, hidden), strict=True)
+    return [found[row] for row in sorted(found)]
 
 
 @torch.no_grad()
-def unit_states(encoder: Encoder, probe: Probe, levels: Sequence[int]) -> Float[Tensor, "U D_levels"]:
+def unit_states(encoder: Encoder, probe: Probe, levels: Sequence[int], start: int = 0) -> Float[Tensor, "U D_levels"]:
     """The same in one table, without gradients and on the CPU."""
-    found = units_of(encoder, probe, levels, progress=True)
+    found = units_of(encoder, probe, levels, progress=True, start=start)
     return torch.cat(found).cpu() if found else torch.empty(0, len(levels) * encoder.width)
 
 

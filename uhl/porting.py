@@ -376,7 +376,8 @@ def _anchored(
     generator = torch.Generator().manual_seed(seed)
     wanted = _Wanted.of(anchors, generator if arm == "shuffled" else None)
     basis, fits = _stream_basis(anchors, seen, wanted.order, way, adapter.dictionary.v.detach().cpu())
-    few_units = sum(anchors.probe.first().units())
+    whole, coded = anchors.probe, anchors.probe.first()
+    few_units = sum(coded.units())
     if arm == "random-p":
         basis = _random_basis(basis, generator)
     layers = adapter.info.get("layers")
@@ -384,20 +385,21 @@ def _anchored(
     scales = (0.0,) if arm == "zero-atoms" else way.scales or tuple(ratio * s for s in SCALES)
     few = wanted if wanted.logits is None else wanted.first(few_units)
 
-    def states(scale: float, probe: Probe) -> Tensor:
+    def states(scale: float, probe: Probe, start: int = 0) -> Tensor:
         if scale == 0:
-            units = sum(probe.units())
-            return torch.cat([seen.units[i, :units] for i in basis.levels], -1)
+            units = probe.units()
+            return seen.at(basis.levels)[sum(units[:start]) : sum(units)]
         with attach(target.model, adapter, task, _acting(basis.frame(slots), slots, way), scale):
-            return unit_states(target, probe, basis.levels)
+            return unit_states(target, probe, basis.levels, start)
 
     with untuned(adapter, task):
-        coded = {scale: states(scale, anchors.probe.first()) for scale in scales}
-        tried = {scale: _head_fit(read, few, target.width) for scale, read in coded.items()}
+        read = {scale: states(scale, coded) for scale in scales}
+        tried = {scale: _head_fit(units, few, target.width) for scale, units in read.items()}
         scale = max(tried, key=lambda s: tried[s].explained)
         best = tried[scale]
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
-            best = _head_fit(states(scale, anchors.probe), wanted, target.width)
+            rest = states(scale, whole, len(coded.texts))
+            best = _head_fit(torch.cat([read[scale], rest]), wanted, target.width)
     frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(slots)
     frame = _acting(frame, slots, way)
     report: dict[str, object] = {
@@ -406,7 +408,7 @@ def _anchored(
         "stream_fit": [round(f, 4) for f in fits],
         "head_fit": {round(s, 4): round(f.explained, 4) for s, f in tried.items()},
         "final_fit": round(best.explained, 4),
-        "change": round(_change(coded[scale], states(0.0, anchors.probe.first())), 4),
+        "change": round(_change(read[scale], states(0.0, coded)), 4),
     }
     if anchors.judges(task):
         assert best.logits is not None
