@@ -101,7 +101,7 @@ bench: export UHL_BATCH = 1
 bench: $(STAMP)
 	@mkdir -p $(or $(UHL_RUNS),$(CURDIR)/runs)/bench
 	$(BIN)/papermill notebooks/08_budget_and_speed.ipynb $(or $(UHL_RUNS),$(CURDIR)/runs)/bench/notebook.ipynb --cwd notebooks \
-		--log-output --no-progress-bar -p full True -p shape bert-base -p batch 8 -p length 128 -p repeats 9
+		--log-output --no-progress-bar -p full True -p shape bert-base -p batch 8 -p length 128 -p repeats 9 -p threads 2
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks

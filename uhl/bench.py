@@ -74,7 +74,7 @@ class Settings(_Strict):
     length: int = Field(64, ge=1, description="tokens of a sequence")
     repeats: int = Field(5, ge=2, description="rounds")
     full: bool = Field(False, description="the whole sweep, compiled hosts too; figures are kept")
-    threads: int = Field(2, ge=1)
+    threads: int = Field(1, ge=1)
 
 
 def bert(shape: str) -> nn.Module:
