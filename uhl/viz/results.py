@@ -185,7 +185,7 @@ def learning_curves(table: pd.DataFrame, window: int = 5) -> Figure:
     shown = table.assign(loss=run.transform(lambda v: v.rolling(window, center=True, min_periods=1).mean()))
     family = {arm: name for name, members in LEARNERS.items() for arm in members}
     shown = shown.assign(task=shown["task"] + "\n" + shown["arm"].map(family)).sort_values("task", kind="stable")
-    fig, cells = task_grid(shown, 1.4, 1.5, 3.3, "step", sharey="row")
+    fig, cells = task_grid(shown, 1.4, 1.6, 3.3, "step", sharex=True, sharey="row")
     ends = {task: ax for ax, task, *_ in cells}.values()  # the last of each row
     for ax, task, _, rows in cells:
         for k, arm in enumerate(in_order(shown["arm"][shown["task"] == task])):
