@@ -20,6 +20,7 @@ if os.environ.get("UHL_RUNS"):
 if os.environ.get("UHL_DATA"):
     os.environ["UHL_DATA"] = os.path.abspath(os.environ["UHL_DATA"])
 CELL = f"{RUNS}/{GRID.profile}/{{task}}-s{{seed}}"
+CELLS = [f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()]
 SETTINGS = f"params/{GRID.profile}/settings.yaml"
 TARGET = f"params/{GRID.profile}/{{target}}.yaml"
 
@@ -68,6 +69,7 @@ def papermill(notebook, files=()):
 
 rule all:
     input:
+        CELLS,  # each by name: one whose folder was removed is run again
         f"{RUNS}/{GRID.profile}/analysis/manifest.json",
     default_target: True
 
@@ -204,7 +206,7 @@ rule all_copies:
 
 rule analysis:
     input:
-        [f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()],
+        CELLS,
     output:
         f"{RUNS}/{GRID.profile}/analysis/manifest.json",
     log:

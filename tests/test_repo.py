@@ -189,6 +189,18 @@ def test_snakemake_plans_the_whole_grid_for_a_cluster(tmp_path):
     assert "cpus_per_task=2" in said
 
 
+def test_a_cell_whose_folder_was_removed_is_run_again(tmp_path):
+    from uhl.grid import Grid
+
+    for cell in ["analysis", *Grid.read("demo").cells()]:
+        if cell != "movies-s0/baselines-minilm-l6":
+            (tmp_path / "demo" / cell).mkdir(parents=True)
+            (tmp_path / "demo" / cell / "manifest.json").touch()
+    said = snakemake(tmp_path, "-n", "--cores", "1", "--rerun-triggers", "mtime", "--config", "profile=demo")
+    counts = dict(re.findall(r"^(\w+)\s+(\d+)$", said, re.M))
+    assert counts == {"all": "1", "analysis": "1", "baselines_of_source": "1", "total": "3"}
+
+
 @pytest.mark.slow
 def test_two_local_workers_run_cells_side_by_side_and_once(tmp_path):
     """Two cells of the demo profile, on real models."""
