@@ -23,6 +23,7 @@ CELL = f"{RUNS}/{GRID.profile}/{{task}}-s{{seed}}"
 CELLS = [f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()]
 SETTINGS = f"params/{GRID.profile}/settings.yaml"
 TARGET = f"params/{GRID.profile}/{{target}}.yaml"
+GIVEN_TARGET = TARGET.replace("{target}", "{wildcards.target}")  # the same in a command
 
 # One thread a job where several run at once: small models gain more from jobs side by side than from threads.
 os.environ["UHL_BATCH"] = "1"
@@ -103,7 +104,7 @@ rule port:
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
-        papermill("03_port", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+        papermill("03_port", [GIVEN_TARGET])
 
 
 rule tune:
@@ -120,7 +121,7 @@ rule tune:
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
-        papermill("04_tune", [f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+        papermill("04_tune", [GIVEN_TARGET])
 
 
 rule baselines_of_source:
@@ -152,7 +153,7 @@ rule baselines:
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed} -y 'hosts: [target]'",
     shell:
-        papermill("05_baselines", [*own_list("retrained"), f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+        papermill("05_baselines", [*own_list("retrained"), GIVEN_TARGET])
 
 
 ruleorder: baselines_of_source > baselines
@@ -173,7 +174,7 @@ rule attempts:
     params:
         own=lambda w: f"{task(w)} -p seed {w.seed}",
     shell:
-        papermill("07_what_moves", [*own_list("attempts"), *own_list("retrained"), f"params/{GRID.profile}/{{wildcards.target}}.yaml"])
+        papermill("07_what_moves", [*own_list("attempts"), *own_list("retrained"), GIVEN_TARGET])
 
 
 # Not of the batch: ways to port, compared on dev with the first seed (`make attempts`).
