@@ -1,5 +1,6 @@
 """The measuring itself: pairs, files that are gone on with, memory by process, and fits that find a known law."""
 
+import logging
 import time
 from pathlib import Path
 
@@ -135,6 +136,7 @@ def test_work_counts_by_hand_and_as_torch_does():
             assert counter.get_total_flops() == roofline.work(name, **size, train=train)[0], (name, train)
 
 
+@pytest.mark.unchecked
 def test_rivals_on_one_weight_begin_as_the_weight_and_are_measured_as_they_are_used():
     with pytest.raises(KeyError):
         roofline.work("VeRA r256", 8, 6, 6, 4, 2, False)
@@ -153,6 +155,26 @@ def test_rivals_on_one_weight_begin_as_the_weight_and_are_measured_as_they_are_u
     assert [name for name in steps if name.endswith("compiled")] == [
         f"{name}, compiled" for name in ("LoRA r8", "VeRA r256", "VB-LoRA", "gather")
     ]
+
+
+@pytest.mark.unchecked
+def test_what_does_not_compile_whole_is_left_out_and_others_stay_whole(caplog):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    rivals = bench._methods("tiny", ["LoRA r8", "VB-LoRA"])  # in training VB-LoRA asks for a value, outside of it not
+    for train, kept in ((True, ["LoRA r8"]), (False, ["LoRA r8", "VB-LoRA"])):
+        with caplog.at_level(logging.WARNING, "uhl"):
+            found = bench._compiled(rivals, lambda model, train=train: bench.host_step(model, 1, 4, train))
+        assert list(found) == kept
+        rivals = bench._methods("tiny", ["LoRA r8", "VB-LoRA"])
+    assert "VB-LoRA does not compile as one graph, and is left out" in caplog.text
+    for model in rivals.values():
+        bench.host_step(torch.compile(model, fullgraph=True, backend=counting), 1, 4, train=False)()
+    assert len(graphs) == 2
 
 
 def test_points_lie_below_the_roofs_that_are_drawn():

@@ -31,6 +31,7 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
+from torch._dynamo.exc import Unsupported
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModel,
@@ -321,7 +322,7 @@ def _weight_steps(
     tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, train: bool, compiled: bool = False
 ) -> dict[str, Step]:
     """One frozen `nn.Linear`, by itself, with each path's update, with rank-8 LoRA's written plainly, and as PEFT's
-    VeRA and VB-LoRA change it. ``compiled``: LoRA, VeRA, VB-LoRA and gather compiled, too.
+    VeRA and VB-LoRA change it. ``compiled``: LoRA, VeRA, VB-LoRA and gather compiled, too, where :func:`_compiled` can.
 
     A size is compiled for itself when it is first run, so in the rounds that are not counted.
     """
@@ -353,10 +354,26 @@ def _weight_steps(
     paths = {name: path(name) for name in ("dense", "gather", "reference")}
     made = {name: step(forward) for name, forward in ({"bare": lambda: linear(x)} | rivals | paths).items()}
     if compiled:
-        torch._dynamo.reset()
-        for name, forward in (rivals | {"gather": paths["gather"]}).items():
-            made[f"{name}, compiled"] = step(torch.compile(forward, dynamic=False))
+        whole = _compiled(rivals | {"gather": paths["gather"]}, step)
+        made |= {f"{name}, compiled": step(forward) for name, forward in whole.items()}
     return made
+
+
+def _compiled(ways: dict[str, Any], step: Callable[[Any], Step]) -> dict[str, Any]:
+    """Each way compiled as one graph; ``step`` makes a step of one. Those that do not compile so are left out: the
+    compiler would go on to run in pieces whatever code they share with the others.
+    """
+    torch._dynamo.reset()
+    whole = []
+    for name, way in ways.items():
+        try:
+            step(torch.compile(way, fullgraph=True, backend="eager"))()
+        except Unsupported as error:
+            LOG.warning("%s does not compile as one graph, and is left out: %s", name, str(error).splitlines()[0])
+        else:
+            whole.append(name)
+    torch._dynamo.reset()
+    return {name: torch.compile(ways[name], fullgraph=True, dynamic=False) for name in whole}
 
 
 def _on_one_weight(linear: nn.Linear, method: str) -> nn.Module:
@@ -457,6 +474,8 @@ def host_step(model: nn.Module, batch: int, length: int, train: bool) -> Step:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-6) if train and learned else None
+    if not train:
+        model.eval()  # PEFT leaves its own layers in training mode
 
     def step() -> None:
         with torch.set_grad_enabled(optimizer is not None):
@@ -481,14 +500,13 @@ def hosts(
 ) -> pd.DataFrame:
     """:func:`paired` times of a whole host with each method; "bare" is only ever a forward pass.
 
-    ``file``: see :func:`_resumed`.
+    ``compiled``: those that :func:`_compiled` can. ``file``: see :func:`_resumed`.
     """
 
     def measure(**_: object) -> pd.DataFrame:
         models = _methods(shape, methods)
         if compiled:
-            torch._dynamo.reset()
-            models = {name: torch.compile(m) for name, m in models.items()}  # type: ignore[misc]
+            models = _compiled(models, lambda model: host_step(model, batch, length, train))
         steps = {name: host_step(m, batch, length, train) for name, m in models.items()}
         return paired(steps, repeats)
 
