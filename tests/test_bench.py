@@ -185,6 +185,8 @@ def test_points_lie_below_the_roofs_that_are_drawn():
     assert min(roofs.values()) > 0
     fig, shown = viz.roofline(points, roofs)
     assert shown is points
+    for ax in fig.axes:
+        assert ax.lines[0].get_ydata().max() >= points["GFLOP/s"].max()
     ways = ["bare", "LoRA r8", "dense", "gather", "reference"]
     assert [t.get_text() for t in fig.legends[0].get_texts()] == points["step"].tolist() == ways
     assert fig.axes[0].get_xscale() == fig.axes[0].get_yscale() == "log"

@@ -53,13 +53,15 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
 def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.DataFrame]:
     """What each way achieves at each size, below the machine's roofs; forward left, training right.
 
-    ``points`` from :func:`uhl.roofline.roofline`, ``roofs`` from :func:`uhl.roofline.machine`; both logarithmic.
+    ``points`` from :func:`uhl.roofline.roofline`, ``roofs`` from :func:`uhl.roofline.machine`; both logarithmic. The
+    level roof is the most that was reached, by the product that ``roofs`` had or by any point: machines vary.
     """
+    level, slope = max(roofs["GFLOP/s"], points["GFLOP/s"].max()), roofs["GB/s"]
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     span = np.geomspace(points["FLOP/byte"].min() / 2, points["FLOP/byte"].max() * 2, 200)
     for ax, train in zip(axes, (False, True), strict=True):
         here = points[points["train"] == train]
-        ax.plot(span, np.minimum(roofs["GFLOP/s"], roofs["GB/s"] * span), color="black", lw=1.5)
+        ax.plot(span, np.minimum(level, slope * span), color="black", lw=1.5)
         for way, mark in zip(WAYS, "osXpD^v", strict=True):
             for step, filled in ((way, True), (way + COMPILED, False)):
                 found = here[here["step"] == step]
@@ -71,8 +73,8 @@ def roofline(points: pd.DataFrame, roofs: dict[str, float]) -> tuple[Figure, pd.
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
         ax.set_title("training" if train else "forward")
-    label = f"{roofs['GFLOP/s']:.0f} GFLOP/s, {roofs['GB/s']:.0f} GB/s"
-    axes[0].annotate(label, (span[-1], roofs["GFLOP/s"]), (0, 4), textcoords="offset points", ha="right", fontsize=8)
+    label = f"roofs: {level:.0f} GFLOP/s, {slope:.0f} GB/s"
+    axes[0].annotate(label, (0.98, 0.03), xycoords="axes fraction", ha="right", fontsize=8)
     axes[0].set_ylabel("GFLOP/s")
     plain_ticks(axes[0], (*(10.0**n for n in range(-3, 6)), *(m * 10.0**n for n in range(-3, 6) for m in (2, 5))))
     lines, labels = axes[0].get_legend_handles_labels()
