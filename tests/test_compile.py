@@ -278,15 +278,20 @@ def test_inductors_code_for_an_update_and_its_gradients(path):
     y, x, v, u = (torch.randn(*shape, generator=g) for shape in ((19, 10), (19, 12), (7, 12), (7, 10)))
     strength, offset = torch.randn(2, 7, generator=g)
     gate, index = torch.rand(19, 2, generator=g), torch.arange(38).view(19, 2) % 7
-    found = []
-    for update in (ops.get("reference"), torch.compile(ops.get(path), fullgraph=True)):
+    found, other = [], index.clone()
+    other[3, 0] = (index[3, 0] + 1) % 7  # one atom of one token
+    compiled = torch.compile(ops.get(path), fullgraph=True)
+    for update, places in ((ops.get("reference"), index), (compiled, index), (compiled, other)):
         leaves = [t.clone().requires_grad_() for t in (y, x, v, u, strength, gate, offset)]
-        out = update(*leaves[:5], Route(index, leaves[5]), leaves[6])
+        out = update(*leaves[:5], Route(places, leaves[5]), leaves[6])
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         found.append([out, *(leaf.grad for leaf in leaves)])
-    for reference, compiled in zip(*found, strict=True):
+    for number, (reference, mine, wrong) in enumerate(zip(*found, strict=True)):
         assert reference.abs().max() > 0.1
-        torch.testing.assert_close(compiled, reference, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
+        assert torch.allclose(wrong, reference, atol=1e-3, rtol=1e-3) == (
+            number == 1
+        )  # y's own gradient passes through
 
 
 @plain

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from world import fill
 
 from uhl import ops, store, viz
@@ -41,8 +42,68 @@ def test_paths_agree_inside_a_host(encoder, adapter):
         with attach(encoder.model, adapter, "mood", path=path) as attached:
             outputs.append(run(encoder))
             assert attached.paths == dict.fromkeys([s.path for s in attached.slots], path)
+            chosen = attached.routes[0]
     for out in outputs[1:]:
         torch.testing.assert_close(out, outputs[0], atol=1e-4, rtol=1e-4)
+    atom = int(chosen.index[chosen.gate > 0.5][0])
+    with torch.no_grad():
+        adapter.dictionary.u[atom] = adapter.dictionary.u[(atom + 1) % 12].clone()  # a wrong one
+    with attach(encoder.model, adapter, "mood"):
+        assert not torch.allclose(run(encoder), outputs[0], atol=1e-2)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("path", [None, "dense", "gather"])
+def test_a_pass_asks_for_no_value_and_has_as_many_operations_for_any_number_of_tokens(encoder, adapter, path):
+    """A value asked for would wait for a GPU; what tests/test_gpu.py shows there is counted here."""
+    counted = []
+    with attach(encoder.model, adapter, "mood", path=path):
+        for length in (40, 60):
+            ids = torch.randint(5, 20, (2, length))
+            out = encoder.model(input_ids=ids).last_hidden_state  # folds, and makes what is kept
+            with Operations() as seen:
+                out = encoder.model(input_ids=ids).last_hidden_state
+                out.square().sum().backward()
+            counted.append(seen.names)
+            adapter.zero_grad()
+    asking = ("_local_scalar_dense", "nonzero", "is_nonzero", "aten::equal", "unique", "masked_select")
+    assert len(counted[0]) > 100
+    assert not [name for name in counted[0] if any(part in name for part in asking)]
+    assert counted[0] == counted[1]
+
+
+def test_one_adapter_works_in_two_hosts_at_once(make_encoder, adapter):
+    """Each has folds of its own, and both follow the parameters."""
+    hosts = [make_encoder(), make_encoder(layers=2, width=32, seed=1)]
+
+    def alone():
+        found = []
+        for host in hosts:
+            with attach(host.model, adapter, "mood"):
+                found.append(run(host).detach())
+        return found
+
+    before = alone()
+    with attach(hosts[0].model, adapter, "mood"), attach(hosts[1].model, adapter, "mood"):
+        for host, wanted in (*zip(hosts, before, strict=True), (hosts[0], before[0])):
+            torch.testing.assert_close(run(host), wanted)
+        with torch.no_grad():
+            adapter.dictionary.u.mul_(1.5)
+        after = [run(host).detach() for host in hosts]
+    for found, wanted, old in zip(after, alone(), before, strict=True):
+        torch.testing.assert_close(found, wanted)
+        assert not torch.allclose(found, old, atol=1e-3)
 
 
 def test_tuning_folds_the_atoms_once_and_has_the_same_gradients(encoder, adapter):

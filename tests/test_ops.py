@@ -69,11 +69,12 @@ def doubled(given):
 
 SIZES = [
     {},
-    {"seed": 1, "k": 1, "t": 33},  # more tokens than a block
-    {"seed": 2, "k": 4, "d_in": 130, "d_out": 300, "t": 3},  # more columns than a block
+    {"seed": 1, "k": 1, "t": 33},
+    {"seed": 2, "k": 4, "d_in": 130, "d_out": 300, "t": 3},  # more columns than a block of the kernel that sums
+    {"seed": 6, "d_in": 1100, "d_out": 2100, "b": 1, "t": 3},  # and than one of the kernel that reads and writes
     {"seed": 3, "a": 200, "k": 3, "t": 9},
     {"seed": 4, "one_atom": True, "t": 40},  # all tokens share an atom
-    {"seed": 5, "a": 2, "k": 1, "b": 1, "t": 300},  # so many tokens an atom that they are summed in parts
+    {"seed": 5, "a": 2, "k": 1, "b": 1, "t": 300},  # more tokens than a block; an atom's are summed in parts
 ]
 
 
@@ -166,6 +167,10 @@ def test_memory_may_lie_in_any_order(place):
     for first, second in zip(*found, strict=True):
         assert first.abs().max() > 0.1
         torch.testing.assert_close(first, second)
+    index[0, 0, 0] = (index[0, 0, 0] + 1) % 7  # one atom of one token
+    gate = torch.ones_like(chosen.gate)
+    right, wrong = (ops.get(path)(y, x, v, u, m, Route(i.contiguous(), gate)) for i in (chosen.index, index))
+    assert not torch.allclose(right, wrong, atol=1e-2)
 
 
 def test_closed_gates_and_no_tokens(place):
@@ -175,6 +180,11 @@ def test_closed_gates_and_no_tokens(place):
     out = ops.get(path)(y, x, v, u, m, Route(chosen.index, torch.zeros_like(chosen.gate)))
     assert torch.equal(out, before)
     assert torch.equal(y, before)  # the host's own output is never written to
+    leaves = [z.clone().requires_grad_() for z in (x, v, u, m, torch.zeros_like(chosen.gate))]
+    ops.get(path)(y, *leaves[:4], Route(chosen.index, leaves[4])).sum().backward()
+    assert not any(z.grad.any() for z in leaves[:4])
+    wanted = m[chosen.index] * (v[chosen.index] @ x[..., None])[..., 0] * u.sum(-1)[chosen.index]
+    torch.testing.assert_close(leaves[4].grad, wanted, atol=1e-4, rtol=1e-4)  # a closed gate may open again
     none = [
         y[:, :0],
         x[:, :0].requires_grad_(),
@@ -253,21 +263,31 @@ def test_sums_by_atom_are_the_masked_product(tokens, atoms, k, seed):
     torch.testing.assert_close(ByAtom(index, atoms).sums(s, x), mask.T @ x, atol=1e-4, rtol=1e-4)
 
 
-def test_memory_of_gathering_is_linear_in_tokens_and_not_in_atoms():
-    """What backward keeps: x, and numbers per token and chosen atom; nothing of T x K x D or T x A."""
-    kept = []
+def kept_for_backward(path, device, tokens, atoms):
+    """Numbers of each tensor that an update keeps for its backward pass, beside x, V~, U~ and the strengths."""
+    kept = {}
 
     def save(tensor):
-        kept.append(tensor)
+        kept[tensor.data_ptr()] = tensor.numel()
         return tensor
 
-    y, x, v, u, m, chosen = inputs(t=64, a=100, d_in=50, d_out=50)
+    y, x, v, u, m, chosen = inputs(device, b=1, t=tokens, a=atoms, d_in=50, d_out=50)
     leaves = [z.requires_grad_() for z in (x, v, u, m)]
     with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
-        ops.get("gather")(y, *leaves, chosen)
-    own = {t.data_ptr(): t.numel() for t in kept if t.numel() not in (x.numel(), v.numel(), m.numel())}
-    assert own
-    assert max(own.values()) <= chosen.index.numel()
+        ops.get(path)(y, *leaves, chosen)
+    for own in leaves:
+        kept.pop(own.data_ptr(), None)
+    return list(kept.values())
+
+
+def test_memory_is_linear_in_tokens(place):
+    """What backward keeps; gathering and the kernels keep nothing of T x K x D or T x A."""
+    path, device = place
+    sizes = [kept_for_backward(path, device, tokens, 100) for tokens in (64, 128, 256)]
+    first, second, third = map(sum, sizes)
+    assert third - second == 2 * (second - first) > 0
+    if path in {"gather", "fused"}:
+        assert all(max(numbers) <= max(tokens * 2, 100) for tokens, numbers in zip((64, 128, 256), sizes, strict=True))
 
 
 def test_choice():

@@ -49,6 +49,7 @@ from uhl import baselines, models, ops, runs, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Probe
 from uhl.config import Sizes, UHLConfig, _Strict
+from uhl.errors import UHLError
 from uhl.files import write_csv
 from uhl.frame import Basis, Frame, dimension_frame
 from uhl.host import Slot, find_slots
@@ -507,6 +508,8 @@ def hosts(
         models = _methods(shape, methods)
         if compiled:
             models = _compiled(models, lambda model: host_step(model, batch, length, train))
+            if methods[0] not in models:
+                raise UHLError(f"{methods[0]}, to which the others are compared, does not compile as one graph")
         steps = {name: host_step(m, batch, length, train) for name, m in models.items()}
         return paired(steps, repeats)
 
