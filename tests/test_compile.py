@@ -88,6 +88,12 @@ def check_forward(model, compiled):
         changed = run(compiled)
         torch.testing.assert_close(changed, run(model), atol=1e-4, rtol=1e-3)
         assert (changed - found).abs().max() > 1e-2
+        attached = model.base_model.attached()
+        attached.set_frame(attached.folds.given, 0.5)  # also what is folded with another scale, and from nothing
+        torch.testing.assert_close(run(compiled), run(model), atol=1e-4, rtol=1e-3)
+        assert (run(compiled) - changed).abs().max() > 1e-2
+        attached.set_frame(attached.folds.given)
+        torch.testing.assert_close(run(compiled), changed, atol=1e-4, rtol=1e-3)
 
 
 def check_gradients(model, compiled):
@@ -127,7 +133,7 @@ def test_compiled_host_is_the_eager_host(kind):
     for _ in range(2):
         torch.testing.assert_close(run(compiled), run(model), atol=1e-5, rtol=1e-5)
     check_gradients(model, compiled)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + tested
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + 3 * tested  # another frame is another graph
     routes = model.base_model.attached().routes
     wanted = {"weight": sorted(s.path for s in model.base_model.attached().slots), "model": [0]}
     assert sorted(routes) == wanted.get(kind.get("routing"), [*range(kind.get("layers", 2))])

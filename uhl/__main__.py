@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -156,6 +157,7 @@ def bench(options: argparse.Namespace) -> None:
     if options.gpu:
         from uhl import gpu
 
+        logging.getLogger("uhl").setLevel(logging.INFO)  # says which size is next
         for file in gpu.measure(options.into):
             print(file)
         return

@@ -6,11 +6,13 @@ dictionary stays. Scores are of dev: they are there to choose by, not to report.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -20,12 +22,13 @@ from jaxtyping import Float
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from uhl import budget, runs
+from uhl import budget, runs, store
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Probe, final_means, observe
+from uhl.anchors import Anchors, Observed, Probe, final_means, observe
 from uhl.baselines import RATES, run_baseline, start
 from uhl.config import PAIR, Method
 from uhl.errors import UHLError, one_of
+from uhl.files import sha256
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.porting import Shared, Way, at_work, port, source_basis, upper_levels
@@ -49,6 +52,7 @@ GROUPS = (
 )
 SECOND = ("minilm-4x312", "minilm-l3", "minilm-l6")  # to train on by turns with the source: the first other host
 ON_SOURCE = "source"  # no port, but the score of another adapter where it was trained
+COLUMNS = ["bytes", "texts", "scale", "change", "explained", "agreement", "same", "dev"]  # what is measured of one
 TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights": "full"}
 
 
@@ -143,49 +147,67 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
 
 
 def measure(
-    settings: Settings, adapter: UHLAdapter, source: Encoder, target: Encoder, task: Task, tried: Sequence[Attempt]
+    settings: Settings,
+    adapter: UHLAdapter,
+    source: Encoder,
+    target: Encoder,
+    task: Task,
+    tried: Sequence[Attempt],
+    file: Path | None = None,
 ) -> pd.DataFrame:
     """Port ``adapter`` by each attempt and score it on dev: columns group, attempt, bytes of the file's anchors, texts,
     scale, change (of what the head reads, by the atoms), explained (of the source's logits), agreement (with its
     decisions) as the port predicts them, same (the agreement on dev, in percent: less noisy than a score), dev.
+
+    ``file``: see :func:`uhl.runs.resumed`; what it has is of these settings and this adapter.
     """
     whole = adapter.anchors
     if whole is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    seen, none = observe(target, whole.probe), float("nan")
-    rows: list[tuple[object, ...]] = []
-    for a in tried:
-        if a.taught:
-            size = budget.anchor_bytes(whole)
-            found = taught(settings, whole, deepcopy(target), task, a.taught)
-            same = 100 * agreement(settings, found, "dev")
-            rows.append((a.group, a.name, size, len(whole.texts), *4 * (none,), same, found.score))
-            continue
-        of, own = settings, deepcopy(adapter)  # a port may change what it ports
-        if a.noise or a.turns:
-            second = next(name for name in SECOND if name not in {source.name, target.name}) if a.turns else None
-            of, own, on_source = trained_otherwise(settings, a.noise, second)
-            if a.arm == ON_SOURCE:
-                rows.append((a.group, a.name, budget.anchor_bytes(whole), len(whole.texts), *5 * (none,), on_source))
-                continue
-        assert own.anchors is not None
-        own.anchors = own.anchors.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
-        if a.choice:
-            assert a.coded is not None
-            own.anchors = chosen(settings, adapter, source, task, a.choice, a.coded)
-        asked = own.anchors.probe
-        there = observe(target, asked) if a.choice else seen.cut(whole.probe, asked)
-        way = a.way.model_copy(update={"refresh_steps": settings.refresh_steps})
-        made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=way)
-        with at_work(own, target, settings.task_name, made.frame, made.scale) as attached:
-            classifier = Classifier(target.model, own.task(settings.task_name), made.frame, attached)
-            found = predict(classifier, target, task, "dev", max_length=settings.max_length)
-        size = budget.anchor_bytes(own.anchors, a.bits)
-        known = (made.scale, *(made.report.get(name) for name in ("change", "final_fit", "agreement")))
-        same = 100 * agreement(of, found, "dev")
-        rows.append((a.group, a.name, size, len(own.anchors.texts), *known, same, found.score))
-    columns = ["group", "attempt", "bytes", "texts", "scale", "change", "explained", "agreement", "same", "dev"]
-    return pd.DataFrame(rows, columns=columns)
+    seen, named = observe(target, whole.probe), {(a.group, a.name): a for a in tried}
+
+    def one(group: str, attempt: str, **_: object) -> pd.DataFrame:
+        row = _measure(settings, adapter, source, target, task, seen, named[group, attempt])
+        return pd.DataFrame([row], columns=COLUMNS)
+
+    with TemporaryDirectory() as folder:
+        own = sha256(store.save(adapter, Path(folder) / "adapter.safetensors"))
+    about = hashlib.sha256(json.dumps([settings.model_dump(exclude={"attempts"}), own], default=str).encode())
+    keys = [{"group": a.group, "attempt": a.name, "about": about.hexdigest()} for a in tried]
+    return runs.resumed(one, keys, file)[["group", "attempt", *COLUMNS]]
+
+
+def _measure(
+    settings: Settings, adapter: UHLAdapter, source: Encoder, target: Encoder, task: Task, seen: Observed, a: Attempt
+) -> tuple[object, ...]:
+    """One attempt's :data:`COLUMNS`; ``seen`` is the target on the adapter's probe."""
+    whole, none = adapter.anchors, float("nan")
+    assert whole is not None
+    if a.taught:
+        found = taught(settings, whole, deepcopy(target), task, a.taught)
+        same = 100 * agreement(settings, found, "dev")
+        return budget.anchor_bytes(whole), len(whole.texts), *4 * (none,), same, found.score
+    of, own = settings, deepcopy(adapter)  # a port may change what it ports
+    if a.noise or a.turns:
+        second = next(name for name in SECOND if name not in {source.name, target.name}) if a.turns else None
+        of, own, on_source = trained_otherwise(settings, a.noise, second)
+        if a.arm == ON_SOURCE:
+            return budget.anchor_bytes(whole), len(whole.texts), *5 * (none,), on_source
+    assert own.anchors is not None
+    own.anchors = own.anchors.cut(a.coded, a.texts, a.dims, a.bits, a.cuts)
+    if a.choice:
+        assert a.coded is not None
+        own.anchors = chosen(settings, adapter, source, task, a.choice, a.coded)
+    asked = own.anchors.probe
+    there = observe(target, asked) if a.choice else seen.cut(whole.probe, asked)
+    way = a.way.model_copy(update={"refresh_steps": settings.refresh_steps})
+    made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=way)
+    with at_work(own, target, settings.task_name, made.frame, made.scale) as attached:
+        classifier = Classifier(target.model, own.task(settings.task_name), made.frame, attached)
+        found = predict(classifier, target, task, "dev", max_length=settings.max_length)
+    size = budget.anchor_bytes(own.anchors, a.bits)
+    known = (made.scale, *(made.report.get(name) for name in ("change", "final_fit", "agreement")))
+    return size, len(own.anchors.texts), *known, 100 * agreement(of, found, "dev"), found.score
 
 
 def trained_otherwise(

@@ -10,7 +10,6 @@ import gc
 import logging
 import multiprocessing
 import random
-import re
 import resource
 import statistics
 import tempfile
@@ -50,7 +49,6 @@ from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Probe
 from uhl.config import Sizes, UHLConfig, _Strict
 from uhl.errors import UHLError
-from uhl.files import write_csv
 from uhl.frame import Basis, Frame, dimension_frame
 from uhl.host import Slot, find_slots
 from uhl.peft_method import LOG, attach
@@ -292,13 +290,13 @@ def paired(steps: dict[str, Step], repeats: int, limit: float = float("inf"), wa
     """Time the steps in turn, round after round, so that what disturbs the machine disturbs all of them.
 
     Columns: ``seconds`` (median), ``low`` and ``high`` (quartiles), ``ratio`` (to the first step: median of the rounds'
-    ratios), ``ratio low`` and ``ratio high`` (their quartiles), ``rounds``: fewer than ``repeats``, but at least two,
+    ratios), ``ratio low`` and ``ratio high`` (their quartiles), ``rounds``: fewer than ``repeats``, but at least three,
     where another would go beyond ``limit`` seconds.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(warm + repeats):
         spent = sum(map(sum, times.values()))
-        if number >= warm + 2 and spent * (number - warm + 1) / (number - warm) > limit:
+        if number >= warm + 3 and spent * (number - warm + 1) / (number - warm) > limit:
             break
         for name, step in steps.items():
             begun = time.perf_counter()
@@ -323,7 +321,9 @@ def _weight_steps(
     tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, train: bool, compiled: bool = False
 ) -> dict[str, Step]:
     """One frozen `nn.Linear`, by itself, with each path's update, with rank-8 LoRA's written plainly, and as PEFT's
-    VeRA and VB-LoRA change it. ``compiled``: LoRA, VeRA, VB-LoRA and gather compiled, too, where :func:`_compiled` can.
+    VeRA and VB-LoRA change it. The route and its tables are there before, as they are for five of a layer's six
+    weights; what compiles makes its own tables in each backward pass. ``compiled``: LoRA, VeRA, VB-LoRA and gather
+    compiled, too, where :func:`_compiled` can.
 
     A size is compiled for itself when it is first run, so in the rounds that are not counted.
     """
@@ -395,43 +395,14 @@ def weights(
     """:func:`paired` times of one weight for each of ``grid``'s sizes (tokens, d_in, d_out, atoms, top_k).
 
     A size takes about ``limit`` seconds at most, beside its compilation where ways are measured ``compiled`` too.
-    ``file``: see :func:`_resumed`.
+    ``file``: see :func:`uhl.runs.resumed`.
     """
 
     def measure(repeats: int, limit: float, **size: Any) -> pd.DataFrame:
         return paired(_weight_steps(**size), repeats, limit)
 
     how = {"train": train, "compiled": compiled, "repeats": repeats, "limit": limit}
-    return _resumed(measure, [size | how for size in grid], file)
-
-
-def _resumed(
-    measure: Callable[..., pd.DataFrame], keys: Sequence[dict[str, Any]], file: str | Path | None
-) -> pd.DataFrame:
-    """``measure(**key)`` of each distinct key, with the key's columns, the machine's and the commit's.
-
-    With ``file`` (CSV) each is kept as soon as it is measured, and what is in it of this machine and commit is not
-    measured again, where that commit is known and the files are as it has them.
-    """
-    keys = [dict(items) for items in dict.fromkeys(tuple(key.items()) for key in keys)]
-    text = {"machine": str, "commit": str}  # a hash may look like a number
-    kept = pd.read_csv(file, dtype=text) if file is not None and Path(file).exists() else pd.DataFrame()
-    where = {"machine": runs.hardware(), "commit": runs.commit()}
-    if re.search("dirty|unknown", where["commit"]) and "commit" in kept.columns:
-        kept = kept[kept["commit"] != where["commit"]]  # of other files, perhaps
-    parts = []
-    for number, key in enumerate(keys, 1):
-        columns = key | where
-        known = set(columns) <= set(kept.columns)
-        part = kept[(kept[list(columns)] == pd.Series(columns)).all(axis=1)] if known else kept[:0]
-        if part.empty:
-            LOG.info("%d of %d: %s", number, len(keys), ", ".join(f"{k} {v}" for k, v in key.items()))
-            part = measure(**key).assign(**columns)
-            kept = pd.concat([kept, part], ignore_index=True)
-            if file is not None:
-                write_csv(file, kept)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    return runs.resumed(measure, [size | how for size in grid], file)
 
 
 def stream_frame(slots: Sequence[Slot], width: int, canonical: int) -> Frame:
@@ -501,7 +472,7 @@ def hosts(
 ) -> pd.DataFrame:
     """:func:`paired` times of a whole host with each method; "bare" is only ever a forward pass.
 
-    ``compiled``: those that :func:`_compiled` can. ``file``: see :func:`_resumed`.
+    ``compiled``: those that :func:`_compiled` can. ``file``: see :func:`uhl.runs.resumed`.
     """
 
     def measure(**_: object) -> pd.DataFrame:
@@ -515,7 +486,7 @@ def hosts(
 
     size = {"host": shape, "batch": batch, "length": length, "tokens": batch * length}
     key = size | {"train": train, "compiled": compiled, "repeats": repeats, "rivals": ", ".join(methods)}
-    return _resumed(measure, [key], file)
+    return runs.resumed(measure, [key], file)
 
 
 def _peak_of(method: str, shape: str, batch: int, length: int) -> float:
@@ -534,14 +505,14 @@ def peaks(
 ) -> pd.DataFrame:
     """Peak resident memory (MB) of one training step, each method in a process of its own.
 
-    ``file``: see :func:`_resumed`.
+    ``file``: see :func:`uhl.runs.resumed`.
     """
 
     def measure(method: str, **_: object) -> pd.DataFrame:
         return pd.DataFrame({"peak MB": [_alone(_peak_of, method, shape, batch, length)]})
 
     size = {"host": shape, "batch": batch, "length": length}
-    return _resumed(measure, [{"method": method} | size for method in methods], file)
+    return runs.resumed(measure, [{"method": method} | size for method in methods], file)
 
 
 def power_law(found: pd.DataFrame, step: str, by: Sequence[str]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from uhl import bench, ops
+from uhl import bench, ops, runs
 from uhl.errors import UHLError
 from uhl.router import Places, Route
 
@@ -108,7 +108,7 @@ def _kernels(tokens: int, width: int) -> pd.DataFrame:
 
 def kernels(file: str | Path | None = None) -> pd.DataFrame:
     """:data:`KERNELS`' sizes; ``file``: kept there as soon as measured, and not measured again."""
-    return bench._resumed(_kernels, [{"tokens": t, "width": d} for t, d in KERNELS], file)
+    return runs.resumed(_kernels, [{"tokens": t, "width": d} for t, d in KERNELS], file)
 
 
 def _weight(tokens: int, width: int, train: bool, repeats: int) -> pd.DataFrame:
@@ -145,7 +145,7 @@ def _weight(tokens: int, width: int, train: bool, repeats: int) -> pd.DataFrame:
 def weights(file: str | Path | None = None, repeats: int = 30) -> pd.DataFrame:
     """Times of one 1,024-wide weight by path and number of tokens; ``file`` as for :func:`kernels`."""
     sizes = [{"tokens": t, "width": 1024, "train": train} for train in (False, True) for t in TOKENS]
-    return bench._resumed(_weight, [size | {"repeats": repeats} for size in sizes], file)
+    return runs.resumed(_weight, [size | {"repeats": repeats} for size in sizes], file)
 
 
 def _busy(step: Callable[[], object]) -> float:
@@ -166,7 +166,7 @@ def _hosts(shape: str, batch: int, length: int, train: bool, mode: str, repeats:
     models: dict[str, Any] = dict(bench._methods(shape, names, "cuda", torch.bfloat16))
     if mode != "eager":
         torch._dynamo.reset()
-        models = {name: torch.compile(model, mode=mode) for name, model in models.items()}
+        models = {name: torch.compile(model, fullgraph=True, mode=mode) for name, model in models.items()}
     steps = {name: bench.host_step(model, batch, length, train) for name, model in models.items()}
     found = bench.paired(steps, repeats, warm=3)
     most = {}
@@ -198,7 +198,7 @@ def hosts(
         for shape, b, n in sizes
         for train in (False, True)
     ]
-    return bench._resumed(_hosts, keys, file)
+    return runs.resumed(_hosts, keys, file)
 
 
 def measure(folder: str | Path) -> list[Path]:

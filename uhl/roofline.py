@@ -1,7 +1,8 @@
 """How near to what the machine can do each way of one weight's update comes: the roofline (Williams et al. 2009).
 
 A way that does F FLOPs and must move M bytes takes at least max(F / peak, M / bandwidth) seconds, so its GFLOP/s lie
-below min(peak, bandwidth * F / M). Both roofs are measured here, on the threads that torch is set to.
+below min(peak, bandwidth * F / M). Both roofs are measured here, on the threads that torch is set to; a machine whose
+speed varies may do more at another time.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import subprocess
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
@@ -419,6 +419,36 @@ def commit() -> str:
     call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
+
+
+def resumed(
+    measure: Callable[..., pd.DataFrame], keys: Sequence[dict[str, Any]], file: str | Path | None
+) -> pd.DataFrame:
+    """``measure(**key)`` of each distinct key, with the key's columns, the machine's and the commit's.
+
+    With ``file`` (CSV) each is kept as soon as it is measured, and what is in it of this machine and commit is not
+    measured again, where that commit is known and the files are as it has them.
+    """
+    keys = [dict(items) for items in dict.fromkeys(tuple(key.items()) for key in keys)]
+    text = {"machine": str, "commit": str}  # a hash may look like a number
+    kept = pd.read_csv(file, dtype=text) if file is not None and Path(file).exists() else pd.DataFrame()
+    where = {"machine": hardware(), "commit": commit()}
+    if re.search("dirty|unknown", where["commit"]) and "commit" in kept.columns:
+        kept = kept[kept["commit"] != where["commit"]]  # of other files, perhaps
+    parts = []
+    for number, key in enumerate(keys, 1):
+        columns = key | where
+        known = set(columns) <= set(kept.columns)
+        part = kept[(kept[list(columns)] == pd.Series(columns)).all(axis=1)] if known else kept[:0]
+        if part.empty:
+            what = ", ".join(f"{k} {v}" for k, v in key.items())
+            logging.getLogger("uhl").info("%d of %d: %s", number, len(keys), what)
+            part = measure(**key).assign(**columns)
+            kept = pd.concat([kept, part], ignore_index=True)
+            if file is not None:
+                write_csv(file, kept)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
 
 
 def quiet() -> None:

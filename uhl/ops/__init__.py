@@ -2,7 +2,8 @@
 
 ``reference`` is written to be read, ``dense`` is two matrix products over all atoms, ``gather`` touches only the atoms
 that a token chose, ``fused`` is the same as Triton kernels. :func:`choose` picks by device and size; ``attach(...,
-path=...)`` or ``Attached.path`` overrides it, and ``Attached.paths`` says what the last forward pass used.
+path=...)`` or ``Attached.path`` overrides it, and ``Attached.paths`` says what the last forward pass used. Where the
+router is one kernel, :func:`route` says.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""The operations of :mod:`uhl.ops.gather` as Triton kernels, and the router's choice: x is read once, y written once.
+"""The operations of :mod:`uhl.ops.gather` as Triton kernels, and the router's choice.
 
-``_rows`` takes some tokens through both steps, dots and sum, with the dots in registers; ``_sums`` gives each atom and
-block of columns to a few programs, which add the atom's tokens in their order. Nothing is added atomically, so every
-run gives the same bits. Products are formed in float32 whatever the tensors' dtype.
+``_rows`` takes some tokens through both steps, dots and sum, with the dots in registers: x is read once, y written
+once, forward and for the gradient of x. ``_sums``, for the atoms' gradients, gives each atom and block of columns to a
+few programs, which read a token once for each atom that it chose, and add the atom's tokens in their order. Nothing is
+added atomically, so every run gives the same bits. Products are formed in float32 whatever the tensors' dtype.
 """
 
 from __future__ import annotations
