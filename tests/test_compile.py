@@ -4,13 +4,16 @@ Type checks around the package's functions cannot be compiled, so these tests ru
 """
 
 import copy
+import math
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch._inductor.utils import run_and_get_code
 from transformers import BertConfig, BertModel
 
 from uhl import ops
@@ -287,11 +290,20 @@ def test_inductors_code_for_an_update_and_its_gradients(path):
     found, other = [], index.clone()
     other[3, 0] = (index[3, 0] + 1) % 7  # one atom of one token
     compiled = torch.compile(ops.get(path), fullgraph=True)
-    for update, places in ((ops.get("reference"), index), (compiled, index), (compiled, other)):
+
+    def step(update, places):
         leaves = [t.clone().requires_grad_() for t in (y, x, v, u, strength, gate, offset)]
         out = update(*leaves[:5], Route(places, leaves[5]), leaves[6])
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         found.append([out, *(leaf.grad for leaf in leaves)])
+
+    step(ops.get("reference"), index)
+    _, codes = run_and_get_code(step, compiled, index)
+    step(compiled, other)
+    assert len(codes) == 2  # forward and backward
+    for code in codes:
+        sizes = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", code)
+        assert max(math.prod(int(n) for n in size.split(",") if n.strip()) for size in sizes) <= 19 * 12  # no T x K x D
     for number, (reference, mine, wrong) in enumerate(zip(*found, strict=True)):
         assert reference.abs().max() > 0.1
         torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
