@@ -303,7 +303,8 @@ def test_inductors_code_for_an_update_and_its_gradients(path):
     assert len(codes) == 2  # forward and backward
     for code in codes:
         sizes = re.findall(r"empty_strided\w*\(\(([\d, ]+)\)", code)
-        assert max(math.prod(int(n) for n in size.split(",") if n.strip()) for size in sizes) <= 19 * 12  # no T x K x D
+        assert sizes or path == "fused"  # whose kernels allocate by themselves
+        assert all(math.prod(int(n) for n in size.split(",") if n.strip()) <= 19 * 12 for size in sizes)  # no T x K x D
     for number, (reference, mine, wrong) in enumerate(zip(*found, strict=True)):
         assert reference.abs().max() > 0.1
         torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
