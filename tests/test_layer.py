@@ -72,6 +72,26 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("path", ["dense", "gather", "fused"])
+def test_a_training_step_in_deterministic_mode_gives_the_same_bits(encoder, adapter, path):
+    """New memory holds NaN then, and what has no deterministic form is an error."""
+    if path == "fused":
+        pytest.importorskip("triton", reason="Triton is not installed")
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = []
+        with attach(encoder.model, adapter, "mood", path=path):
+            for _ in range(2):
+                run(encoder).sin().sum().backward()
+                found.append([p.grad for p in adapter.parameters() if p.grad is not None])
+                adapter.zero_grad()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for first, second in zip(*found, strict=True):
+        assert first.abs().max() > 0
+        assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_training_step_folds_once(encoder, adapter, monkeypatch, checkpointing):
     made, fold = [], adapter.fold

@@ -537,8 +537,9 @@ def test_writes_that_nothing_shows_are_seen_after_a_backward_pass_or_refold():
     torch.testing.assert_close(logits(model), after)
 
 
-def test_threads_do_not_share_a_pass():
-    model = trainable().eval()
+@pytest.mark.parametrize("checkpointing", [None, False], ids=["plain", "checkpointing"])
+def test_threads_do_not_share_a_pass(checkpointing):
+    model = trainable(checkpointing)
     learned = [p for p in model.parameters() if p.requires_grad]
 
     def once(length):
