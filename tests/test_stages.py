@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from optuna.storages._heartbeat import HeartbeatThread
 from transformers import TrainerState
 from world import sentences
 
@@ -492,6 +493,8 @@ def test_a_trial_whose_worker_was_killed_is_run_again(tiny_world, monkeypatch, a
         return Outcome(settings, task, rows=[row])
 
     monkeypatch.setattr(search, "BEAT", 1)
+    for name in ("start", "join"):  # killed before the thread that gives signs of life has begun
+        monkeypatch.setattr(HeartbeatThread, name, lambda self: None)
     monkeypatch.setattr(stages, "baseline", baseline)
     monkeypatch.setattr(stages, "baseline_start", lambda *_: None)
     worker = fork.Process(target=search.search, args=(tiny_world, "full", space))

@@ -318,6 +318,8 @@ def search(
             whole is not None and "fixed_params" not in made.get_trials(deepcopy=False)[trial.number].system_attrs
         ):  # another worker took the last one
             raise optuna.TrialPruned
+        # Optuna's own thread may be later than a kill, and a trial without any sign of life is never called stale
+        made._storage.record_heartbeat(trial._trial_id)  # type: ignore[attr-defined]
         values = ask(trial, space)
         try:
             row = run(settings, method, values, watch, begun)
