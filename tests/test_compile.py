@@ -308,9 +308,8 @@ def test_inductors_code_for_an_update_and_its_gradients(path):
     for number, (reference, mine, wrong) in enumerate(zip(*found, strict=True)):
         assert reference.abs().max() > 0.1
         torch.testing.assert_close(mine, reference, atol=1e-4, rtol=1e-4)
-        assert torch.allclose(wrong, reference, atol=1e-3, rtol=1e-3) == (
-            number == 1
-        )  # y's own gradient passes through
+        passes_through = number == 1  # y's own gradient
+        assert torch.allclose(wrong, reference, atol=1e-3, rtol=1e-3) == passes_through
 
 
 @plain
