@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
-from uhl import bench, budget, gpu, roofline, viz
+from uhl import baselines, bench, budget, gpu, roofline, viz
 from uhl.config import Sizes
 from uhl.errors import UHLError
 from uhl.host import find_slots, linear_flops
@@ -103,6 +103,32 @@ def test_a_size_stops_at_its_limit_and_says_after_how_many_rounds():
     assert set(bench.paired({"a": lambda: None}, 9)["rounds"]) == {9}
 
 
+def test_memory_of_a_step_is_counted_to_the_byte():
+    x, kept = torch.ones(1000), []
+    assert bench.held(lambda: x.neg().exp()) == 8000  # both at once
+    assert bench.held(lambda: x.neg_()) == 0
+    assert bench.held(lambda: [x.exp().sum() for _ in range(3)]) == 4000 + 3 * 4  # one after another
+    assert bench.held(lambda: kept.append(x.exp())) == 4000
+    assert bench.held(kept.clear) == 0  # what was there before
+
+    def learn():
+        w = torch.ones(1000, requires_grad=True)
+        (w.exp() * 1.0).sum().backward()
+
+    assert 4 * 4000 <= bench.held(learn) < 4 * 4000 + 200  # w, exp(w) and two gradients
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_memory_of_a_step_is_linear_in_tokens_and_not_of_every_token_and_atom(train):
+    size = {"tokens": 512, "d_in": 64, "d_out": 64, "atoms": 128, "top_k": 4}
+    once, twice = (bench.weights([size | {"tokens": t}], repeats=2, train=train) for t in (512, 1024))
+    one, two = (found.set_index("step")["step MB"] * 1e6 for found in (once, twice))
+    assert (two <= 2.01 * one).all()
+    assert (one >= 4 * 512 * 64).all()  # the output
+    rows = 4 * 512 * 4 * 64  # what would be (T, K, D)
+    assert one["gather"] - one["bare"] < rows < one["reference"] - one["bare"]
+
+
 def test_formula_says_the_fit():
     fit = {"tokens": 0.981, "d_in": 1.02, "atoms": 0.012, "seconds": 3.1e-9, "r2": 0.9}
     assert bench.formula(fit) == "seconds = 3.1e-09 T^0.98 D^1.02 A^0.01"
@@ -114,10 +140,11 @@ def test_flops_of_a_host_are_those_of_the_formula(name):
     with torch.device("meta"):
         slots = find_slots(AutoModel.from_config(config))
     counted, width = bench.flops(config, tokens=3), slots[0].d_in
-    for frame in ("dimension", "residual"):
-        stream = frame == "residual"
+    for method, stream in (("UHL", True), ("UHL dimension", False)):
         routes = budget.routing_flops(Sizes(), slots, width, stream)
-        assert counted[frame] == 3 * (routes + budget.update_flops(Sizes(), slots, stream)) > 0
+        assert counted[method] == 3 * (routes + budget.update_flops(Sizes(), slots, stream)) > 0
+    for method in bench.RIVALS:
+        assert counted[method] == 3 * budget.lora_flops(baselines.RANKS[method], slots) > 0
     assert counted["bare"] >= 3 * linear_flops(slots)  # attention may come on top
 
 

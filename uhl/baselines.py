@@ -49,6 +49,7 @@ RATES: dict[str, str] = {
 RANK = 8
 HEAD_AND_HEADER = 24_000  # bytes that a rank may not use: the head, and a tensor's line in the file's header each
 VERA_RANK, SMALL_RANK, VALUES = 256, 4, 23_040  # of VeRA; of VB-LoRA and Uni-LoRA, and the values that both train
+RANKS = {"LoRA r8": RANK, "VeRA r256": VERA_RANK, "VB-LoRA": SMALL_RANK, "Uni-LoRA": SMALL_RANK}
 
 
 @dataclass
@@ -148,10 +149,8 @@ def peft_method(method: str, slots: Sequence[Slot]) -> tuple[PeftConfig, list[Sl
         return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=paths), list(slots), rank
     targets = [s for s in slots if s.type in {"Q", "V"}]
     length = vector_length([size for s in targets for size in (s.d_in, s.d_out)])
-    names = {"lora-r8": "LoRA r8", "vera": "VeRA r256", "vb-lora": "VB-LoRA", "uni-lora": "Uni-LoRA"}
-    ranks = {"lora-r8": RANK, "vera": VERA_RANK}
-    made = peft_methods([s.path for s in targets], length)[names[method]]
-    return made, targets, ranks.get(method, SMALL_RANK)
+    name = {"lora-r8": "LoRA r8", "vera": "VeRA r256", "vb-lora": "VB-LoRA", "uni-lora": "Uni-LoRA"}[method]
+    return peft_methods([s.path for s in targets], length)[name], targets, RANKS[name]
 
 
 def head_size(part: TaskPart, frame: Frame) -> int:

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import logging
 import multiprocessing
+import os
 import random
 import resource
 import statistics
@@ -16,8 +17,8 @@ import tempfile
 import time
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
 from torch._dynamo.exc import Unsupported
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModel,
@@ -62,6 +64,7 @@ SHAPES = {
     "bert-large": (24, 1024, 4096, 16),
 }  # layers, width, inner, heads
 DECODERS = {"llama-tiny": (2, 256, 512, 4), "llama-7b": (32, 4096, 11008, 32)}  # likewise
+RIVALS = ("LoRA r8", "VeRA r256", "VB-LoRA")  # PEFT's
 SIX = ["query", "key", "value", "output.dense", "intermediate.dense"]  # names of a BERT layer's six weights
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # of a Llama layer
 
@@ -95,8 +98,10 @@ def architectures() -> dict[str, PretrainedConfig]:
 
 
 def flops(config: PretrainedConfig, tokens: int = 10) -> dict[str, int]:
-    """FLOPs of a forward pass of so many tokens by torch's counter: ``bare``, and what the adapter adds to them on the
-    reference path in a ``dimension`` and in a ``residual`` frame. The host's weights are never filled.
+    """FLOPs of a forward pass of so many tokens by torch's counter: ``bare``, and what each method adds to them.
+
+    ``UHL`` and ``UHL dimension`` are on the reference path, in a frame of the residual stream and in a ``dimension``
+    frame; :data:`RIVALS` are PEFT's, on the same weights. The host's weights are never filled.
     """
     with torch.device("meta"):
         made = AutoModel.from_config(config).eval()
@@ -105,17 +110,23 @@ def flops(config: PretrainedConfig, tokens: int = 10) -> dict[str, int]:
     adapter.add_task("main", [], "sentence")
     for buffer in model.buffers():
         buffer.zero_()
-    slots = find_slots(model)
-    width = slots[0].d_in
-    frames = {"bare": None, "dimension": None, "residual": stream_frame(slots, width, sizes.width)}
-    counted: dict[str, int] = {}
-    for name, frame in frames.items():
-        with torch.no_grad(), ExitStack() as stack:
-            if name != "bare":
-                stack.enter_context(attach(model, adapter, "main", frame, path="reference"))  # folds before the count
-            counter = stack.enter_context(FlopCounterMode(display=False))
+
+    def count() -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(input_ids=ids)
-        counted[name] = counter.get_total_flops() - counted.get("bare", 0)
+        return counter.get_total_flops()
+
+    slots = find_slots(model)
+    counted = {"bare": count()}
+    for name, frame in (("UHL", stream_frame(slots, slots[0].d_in, sizes.width)), ("UHL dimension", None)):
+        with torch.no_grad(), attach(model, adapter, "main", frame, path="reference"):  # folds before the count
+            counted[name] = count() - counted["bare"]
+    length = baselines.vector_length([size for s in slots for size in (s.d_in, s.d_out)])
+    configs = baselines.peft_methods([s.path for s in slots], length)
+    for name in RIVALS:
+        adapted: Any = get_peft_model(model, configs[name])
+        counted[name] = count() - counted["bare"]
+        model = adapted.unload()
     return counted
 
 
@@ -317,6 +328,41 @@ def paired(steps: dict[str, Step], repeats: int, limit: float = float("inf"), wa
     return pd.DataFrame(rows)
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without what C++ writes to standard error; Python's own `sys.stderr` may be elsewhere (in notebooks)."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def held(step: Step) -> int:
+    """Most bytes that torch's allocator holds on the CPU during a step, beside those that it held before.
+
+    Compiled code's are counted, too; what a library takes for itself is not. Blocks from before that the step gives
+    back count as held.
+    """
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:  # it writes of each start
+        step()
+    now = most = 0
+    for event in run.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def _costs(steps: dict[str, Step], repeats: int, limit: float = float("inf")) -> pd.DataFrame:
+    """:func:`paired` times, and ``step MB``: :func:`held`."""
+    times = paired(steps, repeats, limit)
+    return times.assign(**{"step MB": [held(steps[name]) / 1e6 for name in times["step"]]})
+
+
 def _weight_steps(
     tokens: int, d_in: int, d_out: int, atoms: int, top_k: int, train: bool, compiled: bool = False
 ) -> dict[str, Step]:
@@ -392,14 +438,15 @@ def weights(
     compiled: bool = False,
     limit: float = 30.0,
 ) -> pd.DataFrame:
-    """:func:`paired` times of one weight for each of ``grid``'s sizes (tokens, d_in, d_out, atoms, top_k).
+    """:func:`paired` times of one weight, and the memory of a step (``step MB``, :func:`held`), for each of ``grid``'s
+    sizes (tokens, d_in, d_out, atoms, top_k).
 
     A size takes about ``limit`` seconds at most, beside its compilation where ways are measured ``compiled`` too.
     ``file``: see :func:`uhl.runs.resumed`.
     """
 
     def measure(repeats: int, limit: float, **size: Any) -> pd.DataFrame:
-        return paired(_weight_steps(**size), repeats, limit)
+        return _costs(_weight_steps(**size), repeats, limit)
 
     how = {"train": train, "compiled": compiled, "repeats": repeats, "limit": limit}
     return runs.resumed(measure, [size | how for size in grid], file)
@@ -470,7 +517,8 @@ def hosts(
     repeats: int = 15,
     file: str | Path | None = None,
 ) -> pd.DataFrame:
-    """:func:`paired` times of a whole host with each method; "bare" is only ever a forward pass.
+    """:func:`paired` times of a whole host with each method, and the memory of a step (``step MB``, :func:`held`);
+    "bare" is only ever a forward pass.
 
     ``compiled``: those that :func:`_compiled` can. ``file``: see :func:`uhl.runs.resumed`.
     """
@@ -482,7 +530,7 @@ def hosts(
             if methods[0] not in models:
                 raise UHLError(f"{methods[0]}, to which the others are compared, does not compile as one graph")
         steps = {name: host_step(m, batch, length, train) for name, m in models.items()}
-        return paired(steps, repeats)
+        return _costs(steps, repeats)
 
     size = {"host": shape, "batch": batch, "length": length, "tokens": batch * length}
     key = size | {"train": train, "compiled": compiled, "repeats": repeats, "rivals": ", ".join(methods)}

@@ -137,9 +137,14 @@ def extra_flops_pct(
     return 100.0 * extra / host.linear_flops(list(all_slots))
 
 
+def lora_flops(rank: int, slots: Sequence[Slot]) -> int:
+    """FLOPs per token of a low-rank adapter, 2 r (d_in + d_out) a weight."""
+    return sum(2 * rank * (s.d_in + s.d_out) for s in slots)
+
+
 def lora_flops_pct(rank: int, slots: Sequence[Slot], all_slots: Sequence[Slot]) -> float:
-    """Low-rank adapters' FLOPs, 2 r (d_in + d_out) a weight, in percent of the host's linear layers."""
-    return 100.0 * sum(2 * rank * (s.d_in + s.d_out) for s in slots) / host.linear_flops(list(all_slots))
+    """:func:`lora_flops` in percent of the host's linear layers."""
+    return 100.0 * lora_flops(rank, slots) / host.linear_flops(list(all_slots))
 
 
 def table(config: Sizes, hosts: dict[str, tuple[list[Slot], int]]) -> pd.DataFrame:
