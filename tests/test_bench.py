@@ -241,6 +241,13 @@ def test_without_a_gpu_its_measurements_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_rivals_fit_every_shape_of_the_notebook():
+    """VB-LoRA's vectors must divide all widths: 312 and 1,200 are no multiples of 256."""
+    (model,) = bench._methods("tinybert-4l", ["VB-LoRA"]).values()
+    assert model.peft_config["default"].vector_length == 24
+    bench.host_step(model, 1, 4, train=True)()
+
+
 def test_a_decoder_carries_the_methods_on_all_seven_weights():
     models = bench._methods("llama-tiny", ("LoRA r8", "UHL"))
     assert len(models["UHL"].base_model.attached().slots) == 7 * bench.DECODERS["llama-tiny"][0]

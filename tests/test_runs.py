@@ -303,3 +303,12 @@ def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):
     assert "movies-s0/baselines-minilm-l3: lora-r8 on test" in report.missing("offline")
     assert "movies-s0/baselines-minilm-l3: head on test" not in report.missing("offline")
     assert "movies on minilm-l3: seeds 1, n = 2" in text
+
+
+def test_commit_is_what_git_says_unless_told(monkeypatch):
+    monkeypatch.setenv("UHL_COMMIT", "0123456789")
+    assert runs.commit() == "0123456789"
+    monkeypatch.setenv("UHL_COMMIT", "")
+    said = runs.commit()
+    monkeypatch.delenv("UHL_COMMIT")
+    assert said == runs.commit() != ""

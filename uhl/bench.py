@@ -468,9 +468,10 @@ def _methods(
     "UHL fused" it takes Triton's kernels, also compiled. Behind ", half" a method's own weights have the host's dtype.
     """
     config = UHLConfig(seed=0, init_weights=False)
-    configs = baselines.peft_methods(SEVEN if shape in DECODERS else SIX)
+    _, width, inner, _ = (SHAPES | DECODERS)[shape]
+    length = baselines.vector_length([width, inner])
+    configs = baselines.peft_methods(SEVEN if shape in DECODERS else SIX, length)
     configs |= dict.fromkeys(("UHL", "UHL fused", "UHL dimension"), config)
-    width = (SHAPES | DECODERS)[shape][1]
     made: dict[str, Any] = {}
     for name in names:
         host = _host(shape, device, dtype)

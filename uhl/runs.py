@@ -414,8 +414,8 @@ def commit() -> str:
 
     UHL_COMMIT says it where git cannot: in a copy on another machine.
     """
-    if "UHL_COMMIT" in os.environ:
-        return os.environ["UHL_COMMIT"]
+    if said := os.environ.get("UHL_COMMIT"):
+        return said
     call = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
     done = subprocess.run(call, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
