@@ -46,7 +46,7 @@ def speed_of_weights(measured: pd.DataFrame, base: dict[str, int]) -> tuple[Figu
         plain_ticks(row[0], (1, 2, 4, 8, 16, 32, 64, 1.5, 3, 6, 12, 24, 48))
     lines, labels = axes[0][0].get_legend_handles_labels()
     fig.tight_layout(rect=(0, 0.09, 1, 1))
-    fig.legend(lines, labels, ncol=6, loc="lower center", fontsize=8, frameon=False)
+    fig.legend(lines, labels, ncol=6, loc="lower center", fontsize=8, frameon=False, handlelength=3.5)
     return fig, measured
 
 
