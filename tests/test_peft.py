@@ -1,6 +1,7 @@
 """The PEFT method: what PEFT users do with an adapter, its shared state, and its file on other hosts."""
 
 import copy
+import gc
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -923,6 +924,10 @@ def distributed(rank, folder):
         steps.append({n: g.clone() for n, g in grads(model).items()})
         optimiser.step()
     torch.save(steps, f"{folder}/{rank}.pt")
+    # The wrapper must not be the group's last owner: it would wait for the group's thread while it holds the lock that
+    # the thread needs (seen with torch 2.13, once in hundreds of runs).
+    del parallel
+    gc.collect()
     dist.destroy_process_group()
 
 
