@@ -925,7 +925,7 @@ def distributed(rank, folder):
         optimiser.step()
     torch.save(steps, f"{folder}/{rank}.pt")
     # The wrapper must not be the group's last owner: it would wait for the group's thread while it holds the lock that
-    # the thread needs (seen with torch 2.13, once in hundreds of runs).
+    # the thread needs (seen once, with torch 2.13).
     del parallel
     gc.collect()
     dist.destroy_process_group()

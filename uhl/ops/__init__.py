@@ -30,11 +30,11 @@ def choose(device: str, tokens: int, atoms: int, d_in: int, d_out: int) -> str:
     """The path for a weight of that size on a device of that type ("cpu", "cuda").
 
     On CPUs gathering is quicker wherever the matrix products have enough to do: below :data:`LAUNCH` multiply-adds,
-    T A (d_in + d_out), they are done before it has started (measured: on a BERT-base-shaped host *dense* passes are 5 %
-    quicker at 4 to 16 tokens, as quick at 32, and 4 % slower at 64; notebook 08). A compiled host starts nothing, so it
-    gathers always (on GPUs it can call Triton's kernels, by the path `fused`). Otherwise Triton's kernels do
-    everything on CUDA devices, where Triton is installed: forward they were the quickest at every size (one H200; of
-    one weight by itself, its tables made anew, *dense* trained 3 to 16 % quicker).
+    T A (d_in + d_out), they are done before it has started (measured: the two cross between 16 and 128 tokens of a
+    weight 768 wide; figures/speed_weights.csv, notebook 08). A compiled host starts nothing, so it gathers always (on
+    GPUs it can call Triton's kernels, by the path `fused`). Otherwise Triton's kernels do everything on CUDA devices,
+    where Triton is installed: forward they were the quickest at every size (one H200; of one weight by itself, its
+    tables made anew, *dense* trained 3 to 16 % quicker).
     """
     if torch.compiler.is_compiling():
         return "gather"
