@@ -148,9 +148,8 @@ def peft_method(method: str, slots: Sequence[Slot]) -> tuple[PeftConfig, list[Sl
         paths = [s.path for s in slots]
         return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=paths), list(slots), rank
     targets = [s for s in slots if s.type in {"Q", "V"}]
-    length = vector_length([size for s in targets for size in (s.d_in, s.d_out)])
     name = {"lora-r8": "LoRA r8", "vera": "VeRA r256", "vb-lora": "VB-LoRA", "uni-lora": "Uni-LoRA"}[method]
-    return peft_methods([s.path for s in targets], length)[name], targets, RANKS[name]
+    return peft_methods([s.path for s in targets], widths(targets))[name], targets, RANKS[name]
 
 
 def head_size(part: TaskPart, frame: Frame) -> int:
@@ -192,20 +191,26 @@ def round_trained(classifier: Classifier) -> None:
             parameter.copy_(parameter.half().float())
 
 
+def widths(slots: Sequence[Slot]) -> list[int]:
+    """What the weights read and write: d_in and d_out of each."""
+    return [size for s in slots for size in (s.d_in, s.d_out)]
+
+
 def vector_length(sizes: Sequence[int]) -> int:
     """Length of VB-LoRA's vectors on weights of these sizes, each of which it must divide: the longest up to 256."""
     divisor = math.gcd(*sizes)
     return max(n for n in range(1, min(divisor, 256) + 1) if divisor % n == 0)
 
 
-def peft_methods(targets: Sequence[str], length: int = 256) -> dict[str, PeftConfig]:
+def peft_methods(targets: Sequence[str], sizes: Sequence[int]) -> dict[str, PeftConfig]:
     """PEFT's small methods on the weights whose names end in ``targets``, with the sizes that their authors report.
+    ``sizes``: all widths that these weights read or write.
 
     LoRA (Hu et al. 2021) at rank 8, VeRA (Kopiczko et al. 2023) at rank 256, VB-LoRA (Li et al. 2024) with 23,040
-    values in vectors of ``length``, which must divide the weights' sizes, FourierFT (Gao et al. 2024) with 1,000
-    coefficients, Uni-LoRA (Li et al. 2025) with a vector of 23,040.
+    values in vectors of :func:`vector_length`, FourierFT (Gao et al. 2024) with 1,000 coefficients, Uni-LoRA (Li et al.
+    2025) with a vector of 23,040.
     """
-    names = list(targets)
+    names, length = list(targets), vector_length(sizes)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Specified to not save vera_A and vera_B")  # as meant: a seed remakes them
         vera = VeraConfig(r=VERA_RANK, target_modules=names, save_projection=False)
@@ -227,8 +232,8 @@ def peft_methods(targets: Sequence[str], length: int = 256) -> dict[str, PeftCon
 
 def file_sizes(model: nn.Module, targets: Sequence[str]) -> pd.DataFrame:
     """Bytes of each of PEFT's methods on a host, of files that PEFT wrote: as it trains (float32), and as float16."""
-    rows = []
-    for name, config in peft_methods(targets).items():
+    rows, slots = [], [s for s in find_slots(model) if s.path.endswith(tuple(targets))]
+    for name, config in peft_methods(targets, widths(slots)).items():
         torch.manual_seed(0)
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)

@@ -121,8 +121,7 @@ def flops(config: PretrainedConfig, tokens: int = 10) -> dict[str, int]:
     for name, frame in (("UHL", stream_frame(slots, slots[0].d_in, sizes.width)), ("UHL dimension", None)):
         with torch.no_grad(), attach(model, adapter, "main", frame, path="reference"):  # folds before the count
             counted[name] = count() - counted["bare"]
-    length = baselines.vector_length([size for s in slots for size in (s.d_in, s.d_out)])
-    configs = baselines.peft_methods([s.path for s in slots], length)
+    configs = baselines.peft_methods([s.path for s in slots], baselines.widths(slots))
     for name in RIVALS:
         adapted: Any = get_peft_model(model, configs[name])
         counted[name] = count() - counted["bare"]
@@ -425,8 +424,7 @@ def _compiled(ways: dict[str, Any], step: Callable[[Any], Step]) -> dict[str, An
 
 def _on_one_weight(linear: nn.Linear, method: str) -> nn.Module:
     """A weight as one of PEFT's methods changes it; ``linear`` itself stays as it is."""
-    length = baselines.vector_length([linear.in_features, linear.out_features])
-    config = baselines.peft_methods(["weight"], length)[method]
+    config = baselines.peft_methods(["weight"], [linear.in_features, linear.out_features])[method]
     return get_peft_model(nn.Sequential(OrderedDict(weight=deepcopy(linear))), config)  # type: ignore[arg-type]
 
 
@@ -469,8 +467,7 @@ def _methods(
     """
     config = UHLConfig(seed=0, init_weights=False)
     _, width, inner, _ = (SHAPES | DECODERS)[shape]
-    length = baselines.vector_length([width, inner])
-    configs = baselines.peft_methods(SEVEN if shape in DECODERS else SIX, length)
+    configs = baselines.peft_methods(SEVEN if shape in DECODERS else SIX, [width, inner])
     configs |= dict.fromkeys(("UHL", "UHL fused", "UHL dimension"), config)
     made: dict[str, Any] = {}
     for name in names:
