@@ -1,5 +1,6 @@
 """FLOPs by formula equal torch's counter on the reference path; percentages on real shapes."""
 
+import zlib
 from dataclasses import replace
 
 import pytest
@@ -139,3 +140,10 @@ def test_file_sizes_are_those_of_files_that_peft_wrote():
     assert (table["bytes"] >= 4 * table["trained"].where(table.index != "VB-LoRA", 0)).all()
     assert (table["bytes, float16"] < table["bytes"]).all()
     assert all(torch.equal(p, before[n]) for n, p in host.named_parameters())
+
+
+@pytest.mark.parametrize(("labels", "size"), [(1, 10), (2, 10), (4, 20), (9, 32)])
+def test_labelled_texts_weigh_what_their_parts_do(labels, size):
+    texts = [f"text {i}" for i in range(80)]
+    packed = len(zlib.compress("\n".join(texts).encode(), 9))
+    assert budget.labelled_bytes(texts, labels) == packed + size  # 80 labels of 1, 2 or 3.17 bits

@@ -911,6 +911,59 @@ def test_hosts_of_two_vocabularies_are_not_trained_by_turns(tiny_world, monkeypa
         stages.pretrain(tiny_world, "canonical", second="other")
 
 
+def test_half_of_the_labels_and_the_texts_of_either_half(tiny_world, task, monkeypatch):
+    settings = Settings(**tiny_world.model_dump() | {"anchors": 30, "more_anchors": 10, "anchor_cuts": 1})
+    adapter, outcome = stages.pretrain(settings, "canonical")
+    outcome.finish("pretrain-canonical")
+    hosts = [stages.freeze(stages.load_encoder(name)) for name in ("big", "small")]
+    listed = attempts.attempts(adapter.anchors, ["data"])
+    made, anew = {}, attempts.with_training_texts
+    monkeypatch.setattr(
+        attempts, "with_training_texts", lambda *given: made.setdefault(given[3], anew(*given)) and made[given[3]]
+    )
+    table = attempts.measure(settings, adapter, *hosts, task, listed).set_index("attempt")
+    half = len(task.data["train"]) // 2
+    (entry,) = runs.manifests(f"t-{half}-labels").values()
+    assert entry["parameters"]["train_size"] == half
+    assert table.loc["source, half of the labels", "dev"] == entry["rows"][0]["score"]
+
+    used = set(stages.load_data(settings.model_copy(update={"train_size": half})).data["train"]["text"])
+    theirs = {seen: set(anchors.texts) - set(adapter.anchors.texts) for seen, anchors in made.items()}
+    assert theirs[True] <= used
+    assert theirs[False] <= set(task.data["train"]["text"]) - used
+    assert theirs[False]
+    for anchors in made.values():
+        first, end = adapter.anchors.texts, adapter.anchors.probe.own
+        assert anchors.texts[:end] == first[:end]
+        assert anchors.coded == adapter.anchors.coded
+        assert anchors.own == end + len(set(anchors.texts) - set(first))  # they count as the task's own texts
+        assert len(anchors.decided()) == sum(anchors.probe.units())
+    whole = stages.adapter_for(settings.model_copy(update={"profile": f"t-{half}-labels"}), "anchor")[0].anchors
+    again = made[True].cut(texts=whole.probe.own)
+    assert torch.allclose(again.decided()[:30], whole.decided()[:30], atol=0.05)  # in the coordinates of training
+
+    data = table.loc["head trained on the training texts and labels"]
+    assert data["texts"] == len(task.data["train"])
+    assert data["bytes"] == budget.labelled_bytes(task.data["train"]["text"], 2)
+    with pytest.raises(UHLError, match="whole training split"):
+        attempts.with_training_texts(settings, adapter, hosts[0], True)
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_labels_teach_where_they_are_given(tiny_world, task, labels):
+    settings = Settings(**tiny_world.model_dump() | {"epochs": 4})
+    anchors = stages.pretrain(settings, "canonical")[0].anchors
+    rows = task.data["train"]
+    turned = Dataset.from_dict(rows.to_dict() | {"label": [1 - label for label in rows["label"]]})
+    flipped = replace(task, data=DatasetDict(task.data | {"train": turned}))
+    one, other = (
+        attempts.taught(settings, anchors, stages.load_encoder("small"), seen, "head", labels)
+        for seen in (task, flipped)
+    )
+    agree = np.mean(np.array(one.labels) == np.array(other.labels))
+    assert agree < 0.2 if labels else agree == 1
+
+
 @pytest.mark.parametrize("method", attempts.TAUGHT.values())
 def test_what_is_taught_by_the_source_sees_no_label(tiny_world, task, method):
     settings = Settings(**tiny_world.model_dump() | {"epochs": 4, "anchor_cuts": 1})

@@ -14,6 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from jaxtyping import Float
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from uhl import budget, runs, store
+from uhl import budget, runs, store, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Observed, Probe, final_means, observe
 from uhl.baselines import RATES, run_baseline, start
@@ -39,6 +40,7 @@ from uhl.stages import (
     agreement,
     anchor_pool,
     generic_texts,
+    load_data,
     make_anchors,
     pretrain,
 )
@@ -47,7 +49,7 @@ from uhl.train import Classifier, Prediction, predict
 
 CHOICES = ("random", "k-means", "leverage", "determinantal")
 GROUPS = (
-    *("head", "maps", "layers", "rank", "scale", "refresh", "perturbed", "turns", "taught"),
+    *("head", "maps", "layers", "rank", "scale", "refresh", "perturbed", "turns", "taught", "data"),
     *("texts", "dims", "bits", "choice"),
 )
 SECOND = ("minilm-4x312", "minilm-l3", "minilm-l6")  # to train on by turns with the source: the first other host
@@ -61,8 +63,11 @@ class Attempt:
     """One way to port. ``coded``, ``texts``, ``dims``, ``bits`` and ``cuts`` are those of :meth:`Anchors.cut`;
     ``choice`` draws the coded texts anew from the source's unlabelled text. ``noise`` ports another adapter,
     trained on the source under maps that are so much off (:class:`uhl.augment.Perturbed`); ``turns`` one that was
-    trained on a host of :data:`SECOND` as well (:class:`uhl.augment.ByTurns`). ``taught`` ports nothing: a baseline is
-    trained on the target with the source's decisions on the anchors in place of labels.
+    trained on a host of :data:`SECOND` as well (:class:`uhl.augment.ByTurns`); ``half`` one that was trained on half of
+    the training texts, with its own anchors (file), or with its logits for that half (seen) or for the other half
+    (unseen) beside them. ``taught`` ports nothing: a baseline is trained on the target with the source's decisions on
+    the anchors in place of labels, or (``labels``) on the training texts and their labels, whose bytes are then those
+    of the attempt.
     """
 
     group: str
@@ -77,7 +82,9 @@ class Attempt:
     choice: str | None = None
     noise: float = 0.0
     turns: bool = False
+    half: Literal["file", "seen", "unseen"] | None = None
     taught: Method | None = None
+    labels: bool = False
 
 
 def attempts(anchors: Anchors, groups: Sequence[str] = GROUPS) -> list[Attempt]:
@@ -128,6 +135,13 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     if anchors.kind != "token" and anchors.reads is not None and anchors.bias is not None:
         for what, method in TAUGHT.items():
             yield Attempt("taught", f"{what} trained on the source's decisions", taught=method)
+    if anchors.logits is not None:
+        yield Attempt("data", "source, half of the labels", ON_SOURCE, half="file")
+        yield Attempt("data", "half of the labels: head, no atoms", "zero-atoms", half="file")
+        yield Attempt("data", "half of the labels: with logits of the other half's texts", "zero-atoms", half="unseen")
+        yield Attempt("data", "half of the labels: with logits of its own texts", "zero-atoms", half="seen")
+    if anchors.kind != "token":
+        yield Attempt("data", "head trained on the training texts and labels", taught="head", labels=True)
     counts = [n for n in (64, 128, 256, 512) if n <= anchors.coded]
     for count in counts:
         yield Attempt("texts", f"{count} coded texts alone", coded=count, texts=count, cuts=False)
@@ -184,13 +198,18 @@ def _measure(
     whole, none = adapter.anchors, float("nan")
     assert whole is not None
     if a.taught:
-        found = taught(settings, whole, deepcopy(target), task, a.taught)
-        same = 100 * agreement(settings, found, "dev")
-        return budget.anchor_bytes(whole), len(whole.texts), *4 * (none,), same, found.score
+        found = taught(settings, whole, deepcopy(target), task, a.taught, a.labels)
+        same, texts = (
+            100 * agreement(settings, found, "dev"),
+            tasks.plain_text(task, "train") if a.labels else whole.texts,
+        )
+        size = budget.labelled_bytes(texts, len(task.labels)) if a.labels else budget.anchor_bytes(whole)
+        return size, len(texts), *4 * (none,), same, found.score
     of, own = settings, deepcopy(adapter)  # a port may change what it ports
-    if a.noise or a.turns:
+    if a.noise or a.turns or a.half:
         second = next(name for name in SECOND if name not in {source.name, target.name}) if a.turns else None
-        of, own, on_source = trained_otherwise(settings, a.noise, second)
+        labels = len(task.data["train"]) // 2 if a.half else None
+        of, own, on_source = trained_otherwise(settings, a.noise, second, labels)
         if a.arm == ON_SOURCE:
             return budget.anchor_bytes(whole), len(whole.texts), *5 * (none,), on_source
     assert own.anchors is not None
@@ -198,26 +217,31 @@ def _measure(
     if a.choice:
         assert a.coded is not None
         own.anchors = chosen(settings, adapter, source, task, a.choice, a.coded)
+    if a.half in {"seen", "unseen"}:
+        own.anchors = with_training_texts(of, own, source, a.half == "seen")
     asked = own.anchors.probe
-    there = observe(target, asked) if a.choice else seen.cut(whole.probe, asked)
+    known = own.anchors.texts == whole.texts[: len(own.anchors.texts)]
+    there = seen.cut(whole.probe, asked) if known else observe(target, asked)
     way = a.way.model_copy(update={"refresh_steps": settings.refresh_steps})
     made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=way)
     with at_work(own, target, settings.task_name, made.frame, made.scale) as attached:
         classifier = Classifier(target.model, own.task(settings.task_name), made.frame, attached)
         found = predict(classifier, target, task, "dev", max_length=settings.max_length)
     size = budget.anchor_bytes(own.anchors, a.bits)
-    known = (made.scale, *(made.report.get(name) for name in ("change", "final_fit", "agreement")))
-    return size, len(own.anchors.texts), *known, 100 * agreement(of, found, "dev"), found.score
+    told = (made.scale, *(made.report.get(name) for name in ("change", "final_fit", "agreement")))
+    return size, len(own.anchors.texts), *told, 100 * agreement(of, found, "dev"), found.score
 
 
 def trained_otherwise(
-    settings: Settings, noise: float = 0.0, second: str | None = None
+    settings: Settings, noise: float = 0.0, second: str | None = None, labels: int | None = None
 ) -> tuple[Settings, UHLAdapter, float]:
-    """The canonical adapter that :func:`uhl.stages.pretrain` trains with such a ``noise`` or by turns with a ``second``
-    host, the settings of its run, and its dev score on the source. One that was trained is read from its file.
+    """The canonical adapter that :func:`uhl.stages.pretrain` trains with such a ``noise``, by turns with a ``second``
+    host, or on so many ``labels``; the settings of its run, and its dev score on the source. One that was trained is
+    read from its file.
     """
-    how = f"by-turns-{runs.slug(second)}" if second else f"perturbed-{noise:g}"
-    own = settings.model_copy(update={"profile": f"{settings.profile}-{how}", "splits": ("dev",)})
+    how = f"by-turns-{runs.slug(second)}" if second else f"{labels}-labels" if labels else f"perturbed-{noise:g}"
+    changes: dict[str, object] = {"train_size": labels} if labels else {}
+    own = settings.model_copy(update=changes | {"profile": f"{settings.profile}-{how}", "splits": ("dev",)})
     cell = runs.cell_dir(own, "pretrain-canonical")
     unused = {*NOT_OF_THE_SOURCE, "hosts", "dimension_rate", *RATES.values()}
 
@@ -235,19 +259,27 @@ def trained_otherwise(
     return own, adapter_for(own, "anchor")[0], row["score"]
 
 
-def taught(settings: Settings, anchors: Anchors, target: Encoder, task: Task, method: Method) -> Prediction:
+def taught(
+    settings: Settings, anchors: Anchors, target: Encoder, task: Task, method: Method, labels: bool = False
+) -> Prediction:
     """Train a baseline on ``target`` (which changes) with the source's decisions on the anchors, and predict dev.
 
     No label of the task is seen but by the source (and in choosing learning rates): a fifth of the task's own texts,
     with the source's decisions, stands in for dev. It says what the file's texts and decisions teach a host by usual
     means, without codes or atoms: decisions are hard, and every text counts alike. Where the source decides one label
     alone, so does what it has taught.
+
+    With ``labels`` the training texts and their labels take the place of anchors and decisions: what a file that held
+    no adapter, but the data, would teach.
     """
-    probe, decided = anchors.probe, anchors.decided().argmax(1).tolist()
-    own = len(anchors.texts) if anchors.own is None else anchors.own
+    probe = anchors.probe
+    decided: list[int] = list(task.data["train"]["label"]) if labels else anchors.decided().argmax(1).tolist()
+    texts = tasks.plain_text(task, "train") if labels else probe.observed
+    origins = range(len(texts)) if labels else probe.origins
+    own = len(texts) if labels else len(anchors.texts) if anchors.own is None else anchors.own
     held = set(random.Random(settings.seed).sample(range(own), max(1, own // 5)))
     rows: dict[str, list[dict[str, object]]] = {"train": [], "dev": []}
-    for row, (text, label, origin) in enumerate(zip(probe.observed, decided, probe.origins, strict=True)):
+    for row, (text, label, origin) in enumerate(zip(texts, decided, origins, strict=True)):
         made: dict[str, object] = {"text": text, "label": label}
         if task.kind == "pair":
             made["text"], _, made["text_pair"] = text.partition(PAIR)
@@ -277,9 +309,34 @@ def chosen(settings: Settings, adapter: UHLAdapter, source: Encoder, task: Task,
     if count > len(pool):
         pool += generic_texts(pool, count - len(pool), random.Random(settings.seed))
     texts = [pool[i] for i in select(final_means(source, pool), choice, count, settings.seed)]
+    probe = Probe(texts, task.kind, settings.anchor_words, None, settings.max_length)
+    return _anew(settings, adapter, source, probe)
+
+
+def with_training_texts(settings: Settings, adapter: UHLAdapter, source: Encoder, seen: bool) -> Anchors:
+    """An adapter's anchors, made anew with logits for texts of the training split among those of the own pool: for
+    those that it was trained on, by these ``settings``, or for as many others. Raises :class:`UHLError` where there are
+    none.
+    """
+    own = settings.model_copy(update={"anchor_text": "train"})
+    trained = anchor_pool(own, load_data(own))
+    others = sorted(set(anchor_pool(own, tasks.load_task(own.task_spec()))) - set(trained))
+    if not others:
+        raise UHLError("the adapter was trained on the whole training split; there are no other texts to compare")
+    count, draw = min(len(trained), len(others)), random.Random(settings.seed)
+    assert adapter.anchors is not None
+    texts, kept = adapter.anchors.texts, adapter.anchors.probe
+    more = [t for t in draw.sample(trained if seen else others, count) if t not in set(texts)]
+    end = len(texts) if kept.own is None else kept.own
+    return _anew(
+        settings, adapter, source, replace(kept, texts=[*texts[:end], *more, *texts[end:]], own=end + len(more))
+    )
+
+
+def _anew(settings: Settings, adapter: UHLAdapter, source: Encoder, probe: Probe) -> Anchors:
+    """Anchors of a trained adapter from another probe, in the coordinates that it was trained in."""
     basis = source_basis(adapter, source)
     frame = basis.frame(find_slots(source.model, adapter.config.types))
-    probe = Probe(texts, task.kind, settings.anchor_words, None, settings.max_length)
     return make_anchors(source, adapter, settings.task_name, observe(source, probe), basis, frame, probe, "attempt")
 
 

@@ -8,6 +8,7 @@ layers, 2 d_in d_out each; attention's own products are left out, which makes ou
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -108,6 +109,11 @@ def anchor_bytes(anchors: Anchors, bits: int = 8) -> int:
     codes = sum(-(-bits * t.values.numel() // 8) + 2 * SCALE * len(t.values) for t in tables)
     reads = 0 if anchors.reads is None else anchors.reads.numel() + 2 * SCALE * len(anchors.reads)
     return codes + reads + len(store.packed_text(anchors.texts))
+
+
+def labelled_bytes(texts: Sequence[str], labels: int) -> int:
+    """Bytes of texts with a label each, of ``labels`` kinds, as a file of ours would hold them."""
+    return len(store.packed_text(texts)) + math.ceil(len(texts) * math.log2(max(labels, 2)) / 8)
 
 
 def routing_flops(config: Sizes, slots: Sequence[Slot], width: int, stream: bool = False) -> int:
