@@ -824,6 +824,9 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
     assert "scale: anchor, scale chosen without labels" in rows
     assert len(rows) == len(table) - 2  # scores on the source are none of ports
+    few = found[found["group"] == "bits"].assign(target="another")
+    fig = viz.attempt_changes(pd.concat([found, few]))
+    assert [t.get_text().split("\n")[1] for t in fig.axes[0].get_xticklabels()] == ["big", "small"]
     panels = viz.score_against_anchor_bytes(found).axes
     drawn = [line for line in panels[0].lines if line.get_marker() == "s"]
     assert sorted(drawn[0].get_xdata()) == sorted(table[table["group"] == "dims"]["bytes"])

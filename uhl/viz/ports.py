@@ -39,7 +39,9 @@ def calibration(table: pd.DataFrame) -> Figure:
 
 
 def _attempt_colour(name: str, group: str) -> str:
-    return BASELINE if group == "taught" else CONTROL if name.startswith(("random-p", "refresh-random")) else OURS
+    if group == "taught" or name.startswith("head trained"):
+        return BASELINE
+    return CONTROL if name.startswith(("random-p", "refresh-random")) else OURS
 
 
 def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
@@ -86,7 +88,8 @@ def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
 
 def attempt_changes(table: pd.DataFrame) -> Figure:
     """Attempts of notebook 07 (rows) on several tasks and targets (columns): agreement with the source's decisions on
-    dev, in points more or less than the port as it is has, whose own stands below each column.
+    dev, in points more or less than the port as it is has, whose own stands below each column. A place where that was
+    not measured has no column.
     """
     places = ["task", "target"]
     usual = table[table["attempt"] == "anchor, scale chosen without labels"].groupby(places)["same"].mean()
@@ -94,7 +97,7 @@ def attempt_changes(table: pd.DataFrame) -> Figure:
         raise UHLError("the port as it is was not measured; set `attempts` to groups with `scale` among them")
     shown = table.assign(attempt=table["group"] + ": " + table["attempt"])
     wide = shown.pivot_table(index="attempt", columns=places, values="same", sort=False)
-    usual = usual.reindex(wide.columns)
+    wide = wide[usual.index].dropna(how="all")
     fig, ax = plt.subplots(figsize=(1.3 * wide.shape[1] + 4.2, 0.27 * len(wide) + 1.2))
     sns.heatmap(wide - usual, annot=True, fmt="+.1f", cmap="vlag_r", center=0, vmin=-8, vmax=8, cbar=False, ax=ax)
     labels = ["\n".join([*map(str, place), f"{own:.1f} %"]) for place, own in usual.items()]  # type: ignore[call-overload]
