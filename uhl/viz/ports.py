@@ -96,8 +96,8 @@ def attempt_changes(table: pd.DataFrame) -> Figure:
     if usual.empty:
         raise UHLError("the port as it is was not measured; set `attempts` to groups with `scale` among them")
     shown = table.assign(attempt=table["group"] + ": " + table["attempt"])
+    shown = shown.set_index(places).loc[usual.index].reset_index()
     wide = shown.pivot_table(index="attempt", columns=places, values="same", sort=False)
-    wide = wide[usual.index].dropna(how="all")
     fig, ax = plt.subplots(figsize=(1.3 * wide.shape[1] + 4.2, 0.27 * len(wide) + 1.2))
     sns.heatmap(wide - usual, annot=True, fmt="+.1f", cmap="vlag_r", center=0, vmin=-8, vmax=8, cbar=False, ax=ax)
     labels = ["\n".join([*map(str, place), f"{own:.1f} %"]) for place, own in usual.items()]  # type: ignore[call-overload]
