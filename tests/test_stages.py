@@ -948,6 +948,9 @@ def test_half_of_the_labels_and_the_texts_of_either_half(tiny_world, task, monke
     data = table.loc["head trained on the training texts and labels"]
     assert data["texts"] == len(task.data["train"])
     assert data["bytes"] == budget.labelled_bytes(task.data["train"]["text"], 2)
+    half_of, its, _ = attempts.trained_otherwise(settings, labels=half)
+    monkeypatch.setattr(attempts, "MOST", 3)
+    assert len(anew(half_of, its, hosts[0], False).texts) <= len(its.anchors.texts) + 3
     with pytest.raises(UHLError, match="whole training split"):
         attempts.with_training_texts(settings, adapter, hosts[0], True)
 

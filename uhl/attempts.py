@@ -55,6 +55,7 @@ GROUPS = (
 SECOND = ("minilm-4x312", "minilm-l3", "minilm-l6")  # to train on by turns with the source: the first other host
 ON_SOURCE = "source"  # no port, but the score of another adapter where it was trained
 COLUMNS = ["bytes", "texts", "scale", "change", "explained", "agreement", "same", "dev"]  # what is measured of one
+MOST = 4_000  # texts of the training split that are added to a file's
 TAUGHT: dict[str, Method] = {"head": "head", "LoRA r8": "lora-r8", "all weights": "full"}
 
 
@@ -199,10 +200,8 @@ def _measure(
     assert whole is not None
     if a.taught:
         found = taught(settings, whole, deepcopy(target), task, a.taught, a.labels)
-        same, texts = (
-            100 * agreement(settings, found, "dev"),
-            tasks.plain_text(task, "train") if a.labels else whole.texts,
-        )
+        same = 100 * agreement(settings, found, "dev")
+        texts = tasks.plain_text(task, "train") if a.labels else whole.texts
         size = budget.labelled_bytes(texts, len(task.labels)) if a.labels else budget.anchor_bytes(whole)
         return size, len(texts), *4 * (none,), same, found.score
     of, own = settings, deepcopy(adapter)  # a port may change what it ports
@@ -315,15 +314,15 @@ def chosen(settings: Settings, adapter: UHLAdapter, source: Encoder, task: Task,
 
 def with_training_texts(settings: Settings, adapter: UHLAdapter, source: Encoder, seen: bool) -> Anchors:
     """An adapter's anchors, made anew with logits for texts of the training split among those of the own pool: for
-    those that it was trained on, by these ``settings``, or for as many others. Raises :class:`UHLError` where there are
-    none.
+    those that it was trained on, by these ``settings``, or for as many others, at most :data:`MOST`. Raises
+    :class:`UHLError` where there are none.
     """
     own = settings.model_copy(update={"anchor_text": "train"})
     trained = anchor_pool(own, load_data(own))
     others = sorted(set(anchor_pool(own, tasks.load_task(own.task_spec()))) - set(trained))
     if not others:
         raise UHLError("the adapter was trained on the whole training split; there are no other texts to compare")
-    count, draw = min(len(trained), len(others)), random.Random(settings.seed)
+    count, draw = min(len(trained), len(others), MOST), random.Random(settings.seed)
     assert adapter.anchors is not None
     texts, kept = adapter.anchors.texts, adapter.anchors.probe
     more = [t for t in draw.sample(trained if seen else others, count) if t not in set(texts)]
