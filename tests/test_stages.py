@@ -921,9 +921,12 @@ def test_half_of_the_labels_and_the_texts_of_either_half(tiny_world, task, monke
     hosts = [stages.freeze(stages.load_encoder(name)) for name in ("big", "small")]
     listed = attempts.attempts(adapter.anchors, ["data"])
     made, anew = {}, attempts.with_training_texts
-    monkeypatch.setattr(
-        attempts, "with_training_texts", lambda *given: made.setdefault(given[3], anew(*given)) and made[given[3]]
-    )
+
+    def watched(*given):
+        made[given[3]] = anew(*given)
+        return made[given[3]]
+
+    monkeypatch.setattr(attempts, "with_training_texts", watched)
     table = attempts.measure(settings, adapter, *hosts, task, listed).set_index("attempt")
     half = len(task.data["train"]) // 2
     (entry,) = runs.manifests(f"t-{half}-labels").values()

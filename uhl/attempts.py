@@ -272,10 +272,12 @@ def taught(
     no adapter, but the data, would teach.
     """
     probe = anchors.probe
-    decided: list[int] = list(task.data["train"]["label"]) if labels else anchors.decided().argmax(1).tolist()
-    texts = tasks.plain_text(task, "train") if labels else probe.observed
-    origins = range(len(texts)) if labels else probe.origins
-    own = len(texts) if labels else len(anchors.texts) if anchors.own is None else anchors.own
+    if labels:
+        texts, decided = tasks.plain_text(task, "train"), list(task.data["train"]["label"])
+        own, origins = len(texts), list(range(len(texts)))
+    else:
+        texts, decided = probe.observed, anchors.decided().argmax(1).tolist()
+        own, origins = len(anchors.texts) if anchors.own is None else anchors.own, probe.origins
     held = set(random.Random(settings.seed).sample(range(own), max(1, own // 5)))
     rows: dict[str, list[dict[str, object]]] = {"train": [], "dev": []}
     for row, (text, label, origin) in enumerate(zip(texts, decided, origins, strict=True)):
