@@ -280,10 +280,8 @@ def test_examples_that_stand_alone_have_mcnemars_p_however_they_are_marked():
     assert report.paired(cells, {"movies": np.arange(1000) // 2})["p mcnemar"].isna().all()
 
 
-def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"a\n{report.START}\nold\n{report.END}\nb\n")
-    settings = Settings(profile="offline")
+def one_finished_cell(settings):
+    """A head retrained on minilm-l3, with two test examples."""
     made = runs.row(
         settings, target="minilm-l3", arm="head", phase="retrained", split="test", metric="accuracy", score=50, n=2
     )
@@ -292,6 +290,32 @@ def test_a_table_with_missing_cells_says_so(tmp_path, monkeypatch):
     runs.write_manifest(settings, "baselines-minilm-l3", [made], labels=["n", "p"])
     arrays = {"labels": [0, 1], "gold": [0, 0], "length": [1, 1]}
     np.savez(folder / "predictions.npz", **{f"head/test/{k}": np.array(v) for k, v in arrays.items()})
+
+
+def a_readme(folder, profile):
+    start, end = report.marks(profile)
+    readme = folder / "README.md"
+    readme.write_text(f"a\n{start}\nold\n{end}\nb\n")
+    return readme
+
+
+def test_predictions_of_a_users_own_task_stay_out_of_the_figures(tmp_path, monkeypatch):
+    monkeypatch.setenv("UHL_DATA", str(tmp_path))
+    for profile, task in (("offline", "movies"), ("local", str(tmp_path / "sst2"))):
+        one_finished_cell(Settings(profile=profile, task=task))
+        report.update_readme(profile, a_readme(tmp_path, profile), tmp_path / "figures", partial=True)
+    assert sorted(p.relative_to(tmp_path / "figures").as_posix() for p in (tmp_path / "figures").rglob("*.*")) == [
+        "local/results.csv",
+        "offline.zip",
+        "offline/results.csv",
+    ]
+    with pytest.raises(UHLError, match=r"no place for the table of offline; expected the lines <!-- results of"):
+        report.update_readme("offline", tmp_path / "README.md", tmp_path, partial=True)
+
+
+def test_a_table_with_missing_cells_says_so(tmp_path):
+    readme = a_readme(tmp_path, "offline")
+    one_finished_cell(Settings(profile="offline"))
     with pytest.raises(UHLError, match="cells or rows are missing or old"):
         report.update_readme("offline", readme, tmp_path)
     report.update_readme("offline", readme, tmp_path, partial=True)

@@ -20,14 +20,14 @@ from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
-from uhl.grid import PARAMS, Grid
+from uhl.grid import PARAMS, Grid, task_file
 from uhl.porting import RULES
 from uhl.runs import Settings, manifests
 from uhl.stages import TUNED_ARMS
 from uhl.viz import NAMES, ORDER, in_order
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
-START, END = "<!-- results: made by make table -->", "<!-- end of results -->"
+FIRST = "offline-full"  # whose figures lie in figures/ itself; another profile's in a folder of its name there
 
 
 def _predictions(path: Path) -> dict[str, np.ndarray]:
@@ -579,9 +579,15 @@ def _list(values: Iterable[object]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
+def marks(profile: str) -> tuple[str, str]:
+    """The lines in the README between which a profile's results stand."""
+    return f"<!-- results of {profile}: made by make table -->", f"<!-- end of results of {profile} -->"
+
+
 def update_readme(profile: str, readme: Path, figures: Path, verdicts: str = "", partial: bool = False) -> None:
-    """Put the table and, below it, the ``verdicts`` on the claims into the README between its two marks; and the
-    profile's figures with their CSVs into figures/.
+    """Put the table and, below it, the ``verdicts`` on the claims into the README between the profile's marks; and the
+    profile's figures with their CSVs into ``figures``, or a folder there. Its manifests and predictions go there in one
+    archive, unless a task is the user's own: predictions hold its labels.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -590,14 +596,16 @@ def update_readme(profile: str, readme: Path, figures: Path, verdicts: str = "",
         raise UHLError(
             f"profile {profile} is not complete, {len(left)} cells or rows are missing or old, first {left[0]}"
         )
-    text = readme.read_text(encoding="utf-8")
-    if START not in text or END not in text:
-        raise UHLError(f"{readme.name} has no place for the table; expected the lines {START} and {END}")
-    before, after = text.split(START)[0], text.split(END)[1]
-    write_text(readme, f"{before}{START}\n\n{markdown(profile)}\n{verdicts}\n\n{END}{after}")
-    figures.mkdir(exist_ok=True)
+    text, (start, end) = readme.read_text(encoding="utf-8"), marks(profile)
+    if start not in text or end not in text:
+        raise UHLError(f"{readme.name} has no place for the table of {profile}; expected the lines {start} and {end}")
+    before, after = text.split(start)[0], text.split(end)[1]
+    write_text(readme, f"{before}{start}\n\n{markdown(profile)}\n{verdicts}\n\n{end}{after}")
+    into = figures if profile == FIRST else figures / profile
+    into.mkdir(parents=True, exist_ok=True)
     for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
         if file.suffix in {".png", ".csv"}:
-            _copy(file, figures / file.name)
-    _copy(runs.root() / profile / "results.csv", figures / "results.csv")
-    runs.pack(profile, figures / f"{profile}.zip")
+            _copy(file, into / file.name)
+    _copy(runs.root() / profile / "results.csv", into / "results.csv")
+    if not any(task_file(profile, task) for task in Grid.read(profile).tasks):
+        runs.pack(profile, figures / f"{profile}.zip")
