@@ -4,10 +4,12 @@ import copy
 import gzip
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset, DatasetDict
 
 from uhl import readers, sources, tasks
 from uhl.errors import UHLError
@@ -205,6 +207,36 @@ def test_subset_is_seeded_and_leaves_dev_and_test(task):
     assert a == b
     assert a != c
     assert len(task.subset("train", 8, 0).data["test"]) == 16
+
+
+def test_what_is_set_aside_is_trained_on_nowhere_and_scored_nowhere(task):
+    texts = [f"text {i}" for i in range(20)]
+    rows = {"text": [*texts, *texts[:10]], "label": [0] * 30, "group": list(range(30))}
+    scored = {split: Dataset.from_dict({"text": texts[15:18], "label": [0, 1, 0]}) for split in ("dev", "test")}
+    whole = replace(task, data=DatasetDict({"train": Dataset.from_dict(rows), **scored}))
+    parted = whole.set_aside(8)
+    free, left = parted.data["unlabelled"], parted.data["train"]["text"]
+    assert free.column_names == ["text"]
+    assert len(set(free["text"])) == len(free) == 8
+    assert not set(free["text"]) & {*left, *texts[15:18]}
+    assert len(left) == 30 - sum(rows["text"].count(text) for text in free["text"])
+    assert list(whole.set_aside(8).data["unlabelled"]["text"]) == list(free["text"])
+    more = parted.set_aside(2).data["unlabelled"]["text"]
+    assert list(more[:8]) == list(free["text"])
+    assert len(more) == 10
+    assert whole.set_aside(0) is whole
+    with pytest.raises(UHLError, match="`unlabelled` is 17, and .* has 17 training texts; lower it"):
+        whole.set_aside(17)
+
+
+def test_words_and_pairs_can_be_set_aside(task):
+    tokens = {"tokens": [["good", str(i)] for i in range(6)], "tags": [[0, 0]] * 6}
+    pairs = {"text": ["why"] * 6, "text_pair": [str(i) for i in range(6)], "label": [0] * 6}
+    for rows, kept in ((tokens, ["tokens"]), (pairs, ["text", "text_pair"])):
+        none = {split: Dataset.from_dict({k: v[:0] for k, v in rows.items()}) for split in ("dev", "test")}
+        parted = replace(task, data=DatasetDict({"train": Dataset.from_dict(rows), **none})).set_aside(2)
+        assert parted.data["unlabelled"].column_names == kept
+        assert len(parted.data["train"]) == 4
 
 
 def test_missing_column(tmp_path):

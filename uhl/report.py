@@ -507,6 +507,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     most = ", ".join(f"{size:,}" for size in sorted(filter(None, sizes)))
     either = [f"at most {most} training labels"] if most else []
     labels = " or ".join([*either, "all training labels"] if None in sizes else either)
+    if any(p.get("unlabelled") for p in trained):
+        labels += " but those of texts set aside for anchors"
     lengths = _list(sorted({_length(m["parameters"]) for m in finished if _phases(m) & {"source"}}))
     steps = sorted({m["parameters"]["tune_steps"] for m in finished if _phases(m) & {"tuned", "retrained"}})
     tuned = f", then {_list(f'{n:,}' for n in steps)} steps on a target" if steps else ""

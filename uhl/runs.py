@@ -67,6 +67,7 @@ class Settings(_Strict):
     config: str | None = Field(None, description="of a task by hub id that has several: which one")
     seed: int = Field(0, ge=0)
     train_size: int | None = Field(None, ge=8, description="labelled examples; None: all")
+    unlabelled: int = Field(0, ge=0, description="training texts set aside without labels, for in-domain anchors")
     eval_size: int | None = Field(None, ge=8, description="most examples of dev and of test; None: all")
     splits: tuple[Literal["dev", "test"], ...] = Field(("dev", "test"), min_length=1, description="splits to score")
     anchors: int = Field(512, ge=16)

@@ -53,8 +53,11 @@ TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untra
 
 
 def load_data(settings: Settings) -> Task:
-    """The task with a training subset drawn with the run's seed, and dev and test subsets that are the same for all."""
-    task = tasks.load_task(settings.task_spec()).subset("train", settings.train_size, settings.seed)
+    """The task with what is set aside as unlabelled, and dev and test subsets, the same for all seeds; and a training
+    subset of the rest, drawn with the run's seed.
+    """
+    task = tasks.load_task(settings.task_spec()).set_aside(settings.unlabelled)
+    task = task.subset("train", settings.train_size, settings.seed)
     for split in ("dev", "test"):
         task = task.subset(split, settings.eval_size, tasks.SPLIT_SEED)
     return task
@@ -69,7 +72,9 @@ def anchor_pool(settings: Settings, task: Task) -> list[str]:
     if split is None:
         pool = tasks.generic_text()
     elif split not in task.data:
-        raise UHLError(f"task {task.name} has no unlabelled text; set anchor_text to generic, or to train")
+        raise UHLError(
+            f"task {task.name} has no unlabelled text; set anchor_text to generic, or `unlabelled` to a number"
+        )
     else:
         pool = tasks.plain_text(task, split)
     return sorted(set(map(_one_line, pool)))

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 from datasets.fingerprint import generate_random_fingerprint
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
@@ -62,6 +62,26 @@ class Task:
             return self
         chosen = random.Random(seed).sample(range(len(rows)), size)
         return replace(self, data=DatasetDict({**self.data, split: rows.select(chosen)}))
+
+    def set_aside(self, count: int) -> Task:
+        """The same task with ``count`` training texts less, which are ``unlabelled`` ones instead, the same for every
+        seed: none that dev or test hold as well, and each in all its copies, so that nothing is trained on it.
+
+        Raises :class:`UHLError` where no more than ``count`` such texts are there.
+        """
+        if not count:
+            return self
+        rows, texts = self.data["train"], plain_text(self, "train")
+        there = sorted(set(texts).difference(*(plain_text(self, split) for split in ("dev", "test"))))
+        if count >= len(there):
+            raise UHLError(f"`unlabelled` is {count:,}, and {self.name} has {len(there):,} training texts; lower it")
+        chosen = set(random.Random(SPLIT_SEED).sample(there, count))
+        first = {text: row for row, text in reversed(list(enumerate(texts)))}
+        free = rows.select(sorted(first[text] for text in chosen))
+        free = free.remove_columns([c for c in free.column_names if c not in ("text", "text_pair", "tokens")])
+        parts = [self.data["unlabelled"], free] if "unlabelled" in self.data else [free]
+        kept = rows.select([row for row, text in enumerate(texts) if text not in chosen])
+        return replace(self, data=DatasetDict({**self.data, "train": kept, "unlabelled": concatenate_datasets(parts)}))
 
 
 _BIO = ("O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC", "B-MISC", "I-MISC")
