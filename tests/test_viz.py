@@ -63,7 +63,23 @@ def test_rows_of_all_panels_agree(table):
     assert words(right) == ["not run", "not run", "65.0"]
     assert words(viz.panels(table, ["zero-shot"], [("y", "embedding")]).axes[1]) == ["not run", "not defined", "65.0"]
     assert left.get_xlim() == right.get_xlim()
-    assert [t.get_text() for t in fig.legends[0].get_texts()] == ["ours", "control"]
+    assert [t.get_text() for t in fig.legends[0].get_texts()][:2] == ["ours", "control"]
+
+
+def test_scores_stand_beside_the_sources_and_a_retrained_loras(table):
+    retrained = (
+        table[table["phase"] == "source"].tail(1).assign(target="x", phase="retrained", arm="lora-r8", score=88.0)
+    )
+    fig = viz.panels(pd.concat([table, retrained]), ["zero-shot"])
+    lines = [
+        [x for line in ax.lines for x in line.get_xdata() if line.get_linestyle() in {"--", ":"}] for ax in fig.axes
+    ]
+    assert lines == [[82.0, 82.0, 88.0, 88.0], [82.0, 82.0]]
+    assert [t.get_text() for t in fig.legends[0].get_texts()][2:] == [
+        "the adapter on its source",
+        "LoRA r8 retrained there",
+    ]
+    assert len(viz.panels(table, ["tuned"]).legends[0].get_texts()) == 2
 
 
 def test_arms_without_a_tuned_score_say_so(table):

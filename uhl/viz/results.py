@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter
 from matplotlib.transforms import offset_copy
 
@@ -37,6 +38,11 @@ LEARNERS = {  # whose learning curves share a panel
     "small PEFT": ("bitfit", "vera", "vb-lora", "uni-lora"),
     "LoRA to full": ("lora-r8", "lora-1mb", "sat-lora", "hf-sat-lora", "full"),
 }
+REFERENCES = {  # lines beside scores without labels
+    ("source", "uhl-canonical"): ("the adapter on its source", "--"),
+    ("retrained", "lora-r8"): ("LoRA r8 retrained there", ":"),
+}
+HALO = [withStroke(linewidth=2.5, foreground="white")]
 
 
 def _arm_rows(ax: Axes, table: pd.DataFrame, absent: Callable[[str], str] = str) -> None:
@@ -46,7 +52,8 @@ def _arm_rows(ax: Axes, table: pd.DataFrame, absent: Callable[[str], str] = str)
             note(ax, absent(cell["arm"]), y=place, across=ax.get_yaxis_transform())
             continue
         interval_mark(ax, cell, place, fmt="o", capsize=2)
-        ax.annotate(f"{cell['score']:.1f}", (cell["score"], place), (0, 4), textcoords="offset points", fontsize=8)
+        look: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8, "path_effects": HALO}
+        ax.annotate(f"{cell['score']:.1f}", (cell["score"], place), (0, 4), **look)
     ax.set_yticks(y, [NAMES.get(a, a) for a in table["arm"]])
     ax.set_ylim(-0.6, len(table) - 0.2)
     ax.margins(x=0.08)
@@ -61,18 +68,25 @@ def arm_scores(table: pd.DataFrame, title: str) -> Figure:
 
 
 def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[tuple[str, str]] = ()) -> Figure:
-    """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary, on one scale.
+    """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary, on one scale, with lines
+    at :data:`REFERENCES` where there are scores without labels.
 
     ``undefined``: (target, arm) that cannot be there, from :func:`uhl.report.undefined`.
     """
+    others = table[~table["phase"].isin(phases)]
     table = table[table["phase"].isin(phases)]
     arms = list(dict.fromkeys(a for phase in phases for a in in_order(table["arm"][table["phase"] == phase])))
     fig, cells = task_grid(table, 2.4, max(0.27 * len(arms) + 0.4, 0.9), 2.2, "test score, %", sharex=True, sharey=True)
-    for ax, _, host, rows in cells:
+    families = {name: colour for name, (colour, _, members) in FAMILIES.items() if set(members) & set(arms)}
+    key = {name: key_mark(name, colour) for name, colour in families.items()}
+    for ax, task, host, rows in cells:
         absent = partial(why_absent, host, undefined=undefined)
         _arm_rows(ax, rows.set_index("arm").reindex(arms).reset_index(), absent)
-    families = {name: colour for name, (colour, _, members) in FAMILIES.items() if set(members) & set(arms)}
-    key_below(fig, [key_mark(name, colour) for name, colour in families.items()])
+        for (phase, arm), (name, line) in REFERENCES.items() if "zero-shot" in phases else ():
+            known = others[(others["task"] == task) & (others["phase"] == phase) & (others["arm"] == arm)]
+            for score in known["score"][(known["target"] == host) | (phase == "source")]:
+                key[name] = ax.axvline(score, color=LOOKS[arm][0], linestyle=line, linewidth=1.2, zorder=1, label=name)
+    key_below(fig, list(key.values()))
     return fig
 
 
