@@ -148,7 +148,7 @@ def test_unknown_profile_and_bad_parameter_file(tmp_path):
 
 def test_the_readme_is_not_written_from_an_incomplete_profile(tmp_path):
     with pytest.raises(UHLError, match="offline is not complete, 9 cells or rows are missing or old, first movies-s0/"):
-        report.update_readme("offline", tmp_path / "README.md", tmp_path)
+        report.update_readme("offline", tmp_path)
 
 
 def test_files_are_whole_or_absent(tmp_path):
@@ -303,22 +303,23 @@ def test_predictions_of_a_users_own_task_stay_out_of_the_figures(tmp_path, monke
     monkeypatch.setenv("UHL_DATA", str(tmp_path))
     for profile, task in (("offline", "movies"), ("local", str(tmp_path / "sst2"))):
         one_finished_cell(Settings(profile=profile, task=task))
-        report.update_readme(profile, a_readme(tmp_path, profile), tmp_path / "figures", partial=True)
+        a_readme(tmp_path, profile)
+        report.update_readme(profile, tmp_path, partial=True)
     assert sorted(p.relative_to(tmp_path / "figures").as_posix() for p in (tmp_path / "figures").rglob("*.*")) == [
         "local/results.csv",
         "offline.zip",
         "offline/results.csv",
     ]
     with pytest.raises(UHLError, match=r"no place for the table of offline; expected the lines <!-- results of"):
-        report.update_readme("offline", tmp_path / "README.md", tmp_path, partial=True)
+        report.update_readme("offline", tmp_path, partial=True)
 
 
 def test_a_table_with_missing_cells_says_so(tmp_path):
     readme = a_readme(tmp_path, "offline")
     one_finished_cell(Settings(profile="offline"))
     with pytest.raises(UHLError, match="cells or rows are missing or old"):
-        report.update_readme("offline", readme, tmp_path)
-    report.update_readme("offline", readme, tmp_path, partial=True)
+        report.update_readme("offline", tmp_path)
+    report.update_readme("offline", tmp_path, partial=True)
     text = readme.read_text()
     assert text.startswith("a\n")
     assert text.endswith("b\n")

@@ -74,7 +74,7 @@ def table(options: argparse.Namespace) -> None:
     print(f"notebooks  {folder}/*/*/notebook.ipynb")
     if options.readme:
         verdicts = claims.markdown(options.profile)
-        report.update_readme(options.profile, HERE / "README.md", HERE / "figures", verdicts, options.partial)
+        report.update_readme(options.profile, HERE, verdicts, options.partial)
 
 
 def attempts(options: argparse.Namespace) -> None:

@@ -24,7 +24,19 @@ import pandas as pd
 from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS
-from uhl.report import Cells, Groups, gather, groups_of, own_source, priors, source_of, stack, summary, undefined
+from uhl.report import (
+    Cells,
+    Groups,
+    figures_of,
+    gather,
+    groups_of,
+    own_source,
+    priors,
+    source_of,
+    stack,
+    summary,
+    undefined,
+)
 from uhl.viz import NAMES
 
 PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
@@ -189,7 +201,8 @@ def markdown(profile: str) -> str:
     judged["arm"] = judged["arm"].mask(nowhere, "every arm")
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
     judged = judged[nowhere | anywhere]
-    said = "The claims of the hypothesis, over tasks and targets (intervals: [figures/claims.csv](figures/claims.csv)):"
+    file = (figures_of(profile) / "claims.csv").as_posix()
+    said = f"The claims of the hypothesis, over tasks and targets (intervals: [{file}]({file})):"
     lines = [said, "", "| claim | arm | effect | verdict |", "|---|---|---|---|"]
     arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
     for (claim, arm), found in judged.groupby(["claim", arms], sort=False):

@@ -27,7 +27,7 @@ from uhl.stages import TUNED_ARMS
 from uhl.viz import NAMES, ORDER, in_order
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
-FIRST = "offline-full"  # whose figures lie in figures/ itself; another profile's in a folder of its name there
+FIRST = "offline-full"  # whose figures lie in figures/ itself, others' in a folder of their name there
 
 
 def _predictions(path: Path) -> dict[str, np.ndarray]:
@@ -586,10 +586,15 @@ def marks(profile: str) -> tuple[str, str]:
     return f"<!-- results of {profile}: made by make table -->", f"<!-- end of results of {profile} -->"
 
 
-def update_readme(profile: str, readme: Path, figures: Path, verdicts: str = "", partial: bool = False) -> None:
-    """Put the table and, below it, the ``verdicts`` on the claims into the README between the profile's marks; and the
-    profile's figures with their CSVs into ``figures``, or a folder there. Its manifests and predictions go there in one
-    archive, unless a task is the user's own: predictions hold its labels.
+def figures_of(profile: str) -> Path:
+    """Where a profile's figures and their CSVs lie in the repository."""
+    return Path("figures") if profile == FIRST else Path("figures", profile)
+
+
+def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool = False) -> None:
+    """Put the table and, below it, the ``verdicts`` on the claims into the README of the repository at ``place``,
+    between the profile's marks, and its figures with their CSVs into :func:`figures_of`. Its manifests and predictions
+    go there in one archive, unless a task is the user's own: predictions hold its labels.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -598,16 +603,17 @@ def update_readme(profile: str, readme: Path, figures: Path, verdicts: str = "",
         raise UHLError(
             f"profile {profile} is not complete, {len(left)} cells or rows are missing or old, first {left[0]}"
         )
-    text, (start, end) = readme.read_text(encoding="utf-8"), marks(profile)
+    readme, (start, end) = place / "README.md", marks(profile)
+    text = readme.read_text(encoding="utf-8")
     if start not in text or end not in text:
         raise UHLError(f"{readme.name} has no place for the table of {profile}; expected the lines {start} and {end}")
     before, after = text.split(start)[0], text.split(end)[1]
     write_text(readme, f"{before}{start}\n\n{markdown(profile)}\n{verdicts}\n\n{end}{after}")
-    into = figures if profile == FIRST else figures / profile
+    into = place / figures_of(profile)
     into.mkdir(parents=True, exist_ok=True)
     for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
         if file.suffix in {".png", ".csv"}:
             _copy(file, into / file.name)
     _copy(runs.root() / profile / "results.csv", into / "results.csv")
     if not any(task_file(profile, task) for task in Grid.read(profile).tasks):
-        runs.pack(profile, figures / f"{profile}.zip")
+        runs.pack(profile, place / "figures" / f"{profile}.zip")
