@@ -321,7 +321,8 @@ def with_training_texts(settings: Settings, adapter: UHLAdapter, source: Encoder
     """
     own = settings.model_copy(update={"anchor_text": "train"})
     trained = anchor_pool(own, load_data(own))
-    others = sorted(set(anchor_pool(own, tasks.load_task(own.task_spec()))) - set(trained))
+    whole = own.model_copy(update={"train_size": None})
+    others = sorted(set(anchor_pool(own, load_data(whole))) - set(trained))
     if not others:
         raise UHLError("the adapter was trained on the whole training split; there are no other texts to compare")
     count, draw = min(len(trained), len(others), MOST), random.Random(settings.seed)
