@@ -2,8 +2,8 @@
 # make test                    set up, lint, types, unit tests, notebooks
 # make conformance             PEFT's own tests on our method
 # make port TARGET=minilm-l3   one target: pre-train if needed, port
-# make attempts                ways to port, compared on dev (notebook 07 for every task and target); writes figures/attempts.*
-# make copies                  the adapter on pruned copies of its source (notebook 10); writes figures/compression*
+# make attempts                ways to port, compared on dev (notebook 07 for every task and target); figures attempts.*
+# make copies                  the adapter on pruned copies of its source (notebook 10); figures compression*
 # make bench                   times and memory of the layers on this machine
 # make fetch                   set up and fetch the offline models and text, no more
 # make lab                     JupyterLab on notebooks/ (its root is here, so that notebooks can show figures/)

@@ -78,19 +78,19 @@ def table(options: argparse.Namespace) -> None:
 
 
 def attempts(options: argparse.Namespace) -> None:
-    """Gather what notebook 07 measured on a profile's targets into figures/attempts.csv, and draw it."""
-    found = report.attempts(options.profile)
+    """Gather what notebook 07 measured on a profile's targets as attempts.csv, and draw it."""
+    found, into = report.attempts(options.profile), HERE / report.figures_of(options.profile)
     if found["group"].isin(viz.OF_BYTES).any():
-        viz.save_fig(viz.score_against_anchor_bytes(found), HERE / "figures" / "anchor_bytes", found)
-    path = viz.save_fig(viz.attempt_changes(found), HERE / "figures" / "attempts", found)
+        viz.save_fig(viz.score_against_anchor_bytes(found), into / "anchor_bytes", found)
+    path = viz.save_fig(viz.attempt_changes(found), into / "attempts", found)
     print(f"{path.relative_to(HERE)}: {len(found)} attempts on {found.groupby(['task', 'target']).ngroups} cells")
 
 
 def copies(options: argparse.Namespace) -> None:
-    """Gather what notebook 10 measured on pruned copies of the source into figures/compression.csv, and draw it."""
-    found = report.compressed(options.profile)
-    viz.save_fig(viz.losses(found, DOUBTFUL), HERE / "figures" / "compression_losses", found)
-    path = viz.save_fig(viz.compression(found), HERE / "figures" / "compression", found)
+    """Gather what notebook 10 measured on pruned copies of the source as compression.csv, and draw it."""
+    found, into = report.compressed(options.profile), HERE / report.figures_of(options.profile)
+    viz.save_fig(viz.losses(found, DOUBTFUL), into / "compression_losses", found)
+    path = viz.save_fig(viz.compression(found), into / "compression", found)
     print(f"{path.relative_to(HERE)}: {found['copy'].nunique()} models, seeds {found['seeds'].max()}")
 
 
