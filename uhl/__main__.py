@@ -79,6 +79,7 @@ def table(options: argparse.Namespace) -> None:
 
 def attempts(options: argparse.Namespace) -> None:
     """Gather what notebook 07 measured on a profile's targets as attempts.csv, and draw it."""
+    viz.style()
     found, into = report.attempts(options.profile), HERE / report.figures_of(options.profile)
     if found["group"].isin(viz.OF_BYTES).any():
         viz.save_fig(viz.score_against_anchor_bytes(found), into / "anchor_bytes", found)
@@ -88,6 +89,7 @@ def attempts(options: argparse.Namespace) -> None:
 
 def copies(options: argparse.Namespace) -> None:
     """Gather what notebook 10 measured on pruned copies of the source as compression.csv, and draw it."""
+    viz.style()
     found, into = report.compressed(options.profile), HERE / report.figures_of(options.profile)
     viz.save_fig(viz.losses(found, DOUBTFUL), into / "compression_losses", found)
     path = viz.save_fig(viz.compression(found), into / "compression", found)
