@@ -77,8 +77,8 @@ class Task:
             raise UHLError(f"`unlabelled` is {count:,}, and {self.name} has {len(there):,} training texts; lower it")
         chosen = set(random.Random(SPLIT_SEED).sample(there, count))
         first = {text: row for row, text in reversed(list(enumerate(texts)))}
-        free = rows.select(sorted(first[text] for text in chosen))
-        free = free.remove_columns([c for c in free.column_names if c not in ("text", "text_pair", "tokens")])
+        columns = [column for column in ("text", "text_pair", "tokens") if column in rows.column_names]
+        free = rows.select(sorted(first[text] for text in chosen)).select_columns(columns)
         parts = [self.data["unlabelled"], free] if "unlabelled" in self.data else [free]
         kept = rows.select([row for row, text in enumerate(texts) if text not in chosen])
         return replace(self, data=DatasetDict({**self.data, "train": kept, "unlabelled": concatenate_datasets(parts)}))
