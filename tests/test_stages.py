@@ -821,9 +821,10 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     usual = attempts.attempts(whole, ["scale"])[-1]
     found.loc[found["attempt"] == "8-bit codes", ["group", "attempt"]] = usual.group, usual.name
     fig = viz.attempt_changes(found)
-    rows = [label.get_text() for label in fig.axes[0].get_yticklabels()]
-    assert "scale: anchor, scale chosen without labels" in rows
-    assert len(rows) == len(table) - 2  # scores on the source are none of ports
+    rows = {ax.get_title("left"): [label.get_text() for label in ax.get_yticklabels()] for ax in fig.axes}
+    assert list(rows) == list(dict.fromkeys(found["group"]))
+    assert "anchor, scale chosen without labels" in rows["scale"]
+    assert sum(map(len, rows.values())) == len(table) - 2  # scores on the source are none of ports
     few = found[found["group"] == "bits"].assign(target="another")
     fig = viz.attempt_changes(pd.concat([found, few]))
     assert [t.get_text().split("\n")[1] for t in fig.axes[0].get_xticklabels()] == ["big", "small"]

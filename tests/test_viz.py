@@ -133,10 +133,11 @@ def test_ports_are_drawn_about_the_diagonal():
     assert left.get_xlim() == left.get_ylim() == right.get_xlim() == pytest.approx((0.68, 0.92))
     assert len({line.get_marker() for line in left.lines[1:]}) == 2
     told = table.assign(kappa=[0.3, 0.7, 0.8], score=[60.0, 70.0, 81.0], **{"source score": 80.0})
-    axes = viz.foretold(told, 0.4).axes[0]
-    (points,) = (c for c in axes.collections if len(c.get_offsets()) == 3)
-    assert points.get_offsets().tolist() == [[0.3, 20], [0.7, 10], [0.8, -1]]
-    assert (axes.patches[0].get_x(), axes.patches[0].get_width()) == (0, 0.4)
+    panels = viz.foretold(told, 0.4).axes
+    assert [ax.get_title() for ax in panels] == ["x", "y"]
+    points = [[line.get_xydata().tolist() for line in ax.lines[1:]] for ax in panels]
+    assert points == [[[[0.3, 20]], [[0.7, 10]]], [[[0.8, -1]]]]
+    assert [(ax.patches[0].get_x(), ax.patches[0].get_width()) for ax in panels] == [(0, 0.4)] * 2
 
 
 def test_ticks_that_would_run_together_stand_lower():

@@ -15,6 +15,7 @@ from matplotlib.transforms import offset_copy
 from uhl.errors import UHLError
 from uhl.viz.base import BASELINE, CONTROL, LOOKS, NAMES, OURS, in_order, key_below, key_mark, task_grid
 
+KAPPA = "Cohen's kappa"
 OF_BYTES = {"texts": (OURS, "o"), "dims": (BASELINE, "s"), "bits": ("#7a5195", "D")}  # attempts that change bytes
 
 
@@ -87,26 +88,46 @@ def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
 
 
 def attempt_changes(table: pd.DataFrame) -> Figure:
-    """Attempts of notebook 07 (rows) on several tasks and targets (columns): agreement with the source's decisions on
-    dev, in points more or less than the port as it is has, whose own stands below each column. A place where that was
-    not measured has no column.
+    """Attempts of notebook 07 on several tasks and targets: agreement with the source's decisions on dev, in points
+    more or less than the port as it is has, whose own stands at the head of each column. A panel a group of attempts,
+    down two halves of the page. A place where the port as it is was not measured has no column.
     """
     places = ["task", "target"]
     usual = table[table["attempt"] == "anchor, scale chosen without labels"].groupby(places)["same"].mean()
     if usual.empty:
         raise UHLError("the port as it is was not measured; set `attempts` to groups with `scale` among them")
-    shown = table.assign(attempt=table["group"] + ": " + table["attempt"])
-    shown = shown.set_index(places).loc[usual.index].reset_index()
-    wide = shown.pivot_table(index="attempt", columns=places, values="same", sort=False)
-    fig, ax = plt.subplots(figsize=(1.3 * wide.shape[1] + 4.2, 0.27 * len(wide) + 1.2))
-    sns.heatmap(wide - usual, annot=True, fmt="+.1f", cmap="vlag_r", center=0, vmin=-8, vmax=8, cbar=False, ax=ax)
-    labels = ["\n".join([*map(str, place), f"{own:.1f} %"]) for place, own in usual.items()]  # type: ignore[call-overload]
-    ax.set_xticklabels(labels, rotation=0, fontsize=8)
-    ax.tick_params(axis="y", labelsize=7)
-    ax.grid(False)
-    ax.set(xlabel="", ylabel="", title="Decisions shared with the source on dev: points beside the port as it is")
-    fig.tight_layout()
+    shown = table.set_index(places).loc[usual.index].reset_index()
+    means = shown.pivot_table(index=["group", "attempt"], columns=places, values="same", sort=False) - usual
+    heads = ["\n".join([*map(str, place), f"{own:.1f} %"]) for place, own in usual.items()]  # type: ignore[call-overload]
+    halves = _halves({str(group): rows.droplevel(0) for group, rows in means.groupby(level=0, sort=False)})
+    high = max(sum(len(rows) + 1.3 for rows in half.values()) for half in halves)
+    fig = plt.figure(figsize=(2 * (0.9 * len(usual) + 4.0), 0.27 * high + 1.2), layout="constrained")
+    fig.suptitle("Decisions shared with the source on dev: points beside the port as it is", fontweight="bold")
+    look: dict[str, Any] = {"cmap": "vlag_r", "center": 0, "vmin": -8, "vmax": 8, "cbar": False, "linewidths": 0.5}
+    grid = fig.add_gridspec(1, 2)
+    for side, half in enumerate(halves):
+        if not half:  # there is one group
+            continue
+        column = fig.add_subfigure(grid[0, side])
+        axes = column.subplots(len(half), 1, squeeze=False, height_ratios=[len(rows) for rows in half.values()])
+        for k, (ax, (group, rows)) in enumerate(zip(axes[:, 0], half.items(), strict=True)):
+            sns.heatmap(rows, annot=True, fmt="+.1f", annot_kws={"fontsize": 9}, yticklabels=True, ax=ax, **look)
+            ax.tick_params(axis="y", length=0, labelsize=9, labelrotation=0)
+            ax.tick_params(axis="x", length=0, labelsize=9)
+            ax.xaxis.tick_top()
+            ax.set_xticklabels([] if k else heads, rotation=0)
+            ax.set(xlabel="", ylabel="")
+            ax.set_title(group, loc="left", x=-0.02, ha="right", fontsize=10)
+            ax.grid(False)
     return fig
+
+
+def _halves(groups: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
+    """Groups in their order, cut where the halves' heights differ least; a group's title counts as a row."""
+    names = list(groups)
+    high = np.cumsum([0, *(len(groups[name]) + 1 for name in names)])
+    cut = max(1, int(np.abs(2 * high - high[-1]).argmin()))
+    return {n: groups[n] for n in names[:cut]}, {n: groups[n] for n in names[cut:]}
 
 
 def compression(table: pd.DataFrame) -> Figure:
@@ -142,26 +163,40 @@ def losses(table: pd.DataFrame, doubtful: float) -> Figure:
     shown = table[table["arm"] == "anchor"]
     lost = shown["task"].map(own) - shown["score"]
     shown = shown.assign(lost=lost, cut=shown["part"].replace("", "nothing")).rename(columns={"cut": "what was cut"})
-    return _foretold(shown, doubtful, "what was cut", "task")
-
-
-def foretold(trust: pd.DataFrame, doubtful: float) -> Figure:
-    """The same of a profile's ports, from :func:`report.calibration`: a point a port and seed, a colour an arm."""
-    names = trust["arm"].map(NAMES).fillna(trust["arm"])
-    shown = trust.assign(lost=trust["source score"] - trust["score"], arm=names)
-    return _foretold(shown, doubtful, "arm", "target")
-
-
-def _foretold(shown: pd.DataFrame, doubtful: float, colours: str, marks: str) -> Figure:
     fig, ax = plt.subplots(figsize=(5.2, 3.6))
-    sns.scatterplot(shown, x="kappa", y="lost", hue=colours, style=marks, s=60, ax=ax)
-    low = min(0.0, float(shown["kappa"].min()))
-    ax.axvspan(low, doubtful, color=CONTROL, alpha=0.25, linewidth=0, label="the port warns")
-    ax.axhline(0, color="black", linewidth=0.8)
-    ax.set(title="Does a port know when it fails?", xlabel="Cohen's kappa with the source, predicted at the port")
+    sns.scatterplot(shown, x="kappa", y="lost", hue="what was cut", style="task", s=60, ax=ax)
+    _warned(ax, shown, doubtful)
+    ax.set(title="Does a port know when it fails?", xlabel=f"{KAPPA} with the source, predicted at the port")
     ax.set(ylabel="points lost against the source")
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     return fig
+
+
+def foretold(trust: pd.DataFrame, doubtful: float) -> Figure:
+    """The same of a profile's ports, from :func:`report.calibration`: a point a port and seed, a panel a target."""
+    shown = trust.assign(lost=trust["source score"] - trust["score"])
+    targets = list(dict.fromkeys(shown["target"]))
+    size = (2.6 * len(targets) + 0.6, 3.6)
+    fig, axes = plt.subplots(1, len(targets), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for ax, target in zip(axes[0], targets, strict=True):
+        _warned(ax, shown, doubtful)
+        for arm, rows in shown[shown["target"] == target].groupby("arm"):
+            colour, mark = LOOKS[str(arm)]
+            ax.plot(rows["kappa"], rows["lost"], mark, color=colour, mfc="none", mew=1.4)
+        ax.set(title=target, xlabel=f"{KAPPA}, predicted")
+        ax.sharex(axes[0, 0])
+        ax.locator_params(axis="x", nbins=5)
+    axes[0, 0].set_ylabel("points lost against the source")
+    key = [key_mark(NAMES.get(a, a), *LOOKS[a], mfc="none", mew=1.4) for a in in_order(shown["arm"])]
+    key_below(fig, [*key, key_mark("the port warns", CONTROL, "s", alpha=0.25, ms=10)], columns=3)
+    return fig
+
+
+def _warned(ax: Axes, shown: pd.DataFrame, doubtful: float) -> None:
+    """The band of predictions at which a port warns, and the line at which nothing is lost."""
+    low = min(0.0, float(shown["kappa"].min()))
+    ax.axvspan(low, doubtful, color=CONTROL, alpha=0.25, linewidth=0, label="the port warns")
+    ax.axhline(0, color="black", linewidth=0.8)
 
 
 def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
