@@ -176,15 +176,14 @@ def foretold(trust: pd.DataFrame, doubtful: float) -> Figure:
     """The same of a profile's ports, from :func:`report.calibration`: a point a port and seed, a panel a target."""
     shown = trust.assign(lost=trust["source score"] - trust["score"])
     targets = list(dict.fromkeys(shown["target"]))
-    size = (2.6 * len(targets) + 0.6, 3.6)
-    fig, axes = plt.subplots(1, len(targets), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    look: dict[str, Any] = {"figsize": (2.6 * len(targets) + 0.6, 3.6), "layout": "constrained"}
+    fig, axes = plt.subplots(1, len(targets), squeeze=False, sharex=True, sharey=True, **look)
     for ax, target in zip(axes[0], targets, strict=True):
         _warned(ax, shown, doubtful)
         for arm, rows in shown[shown["target"] == target].groupby("arm"):
             colour, mark = LOOKS[str(arm)]
             ax.plot(rows["kappa"], rows["lost"], mark, color=colour, mfc="none", mew=1.4)
         ax.set(title=target, xlabel=f"{KAPPA}, predicted")
-        ax.sharex(axes[0, 0])
         ax.locator_params(axis="x", nbins=5)
     axes[0, 0].set_ylabel("points lost against the source")
     key = [key_mark(NAMES.get(a, a), *LOOKS[a], mfc="none", mew=1.4) for a in in_order(shown["arm"])]
