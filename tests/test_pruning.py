@@ -187,7 +187,7 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     low, high = fig.axes[0].get_ylim()
     assert low < table["low"].min()
     assert table["high"].max() < high
-    fig = viz.losses(table, 0.4)
+    fig = viz.losses(table)
     (points,) = (c for c in fig.axes[0].collections if len(c.get_offsets()) == 3)
     lost = own["lineage"] - table[table["arm"] == "anchor"]["score"]
     assert sorted(points.get_offsets()[:, 1]) == pytest.approx(sorted(lost))

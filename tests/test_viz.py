@@ -132,8 +132,8 @@ def test_ports_are_drawn_about_the_diagonal():
     assert [line.get_xydata().tolist() for line in right.lines[1:]] == [[[0.7, 0.75]]]
     assert left.get_xlim() == left.get_ylim() == right.get_xlim() == pytest.approx((0.68, 0.92))
     assert len({line.get_marker() for line in left.lines[1:]}) == 2
-    told = table.assign(kappa=[0.3, 0.7, 0.8], score=[60.0, 70.0, 81.0], **{"source score": 80.0})
-    panels = viz.foretold(told, 0.4).axes
+    told = table.assign(kappa=[0.3, 0.7, 0.8], doubtful=0.4, score=[60.0, 70.0, 81.0], **{"source score": 80.0})
+    panels = viz.foretold(told).axes
     assert [ax.get_title() for ax in panels] == ["x", "y"]
     points = [[line.get_xydata().tolist() for line in ax.lines[1:]] for ax in panels]
     assert points == [[[[0.3, 20]], [[0.7, 10]]], [[[0.8, -1]]]]

@@ -18,7 +18,7 @@ from uhl.errors import UHLError
 from uhl.fileformat import Header, read_either
 from uhl.grid import PARAMS, Grid, target_of, task_file
 from uhl.models import OFFLINE, cut_of, load_encoder, resolve
-from uhl.porting import DOUBTFUL, port, predict_texts
+from uhl.porting import port, predict_texts
 from uhl.runs import Settings, read_yaml
 from uhl.tasks import OFFLINE as OFFLINE_TASKS
 
@@ -91,7 +91,7 @@ def copies(options: argparse.Namespace) -> None:
     """Gather what notebook 10 measured on pruned copies of the source as compression.csv, and draw it."""
     viz.style()
     found, into = report.compressed(options.profile), HERE / report.figures_of(options.profile)
-    viz.save_fig(viz.losses(found, DOUBTFUL), into / "compression_losses", found)
+    viz.save_fig(viz.losses(found), into / "compression_losses", found)
     path = viz.save_fig(viz.compression(found), into / "compression", found)
     print(f"{path.relative_to(HERE)}: {found['copy'].nunique()} models, seeds {found['seeds'].max()}")
 

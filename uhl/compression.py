@@ -20,7 +20,7 @@ from uhl.frame import Basis
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.outcome import Outcome
-from uhl.porting import RULES, Port, Shared, Way, port, source_basis
+from uhl.porting import DOUBTFUL, RULES, Port, Shared, Way, port, source_basis
 from uhl.runs import Settings
 from uhl.tasks import Task
 
@@ -95,18 +95,18 @@ def _score_head(settings: Settings, task: Task, copy: Encoder, outcome: Outcome)
 
 
 PORT = ("scale", "predicted", "kappa", "measured")
-COLUMNS = ("task", "copy", "part", "kept", "arm", *PORT, "score", "low", "high", "seeds", "n")
+COLUMNS = ("task", "copy", "part", "kept", "arm", *PORT, "doubtful", "score", "low", "high", "seeds", "n")
 
 
-def described(copy: str, details: dict[str, Any], ports: Sequence[dict[str, Any]]) -> dict[str, object]:
+def described(copy: str, details: dict[str, Any], ports: Sequence[dict[str, Any]], metric: str) -> dict[str, object]:
     """Columns of a copy and an arm: the copy's name, the ``part`` that was cut (`several` where it is more than one;
     empty for the source itself), the share of the linear layers' weights ``kept``; and, of the arm's ports, the means
     of the atoms' ``scale``, of the share of decisions shared with the source that the port ``predicted`` and that was
-    ``measured`` on test, and of the predicted one's Cohen's ``kappa``.
+    ``measured`` on test, and of the predicted one's Cohen's ``kappa``; a port warns where that is below ``doubtful``.
     """
     known = {name: [p[name] for p in ports if p.get(name) is not None] for name in PORT}
     means = {name: sum(values) / len(values) if values else None for name, values in known.items()}
-    return {"copy": copy, "part": details["part"], "kept": details["kept"]} | means
+    return {"copy": copy, "part": details["part"], "kept": details["kept"], "doubtful": DOUBTFUL[metric]} | means
 
 
 def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
@@ -115,5 +115,5 @@ def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     for outcome in outcomes:
         for row in outcome.table().to_dict("records"):
             made = [outcome.details["ports"].get(row["arm"], {})]
-            rows.append(row | {"seeds": 1} | described(row["target"], outcome.details, made))
+            rows.append(row | {"seeds": 1} | described(row["target"], outcome.details, made, row["metric"]))
     return pd.DataFrame(rows)[list(COLUMNS)]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 WeightType = Literal["Q", "K", "V", "O", "FFN"]
 WEIGHT_TYPES: tuple[WeightType, ...] = ("Q", "K", "V", "O", "FFN")
 Kind = Literal["sentence", "pair", "token"]  # of a task
+METRICS: dict[Kind, str] = {"sentence": "accuracy", "pair": "accuracy", "token": "f1"}
 PAIR = "\t"  # between the two parts of a pair that is one text
 ProjectorKind = Literal["dimension", "canonical"]
 RouterKind = Literal["token", "static"]

@@ -44,7 +44,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Observed, Probe, observe, unit_states
-from uhl.config import ARMS, CONTROLS, _Strict
+from uhl.config import ARMS, CONTROLS, METRICS, _Strict
 from uhl.errors import UHLError, one_of
 from uhl.frame import LAST, Basis, Frame, canonical_basis, dimension_frame
 from uhl.host import Slot, find_slots
@@ -61,7 +61,9 @@ RULES = 4  # of the anchored port: a head that was tuned belongs to the rules th
 REFRESHED = {"refresh": "anchor", "refresh-random": "random-p"}  # arms that refresh, and the port that each starts from
 FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
-DOUBTFUL = 0.4  # Cohen's kappa of source and target below which a port is called poor; see notebooks 06 and 10
+# Cohen's kappa of source and target below which a port is called poor, by the task's metric; see notebooks 06 and 10.
+# What scores in F1 needs all of an entity's words right, among many that are none.
+DOUBTFUL = {"accuracy": 0.5, "f1": 0.8}
 OTHERS = (
     0.3  # weight of a text of another pool, or a fragment, in the head's regression: on dev 0.3 and 1 differ little
 )
@@ -535,7 +537,7 @@ def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) 
 def _agreement(arm: str, logits: Float[Tensor, "u labels"], anchors: Anchors) -> dict[str, object]:
     """``agreement``, the share of the first units that the target gives the label which the source gave, by logits that
     were not fitted to them; the same beyond chance as Cohen's ``kappa``; and a ``warning``, which is logged, where that
-    is below :data:`DOUBTFUL`.
+    is below that of the task's metric in :data:`DOUBTFUL`.
 
     The first units are those of the coded texts, which are of the task's domain where any are.
     """
@@ -545,7 +547,7 @@ def _agreement(arm: str, logits: Float[Tensor, "u labels"], anchors: Anchors) ->
     agreement, kappa = float((found == wanted).float().mean()), float(cohen_kappa_score(wanted, found))
     kappa = 0.0 if math.isnan(kappa) else kappa  # one label alone
     said: dict[str, object] = {"agreement": round(agreement, 4), "kappa": round(kappa, 4)}
-    if kappa < DOUBTFUL:
+    if kappa < DOUBTFUL[METRICS[anchors.kind]]:
         said["warning"] = (
             f"a poor port: the host is expected to decide as the source does in {100 * agreement:.0f} % of cases "
             f"(kappa {kappa:.2f}); use more anchors, text nearer to the task's, or labels of this host"

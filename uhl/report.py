@@ -21,7 +21,7 @@ from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
 from uhl.grid import PARAMS, Grid, task_file
-from uhl.porting import RULES
+from uhl.porting import DOUBTFUL, RULES
 from uhl.runs import Settings, manifests
 from uhl.stages import TUNED_ARMS
 from uhl.viz import NAMES, ORDER, in_order
@@ -186,8 +186,8 @@ def source_of(tables: Cells, task: str, arm: str) -> dict[int, np.ndarray]:
 
 def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     """How often a ported adapter decides as its source did: ``predicted`` when it was ported, from the anchors, and
-    ``measured`` on a split's examples (a token task: its words); and the scores of both. A row a ported cell and arm
-    whose source's cell is there.
+    ``measured`` on a split's examples (a token task: its words); and the scores of both. Ports whose ``kappa`` is below
+    ``doubtful`` warn. A row a ported cell and arm whose source's cell is there.
     """
     frame = runs.load_results(profile)
     scores = frame[frame["split"] == split].set_index(["task", "target", "phase", "arm", "seed"])["score"]
@@ -204,8 +204,9 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
                 own = float(scores[task, row["source"], "source", "uhl-canonical", seed])
                 ported = float(scores[task, target, "zero-shot", arm, seed])
                 kappa = made.get("kappa", float("nan"))
-                rows.append((task, target, seed, arm, made["agreement"], float(same.mean()), kappa, own, ported))
-    columns = ["task", "target", "seed", "arm", "predicted", "measured", "kappa", "source score", "score"]
+                told = made["agreement"], float(same.mean()), kappa, DOUBTFUL[row["metric"]]
+                rows.append((task, target, seed, arm, *told, own, ported))
+    columns = ["task", "target", "seed", "arm", "predicted", "measured", "kappa", "doubtful", "source score", "score"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -219,6 +220,7 @@ def compressed(profile: str) -> pd.DataFrame:
     tables: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
     ports: dict[tuple[str, str, str], list[dict[str, object]]] = {}
     about: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, str] = {}
     remedy = f"delete the folders {profile}/*/compress and run again: make copies PROFILE={profile}"
     setups: dict[Path, set[str]] = {}
     for path in sorted((runs.root() / profile).glob("*-s*/compress/*/outcome.json")):
@@ -234,6 +236,7 @@ def compressed(profile: str) -> pd.DataFrame:
             tables.setdefault(key, {})[int(row["seed"])] = counted
             ports.setdefault(key, []).append(details["ports"].get(row["arm"], {}))
             about[row["target"]] = details
+            metrics[row["task"]] = row["metric"]
     if not tables:
         raise UHLError(f"profile {profile} has no pruned copies; measure them first: make copies PROFILE={profile}")
     whole = {k[0]: {s: len(c) for s, c in cell.items()} for k, cell in tables.items() if not about[k[1]]["part"]}
@@ -244,7 +247,7 @@ def compressed(profile: str) -> pd.DataFrame:
     rows = []
     for (task, copy, arm), cell in tables.items():
         made = stats.interval(stack(cell), groups_of(profile, task), known[task])
-        row = compression.described(copy, about[copy], ports[task, copy, arm])
+        row = compression.described(copy, about[copy], ports[task, copy, arm], metrics[task])
         row |= {"task": task, "arm": arm, "seeds": len(cell), "n": len(next(iter(cell.values())))}
         rows.append(row | dict(zip(("score", "low", "high"), made, strict=True)))
     return pd.DataFrame(rows)[list(compression.COLUMNS)]

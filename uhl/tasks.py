@@ -31,7 +31,7 @@ from datasets.fingerprint import generate_random_fingerprint
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from uhl import sources
-from uhl.config import PAIR, Kind
+from uhl.config import METRICS, PAIR, Kind
 from uhl.errors import UHLError
 from uhl.readers import SPLIT_SEED, TaskSpec, read
 from uhl.runs import root
@@ -53,7 +53,7 @@ class Task:
     @property
     def metric(self) -> str:
         """``f1`` for token tasks, else ``accuracy``."""
-        return "f1" if self.kind == "token" else "accuracy"
+        return METRICS[self.kind]
 
     def subset(self, split: str, size: int | None, seed: int) -> Task:
         """The same task with at most ``size`` examples of one split, drawn with ``seed``; other splits stay whole."""

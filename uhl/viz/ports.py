@@ -10,6 +10,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import offset_copy
 
 from uhl.errors import UHLError
@@ -22,7 +23,7 @@ OF_BYTES = {"texts": (OURS, "o"), "dims": (BASELINE, "s"), "bits": ("#7a5195", "
 def calibration(table: pd.DataFrame) -> Figure:
     """Predicted against measured agreement with the source, a point a ported cell; from :func:`report.calibration`.
 
-    Marks are hollow, so that arms that coincide are seen; on the diagonal a port does what it says.
+    On the diagonal a port does what it says.
     """
     size = (2.9, 2.7, 0.6, "agreement predicted at the port", ": measured on test")
     fig, cells = task_grid(table, *size, sharex=True, sharey=True)
@@ -30,12 +31,10 @@ def calibration(table: pd.DataFrame) -> Figure:
     ends = both.min() - 0.02, both.max() + 0.02
     for ax, _, _, rows in cells:
         ax.plot(ends, ends, color=CONTROL, linewidth=1, zorder=0)
-        for arm, mine in rows.groupby("arm"):
-            colour, mark = LOOKS[str(arm)]
-            ax.plot(mine["predicted"], mine["measured"], mark, color=colour, mfc="none", mew=1.4)
+        _hollow_marks(ax, rows, "predicted", "measured")
         ax.set(xlim=ends, ylim=ends, aspect="equal")
         ax.locator_params(nbins=5)
-    key_below(fig, [key_mark(NAMES.get(a, a), *LOOKS[a], mfc="none", mew=1.4) for a in in_order(table["arm"])])
+    key_below(fig, _hollow_key(table))
     return fig
 
 
@@ -155,9 +154,9 @@ def compression(table: pd.DataFrame) -> Figure:
     return fig
 
 
-def losses(table: pd.DataFrame, doubtful: float) -> Figure:
+def losses(table: pd.DataFrame) -> Figure:
     """Points lost against the source over the Cohen's kappa that each anchored port predicted of itself, from
-    :func:`report.compressed`; below ``doubtful`` a port warns. A point a copy, a colour a part that was cut.
+    :func:`report.compressed`; where it is grey a port warns. A point a copy, a colour a part that was cut.
     """
     own = table[(table["part"] == "") & (table["arm"] == "lineage")].set_index("task")["score"]
     shown = table[table["arm"] == "anchor"]
@@ -165,37 +164,44 @@ def losses(table: pd.DataFrame, doubtful: float) -> Figure:
     shown = shown.assign(lost=lost, cut=shown["part"].replace("", "nothing")).rename(columns={"cut": "what was cut"})
     fig, ax = plt.subplots(figsize=(5.2, 3.6))
     sns.scatterplot(shown, x="kappa", y="lost", hue="what was cut", style="task", s=60, ax=ax)
-    _warned(ax, shown, doubtful)
+    _warned(ax, shown)
     ax.set(title="Does a port know when it fails?", xlabel=f"{KAPPA} with the source, predicted at the port")
     ax.set(ylabel="points lost against the source")
     ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     return fig
 
 
-def foretold(trust: pd.DataFrame, doubtful: float) -> Figure:
-    """The same of a profile's ports, from :func:`report.calibration`: a point a port and seed, a panel a target."""
+def foretold(trust: pd.DataFrame) -> Figure:
+    """The same of a profile's ports, from :func:`report.calibration`: a point a port and seed."""
     shown = trust.assign(lost=trust["source score"] - trust["score"])
-    targets = list(dict.fromkeys(shown["target"]))
-    look: dict[str, Any] = {"figsize": (2.6 * len(targets) + 0.6, 3.6), "layout": "constrained"}
-    fig, axes = plt.subplots(1, len(targets), squeeze=False, sharex=True, sharey=True, **look)
-    for ax, target in zip(axes[0], targets, strict=True):
-        _warned(ax, shown, doubtful)
-        for arm, rows in shown[shown["target"] == target].groupby("arm"):
-            colour, mark = LOOKS[str(arm)]
-            ax.plot(rows["kappa"], rows["lost"], mark, color=colour, mfc="none", mew=1.4)
-        ax.set(title=target, xlabel=f"{KAPPA}, predicted")
+    size = (2.6, 2.5, 0.6, f"{KAPPA}, predicted", ": points lost")
+    fig, cells = task_grid(shown, *size, sharex=True, sharey="row")
+    for ax, task, _, rows in cells:
+        _warned(ax, shown[shown["task"] == task])
+        _hollow_marks(ax, rows, "kappa", "lost")
         ax.locator_params(axis="x", nbins=5)
-    axes[0, 0].set_ylabel("points lost against the source")
-    key = [key_mark(NAMES.get(a, a), *LOOKS[a], mfc="none", mew=1.4) for a in in_order(shown["arm"])]
-    key_below(fig, [*key, key_mark("the port warns", CONTROL, "s", alpha=0.25, ms=10)], columns=3)
+    key_below(fig, [*_hollow_key(shown), key_mark("the port warns", CONTROL, "s", alpha=0.25, ms=10)], columns=3)
     return fig
 
 
-def _warned(ax: Axes, shown: pd.DataFrame, doubtful: float) -> None:
-    """The band of predictions at which a port warns, and the line at which nothing is lost."""
+def _warned(ax: Axes, shown: pd.DataFrame) -> None:
+    """The bands of predictions at which ports warn, and the line at which nothing is lost."""
     low = min(0.0, float(shown["kappa"].min()))
-    ax.axvspan(low, doubtful, color=CONTROL, alpha=0.25, linewidth=0, label="the port warns")
+    for doubtful in shown["doubtful"].unique():
+        ax.axvspan(low, doubtful, color=CONTROL, alpha=0.25, linewidth=0, label="the port warns")
     ax.axhline(0, color="black", linewidth=0.8)
+
+
+def _hollow_marks(ax: Axes, rows: pd.DataFrame, x: str, y: str) -> None:
+    """A mark a row in its arm's look, hollow, so that arms that coincide are seen."""
+    for arm, mine in rows.groupby("arm"):
+        colour, mark = LOOKS[str(arm)]
+        ax.plot(mine[x], mine[y], mark, color=colour, mfc="none", mew=1.4)
+
+
+def _hollow_key(table: pd.DataFrame) -> list[Line2D]:
+    """The key of :func:`_hollow_marks`."""
+    return [key_mark(NAMES.get(a, a), *LOOKS[a], mfc="none", mew=1.4) for a in in_order(table["arm"])]
 
 
 def _compressed_lines(ax: Axes, cells: pd.DataFrame) -> None:
