@@ -202,8 +202,12 @@ def test_gap_recovered_where_there_is_a_gap():
     assert beyond.loc[("x", "anchor"), "pgr"] == pytest.approx(4 / 14)
     assert beyond.loc[("x", "anchor"), "pgr low"] < 4 / 14 < beyond.loc[("x", "anchor"), "pgr high"]
     assert np.isnan(beyond.loc[("y", "anchor"), "pgr"])  # the source is better than the host
-    fewer = tables | {("movies", "x", "zero-shot", "anchor"): {0: right(60)}}
-    assert ("x", "anchor") not in report.gap_recovered(fewer).set_index(["target", "arm"]).index
+    ported = "movies", "x", "zero-shot", "anchor"
+    other = report.gap_recovered(tables | own | {ported: {0: right(62.0), 3: right(70.0)}})  # LoRA has seed 0
+    fewer = other.set_index(["target", "arm"]).loc[("x", "anchor")]
+    assert fewer[["seeds", "gap", "pgr"]].tolist() == [1, pytest.approx(12 / 20), pytest.approx(6 / 14)]
+    none = report.gap_recovered(tables | {ported: {3: right(70.0)}})
+    assert ("x", "anchor") not in none.set_index(["target", "arm"]).index
     fig = viz.gap_heat(gaps)
     shown = {t.get_position(): t.get_text().split("\n")[0] for t in fig.axes[0].texts}  # rows by arm, columns by target
     missing = {(1.5, 0.5): "no gap", (1.5, 1.5): "no gap"}

@@ -155,21 +155,23 @@ def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter) with its interval, from :func:`gather`.
 
     ``pgr`` is the performance gap recovered of Burns et al. (2023), of hosts that are better than the source: the same
-    with the source's own score in place of no adapter's. Only where the cells have the same seeds; NaN as
-    :func:`uhl.stats.recovered` says, and ``pgr`` where the source was not run.
+    with the source's own score in place of no adapter's. Over the ``seeds`` that all cells have; NaN as
+    :func:`uhl.stats.recovered` says, and ``pgr`` where the source was not run with these.
     """
     rows = []
     for (task, target, phase, arm), cell in tables.items():
         floor = tables.get((task, target, "zero-shot", "no-adapter"), {})
         ceiling = tables.get((task, target, "retrained", "lora-r8"), {})
-        if phase in {"zero-shot", "tuned"} and set(cell) == set(floor) == set(ceiling):
+        seeds = set(cell) & set(floor) & set(ceiling)
+        if phase in {"zero-shot", "tuned"} and seeds:
             group, above = (groups or {}).get(task), stats.Interval(np.nan, np.nan, np.nan)
-            found = stats.recovered(stack(cell), stack(floor), stack(ceiling), group)
+            ported, top = stack(cell, seeds), stack(ceiling, seeds)
+            found = stats.recovered(ported, stack(floor, seeds), top, group)
             source = source_of(tables, task, arm)
-            if set(source) == set(cell):
-                above = stats.recovered(stack(cell), stack(source), stack(ceiling), group)
-            rows.append((task, target, phase, arm, *found, *above))
-    columns = ["task", "target", "phase", "arm", "gap", "low", "high", "pgr", "pgr low", "pgr high"]
+            if seeds <= set(source):
+                above = stats.recovered(ported, stack(source, seeds), top, group)
+            rows.append((task, target, phase, arm, len(seeds), *found, *above))
+    columns = ["task", "target", "phase", "arm", "seeds", "gap", "low", "high", "pgr", "pgr low", "pgr high"]
     return pd.DataFrame(rows, columns=columns)
 
 
