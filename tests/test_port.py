@@ -4,6 +4,7 @@ import copy
 import json
 import time
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from transformers import BertForSequenceClassification
 from world import sentences
 
 import uhl
-from uhl import anchors, budget, store
+from uhl import anchors, budget, porting, store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Codes, Probe, batches, final_means, fragments, observe, pieces_of, unit_states
 from uhl.config import ARMS, Sizes
@@ -621,6 +622,15 @@ def test_a_poor_port_is_called_one(encoder, make_encoder, caplog):
     assert abs(poor["kappa"]) < 0.3
     assert "more anchors" in poor["warning"]
     assert "a poor port" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("sentence", False), ("pair", False), ("token", True)])
+def test_a_tagger_needs_more_agreement(kind, warned):
+    wanted = torch.eye(2)[[0, 0, 0, 0, 1, 1, 1, 1]]
+    found = torch.eye(2)[[0, 0, 0, 0, 1, 1, 1, 0]]  # 7 of 8 as wanted
+    said = porting._agreement("anchor", found, Mock(spec=anchors.Anchors, kind=kind, decided=lambda: wanted))
+    assert said["kappa"] == pytest.approx(0.75)
+    assert ("warning" in said) == warned
 
 
 def test_a_port_without_anchors_in_it_is_judged_on_them(encoder, make_encoder, caplog):
