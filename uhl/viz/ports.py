@@ -17,6 +17,7 @@ from uhl.errors import UHLError
 from uhl.viz.base import BASELINE, CONTROL, LOOKS, NAMES, OURS, in_order, key_below, key_mark, task_grid
 
 KAPPA = "Cohen's kappa"
+TITLE = 1.3  # rows of a table that the title of a group of attempts takes
 OF_BYTES = {"texts": (OURS, "o"), "dims": (BASELINE, "s"), "bits": ("#7a5195", "D")}  # attempts that change bytes
 
 
@@ -99,7 +100,7 @@ def attempt_changes(table: pd.DataFrame) -> Figure:
     means = shown.pivot_table(index=["group", "attempt"], columns=places, values="same", sort=False) - usual
     heads = ["\n".join([*map(str, place), f"{own:.1f} %"]) for place, own in usual.items()]  # type: ignore[call-overload]
     halves = _halves({str(group): rows.droplevel(0) for group, rows in means.groupby(level=0, sort=False)})
-    high = max(sum(len(rows) + 1.3 for rows in half.values()) for half in halves)
+    high = max(sum(len(rows) + TITLE for rows in half.values()) for half in halves)
     fig = plt.figure(figsize=(2 * (0.9 * len(usual) + 4.0), 0.27 * high + 1.2), layout="constrained")
     fig.suptitle("Decisions shared with the source on dev: points beside the port as it is", fontweight="bold")
     look: dict[str, Any] = {"cmap": "vlag_r", "center": 0, "vmin": -8, "vmax": 8, "cbar": False, "linewidths": 0.5}
@@ -122,9 +123,9 @@ def attempt_changes(table: pd.DataFrame) -> Figure:
 
 
 def _halves(groups: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], dict[str, pd.DataFrame]]:
-    """Groups in their order, cut where the halves' heights differ least; a group's title counts as a row."""
+    """Groups in their order, cut where the halves' heights differ least."""
     names = list(groups)
-    high = np.cumsum([0, *(len(groups[name]) + 1 for name in names)])
+    high = np.cumsum([0, *(len(groups[name]) + TITLE for name in names)])
     cut = max(1, int(np.abs(2 * high - high[-1]).argmin()))
     return {n: groups[n] for n in names[:cut]}, {n: groups[n] for n in names[cut:]}
 
