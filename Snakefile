@@ -9,7 +9,7 @@ import os
 import sys
 
 from uhl.grid import Grid, task_file
-from uhl.runs import slug
+from uhl.runs import Settings, read_yaml, slug
 
 configfile: "params/default.yaml"
 
@@ -54,6 +54,12 @@ def own_list(name):
 
 def task(w):
     return f"-f {own_task(w)[0]}" if own_task(w) else f"-p task {w.task}"
+
+
+def all_baselines(w):
+    """Those of the settings in place of the target's own, where the grid has this cell as one of the targets' only once."""
+    names = ", ".join(Settings(**read_yaml(SETTINGS)).baselines)
+    return f" -y 'baselines: [{names}]'" if GRID.only_once(w.target, int(w.seed)) else ""
 
 
 def papermill(notebook, files=()):
@@ -151,7 +157,7 @@ rule baselines:
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{target}}.log",
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed} -y 'hosts: [target]'",
+        own=lambda w: f"{task(w)} -p seed {w.seed} -y 'hosts: [target]'{all_baselines(w)}",
     shell:
         papermill("05_baselines", [*own_list("retrained"), GIVEN_TARGET])
 

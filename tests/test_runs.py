@@ -1,12 +1,15 @@
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from uhl import claims, grid, report, runs, viz
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
+from uhl.grid import PARAMS
 from uhl.runs import Settings
 
 
@@ -93,7 +96,7 @@ def test_every_profile_is_whole(profile):
     made = grid.Grid.read(profile)
     folder = grid.PARAMS / profile
     each = 2 + 1 + 3 * len(made.targets) + 2 * len(made.ported)
-    assert len(set(made.cells())) == len(made.seeds) * len(made.tasks) * each
+    assert len(set(made.cells())) == len(made.seeds) * len(made.tasks) * each + len(made.tasks) * len(made.once)
     for name in made.hosts:
         path = folder / f"{name}.yaml"
         first = path.read_text().splitlines()[0]
@@ -107,6 +110,37 @@ def test_a_target_may_be_ported_to_and_not_tuned_on():
     cells = grid.Grid(**values).cells()
     assert [c for c in cells if "mpnet" in c] == ["movies-s0/port-mpnet-base", "movies-s0/baselines-mpnet-base"]
     assert "movies-s0/tune-minilm-l3" in cells
+
+
+def grid_with_mpnet_once(tmp_path, monkeypatch, once="mpnet-base"):
+    """The profile `offline` with two seeds, and `mpnet-base` tuned on with the first of them alone."""
+    shutil.copytree(PARAMS / "offline", tmp_path / "offline")
+    for module in (grid, report):
+        monkeypatch.setattr(module, "PARAMS", tmp_path)
+    file = tmp_path / "offline" / "grid.yaml"
+    values = grid.Grid.read("offline").model_dump(mode="json")
+    file.write_text(yaml.safe_dump(values | {"seeds": [0, 1], "ported": ["mpnet-base"], "once": [once]}))
+    return grid.Grid.read("offline")
+
+
+def test_a_target_may_be_tuned_on_with_the_first_seed_alone(tmp_path, monkeypatch):
+    made = grid_with_mpnet_once(tmp_path, monkeypatch)
+    assert [c for c in made.cells() if "tune-mpnet" in c] == ["movies-s0/tune-mpnet-base"]
+    assert made.only_once("mpnet-base", 0)
+    assert not made.only_once("mpnet-base", 1)
+    assert not made.only_once("minilm-l3", 0)
+    with pytest.raises(UHLError, match="'minilm-l3' in `once`; list it in `ported`"):
+        grid_with_mpnet_once(tmp_path / "other", monkeypatch, "minilm-l3")
+
+
+def test_what_a_grid_has_once_asks_nothing_of_other_seeds(tmp_path, monkeypatch):
+    grid_with_mpnet_once(tmp_path, monkeypatch)
+    for seed, methods in enumerate((("head", "sat-lora"), ("head",))):
+        for target in ("mpnet-base", "minilm-l3"):
+            asked = Settings(profile="offline", seed=seed, target=target, baselines=methods, splits=("test",))
+            one_finished_cell(asked, methods)
+    runs.update_results("offline")
+    assert [m for m in report.missing("offline") if " on " in m] == ["movies-s1/baselines-minilm-l3: sat-lora on test"]
 
 
 def test_a_source_may_be_a_folder_or_of_an_organisation(tmp_path, monkeypatch):
@@ -284,16 +318,26 @@ def test_examples_that_stand_alone_have_mcnemars_p_however_they_are_marked():
     assert report.paired(cells, {"movies": np.arange(1000) // 2})["p mcnemar"].isna().all()
 
 
-def one_finished_cell(settings):
-    """A head retrained on minilm-l3, with two test examples."""
-    made = runs.row(
-        settings, target="minilm-l3", arm="head", phase="retrained", split="test", metric="accuracy", score=50, n=2
-    )
-    made |= {"adapter_bytes": 1, "trainable_params": 1, "extra_flops_pct": 0, "active_atoms": 0, "seconds": 1}
-    folder = runs.cell_dir(settings, "baselines-minilm-l3")
-    runs.write_manifest(settings, "baselines-minilm-l3", [made], labels=["n", "p"])
-    arrays = {"labels": [0, 1], "gold": [0, 0], "length": [1, 1]}
-    np.savez(folder / "predictions.npz", **{f"head/test/{k}": np.array(v) for k, v in arrays.items()})
+def one_finished_cell(settings, methods=("head",)):
+    """Baselines retrained on the settings' target, with two test examples."""
+    rows, arrays = [], {"labels": [0, 1], "gold": [0, 0], "length": [1, 1]}
+    for method in methods:
+        made = runs.row(
+            settings, target=settings.target, arm=method, phase="retrained", split="test", metric="accuracy", score=50
+        )
+        made |= {
+            "n": 2,
+            "adapter_bytes": 1,
+            "trainable_params": 1,
+            "extra_flops_pct": 0,
+            "active_atoms": 0,
+            "seconds": 1,
+        }
+        rows.append(made)
+    folder = runs.cell_dir(settings, f"baselines-{settings.target}")
+    runs.write_manifest(settings, folder.name, rows, labels=["n", "p"])
+    kept = {f"{method}/test/{k}": np.array(v) for method in methods for k, v in arrays.items()}
+    np.savez(folder / "predictions.npz", **kept)
 
 
 def a_readme(folder, profile):

@@ -41,7 +41,11 @@ def task_file(profile: str, name: str) -> Path | None:
 
 
 class Grid(_Strict):
-    """Targets x tasks x seeds; notebooks 00 and 01 need no batch. ``ported`` are further targets, not tuned on."""
+    """Targets x tasks x seeds; notebooks 00 and 01 need no batch.
+
+    ``ported`` are further targets, not tuned on and with the baselines that their own files name; those of them that
+    are in ``once`` are treated like ``targets`` with the first seed.
+    """
 
     profile: str
     source: str
@@ -49,6 +53,7 @@ class Grid(_Strict):
     tasks: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     ported: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
     projectors: tuple[ProjectorKind, ...] = ("canonical", "dimension")
 
     @classmethod
@@ -63,6 +68,8 @@ class Grid(_Strict):
         for name, wanted in (("profile", profile), ("source", settings.source)):
             if (found := getattr(grid, name)) != wanted:
                 raise UHLError(f"params/{profile}/grid.yaml names {name} {found!r}; its settings.yaml has {wanted!r}")
+        if stray := set(grid.once) - set(grid.ported):
+            raise UHLError(f"params/{profile}/grid.yaml has {sorted(stray)[0]!r} in `once`; list it in `ported`, too")
         for name in grid.hosts:
             target_of(profile, name)
         for name in grid.tasks:
@@ -74,9 +81,17 @@ class Grid(_Strict):
         """All targets."""
         return (*self.targets, *self.ported)
 
+    def only_once(self, target: str, seed: int) -> bool:
+        """Whether a seed's cells of a target have more than its other seeds' have."""
+        return target in self.once and seed == self.seeds[0]
+
     def cells(self) -> list[str]:
         """Folders of all cells, relative to the profile's run folder."""
         stages = [f"pretrain-{p}" for p in self.projectors] + [f"baselines-{slug(self.source)}"]
         stages += [f"{stage}-{t}" for t in self.hosts for stage in ("port", "baselines")]
-        stages += [f"tune-{t}" for t in self.targets]
-        return [f"{task}-s{seed}/{stage}" for seed in self.seeds for task in self.tasks for stage in stages]
+        return [
+            f"{task}-s{seed}/{stage}"
+            for seed in self.seeds
+            for task in self.tasks
+            for stage in [*stages, *(f"tune-{t}" for t in self.hosts if t in self.targets or self.only_once(t, seed))]
+        ]

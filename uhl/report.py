@@ -405,11 +405,13 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
 
 def missing(profile: str) -> list[str]:
     """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
-    the rows that their parameters, or those of another seed's cell, ask for, as `<cell>: <arm> on <split>`; cells of an
-    older protocol than others', and ports by other rules, or of an adapter that was trained again since.
+    the rows that their parameters, or those of another seed's cell (but what the grid has only once), ask for, as
+    `<cell>: <arm> on <split>`; cells of an older protocol than others', and ports by other rules, or of an adapter that
+    was trained again since.
     """
     folder = runs.root() / profile
-    cells = Grid.read(profile).cells() if (PARAMS / profile).is_dir() else []  # none of a profile of one's own
+    grid = Grid.read(profile) if (PARAMS / profile).is_dir() else None  # none of a profile of one's own
+    cells = grid.cells() if grid else []
     left = [c for c in cells if not (folder / c / "manifest.json").is_file()]
     if len(left) == len(cells) > 0:
         return left
@@ -420,11 +422,15 @@ def missing(profile: str) -> list[str]:
     old = (cell.relative_to(folder) for cell in manifests(profile, older=True))
     left += [f"{cell}: measured by an older release than others; delete the folder, and run it again" for cell in old]
     settings = {c: Settings.model_construct(**e["parameters"]) for c, e in finished.items()}  # unchecked: perhaps older
-    wanted: dict[tuple[str, str], dict[tuple[str, str, str, str], None]] = {}
+    alike = {  # cells that should have the same rows, less their seeds
+        cell: (asked.task_name, cell.name, bool(grid and grid.only_once(runs.slug(asked.target), asked.seed)))
+        for cell, asked in settings.items()
+    }
+    wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
     for cell, asked in settings.items():
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
         rows = [(*row, split) for row in _asked(cell.name, asked, port) for split in asked.splits]
-        wanted.setdefault((asked.task_name, cell.name), {}).update(dict.fromkeys(rows))
+        wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
     for cell, entry in finished.items():
         asked, name = settings[cell], cell.relative_to(folder)
         if entry.get("rules", RULES) != RULES:  # which earlier cells do not tell
@@ -435,7 +441,7 @@ def missing(profile: str) -> list[str]:
                 left.append(f"{name}: {stage} has another adapter now; delete this folder, and run it again")
         left += [
             f"{name}: {arm} on {split}"
-            for host, phase, arm, split in wanted[asked.task_name, cell.name]
+            for host, phase, arm, split in wanted[alike[cell]]
             if (asked.task_name, asked.seed, host, phase, arm, split) not in there
         ]
     return left
