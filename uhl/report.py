@@ -538,8 +538,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
         f"{over} ({'; '.join(groups)}); {labels}, "
         f"{lengths or 'nothing'} on the source{tuned}. {alone}"
         f"Italics: controls. Bytes: what the method adds to the bare host, head included; files of ours and SAT-LoRA's "
-        f"hold 8 and 4 bits, the others' 16. FLOPs: added per token, in percent of the host's linear layers (both: the "
-        f"larger task's). †: beyond 1 MB or 10 %. Ran on {' and '.join(sorted(hardware))}; "
+        f"hold 8 and 4 bits, the others' 16 (their heads 8). FLOPs: added per token, in percent of the host's linear "
+        f"layers (both: the larger task's). †: beyond 1 MB or 10 %. Ran on {' and '.join(sorted(hardware))}; "
         f"commit {', '.join(sorted(commits))}.\n"
     )
 
