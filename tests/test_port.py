@@ -780,9 +780,9 @@ def test_the_command_ports_and_classifies(encoder, make_encoder, tmp_path, monke
 
     out = run().out
     assert all(word in out for word in ("agreement", "stream_fit", "scale"))
-    (tmp_path / "texts").write_text("good film\nbad plot\n")
-    rows = [json.loads(line) for line in run("--texts", tmp_path / "texts").out.splitlines()]
-    assert [r["text"] for r in rows] == ["good film", "bad plot"]
+    (tmp_path / "texts").write_bytes("\ufeffgood film\nbad\u2028plot\r\n".encode())  # of an editor on Windows
+    rows = [json.loads(line) for line in run("--texts", tmp_path / "texts").out.strip().split("\n")]
+    assert [r["text"] for r in rows] == ["good film", "bad\u2028plot"]
     assert all(r["label"] in {"negative", "positive"} and 0.5 <= r["probability"] <= 1 for r in rows)
     with pytest.raises(SystemExit, match="give a file with a text a line"):
         run("--texts", tmp_path / "none")
@@ -883,6 +883,21 @@ def test_sentence_means_ignore_padding(encoder):
     assert basis_of(seen, 16).rms == pytest.approx((float(tokens.pow(2).mean().sqrt()),), rel=1e-4)
 
 
+def test_a_mean_of_halves_does_not_overflow():
+    states, mask = torch.full((1, 512, 4), 200.0, dtype=torch.float16), torch.ones(1, 512)
+    assert torch.equal(anchors.sentence_mean(states, mask), states[:, 0])
+
+
+def test_a_tokenizer_that_pads_on_the_left_gives_the_same_states(encoder):
+    left = replace(encoder, tokenizer=copy.deepcopy(encoder.tokenizer))
+    left.tokenizer.padding_side = "left"
+    texts = sentences(20)
+    assert torch.equal(final_means(left, texts), final_means(encoder, texts))
+    left.tokenizer.pad_token = None
+    with pytest.raises(UHLError, match="has no padding token; give it one, for instance"):
+        final_means(left, texts)
+
+
 def peft_folder(adapter, folder):
     """An adapter as PEFT reads it."""
     store.save(adapter, folder / "adapter_model.safetensors")
@@ -915,6 +930,24 @@ def test_porting_a_peft_model_is_the_same_port(encoder, make_encoder, tmp_path, 
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
     with model.disable_adapter():
         assert not torch.allclose(final_means(Encoder("h", inner, target.tokenizer, ""), sentences(20, 9)), wanted)
+
+
+def test_an_adapter_that_was_trained_where_it_was_ported_keeps_its_scale(encoder, make_encoder, tmp_path):
+    adapter, _ = trained(encoder)
+    folder, host = peft_folder(adapter, tmp_path), make_encoder(2, 40, seed=4)
+    host.model.config._name_or_path = "host"
+    model = PeftModel.from_pretrained(copy.deepcopy(host.model), folder)
+    first = uhl.port_model(model, host.tokenizer)
+    assert uhl.port_model(model, host.tokenizer).scale == first.scale
+    tuner = model.base_model.uhl_adapters["default"]
+    tuner.info["ported"]["scale"] = 0.125  # one that would not be chosen
+    with torch.no_grad():
+        tuner.task("mood").head += 0.1
+    model.save_pretrained(tmp_path / "tuned")
+    for name, kept in (("host", True), ("another", False)):
+        host.model.config._name_or_path = name
+        again = PeftModel.from_pretrained(copy.deepcopy(host.model), tmp_path / "tuned")
+        assert (uhl.port_model(again, host.tokenizer).scale == 0.125) == kept
 
 
 def test_porting_a_peft_model_that_is_the_source_is_the_identity(encoder, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from uhl.anchors import Anchors, Codes
 from uhl.config import Sizes
 from uhl.errors import UHLError
 from uhl.peft_method import attach
+from uhl.runs import Settings
 
 
 @pytest.fixture
@@ -154,6 +156,46 @@ def test_configuration_from_the_future(path):
         store.load(path)
 
 
+def test_metadata_of_another_kind(path):
+    whole = path.read_bytes()
+    for part, values, message in (
+        ("config", {"self": 1}, "self: Extra inputs are not permitted"),
+        ("info", {"layers": [1]}, "layers is .* expected a positive number"),
+        ("info", {"scale": float("nan")}, "scale is nan, expected a finite number"),
+    ):
+        path.write_bytes(whole)
+        rewrite(path, lambda meta, _, part=part, values=values: meta[part].update(values))
+        with pytest.raises(UHLError, match=message):
+            store.load(path)
+
+
+def test_a_description_has_no_control_characters(path):
+    rewrite(path, lambda meta, _: meta["info"].update(source="\x1b[31mred\nbytes"))
+    assert r"source     \x1b[31mred\nbytes" in store.describe(path)
+
+
+def test_what_could_not_be_read_again_does_not_replace_a_file(path, with_anchors):
+    before = path.read_bytes()
+    kept = with_anchors.anchors
+    with_anchors.anchors = replace(kept, head=Codes.of(torch.full(kept.head.table().shape, 1e6)))
+    with pytest.raises(UHLError, match=r"anchors\.head.* values that are not finite"):
+        store.save(with_anchors, path)
+    with_anchors.anchors = kept
+    with_anchors.add_task("many", [f"{i} {'x' * 220}" for i in range(6000)], "sentence")
+    with pytest.raises(UHLError, match=r"the adapter's header takes 1,.* shorten the tasks' labels"):
+        store.save(with_anchors, path)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["train", "type", "items", "a.b", ""])
+def test_names_that_a_task_cannot_have(name, config):
+    with pytest.raises(UHLError, match="a task cannot be called"):
+        UHLAdapter(config).add_task(name, ("a", "b"), "sentence")
+    if name.isalpha():
+        with pytest.raises(UHLError, match=f"a task cannot be called '{name}', .*; rename its file or folder"):
+            Settings(task=f"/data/{name}.jsonl", kind="sentence")
+
+
 def test_an_interrupted_write_leaves_the_old_file(path, adapter, monkeypatch):
     before = path.read_bytes()
 
@@ -269,7 +311,7 @@ def test_a_pack_of_another_dictionary_is_refused_and_changes_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["../up", "a/b", "", "x" * 65])
 def test_names_that_are_no_file_names_make_no_pack(name, config, tmp_path):
     adapter = UHLAdapter(config)
-    with pytest.raises((UHLError, KeyError), match=r"cannot be a task pack|Module|module|parameter"):
+    with pytest.raises((UHLError, KeyError), match="cannot be a task pack|cannot be called"):
         adapter.add_task(name, ("a", "b"), "sentence")
         store.save_task(adapter, name, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

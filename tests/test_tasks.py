@@ -10,8 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerFast
 
 from uhl import readers, sources, tasks
+from uhl.anchors import pieces_of
 from uhl.errors import UHLError
 from uhl.runs import Settings
 from uhl.tasks import IGNORE, TaskSpec, encode, load_task
@@ -50,8 +54,28 @@ def test_splits_are_fixed_and_a_given_dev_becomes_the_test(tmp_path):
     assert one.data["dev"]["text"] == two.data["dev"]["text"]
 
 
+def test_rows_of_one_text_stand_in_one_split(tmp_path):
+    rows = [{"text": f"{'Film' if n % 2 else ' film'} {i}", "label": i % 2} for i in range(60) for n in range(4)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    task = load_task(TaskSpec(str(tmp_path), "sentence"))
+    texts = {split: {text.strip().lower() for text in rows["text"]} for split, rows in task.data.items()}
+    assert sum(map(len, texts.values())) == 60
+    assert {split: len(rows) for split, rows in task.data.items()} == {"train": 196, "dev": 20, "test": 24}
+
+
+def test_questions_on_one_passage_stand_in_one_split_where_there_are_several(tmp_path):
+    rows = [{"text": f"question {i}", "text_pair": f"passage {i // 3}", "label": i % 2} for i in range(90)]
+    for passages in (30, 1):
+        given = [row | {"text_pair": "the passage"} for row in rows] if passages == 1 else rows
+        write_jsonl(tmp_path / "train.jsonl", given)
+        task = load_task(TaskSpec(str(tmp_path), "pair"))
+        assert sum(len(set(part["text_pair"])) for part in task.data.values()) == (30 if passages == 30 else 3)
+        assert len({text for part in task.data.values() for text in part["text"]}) == 90
+        assert {split: len(part) for split, part in task.data.items()}["test"] == 9
+
+
 def test_boolq_layout(tmp_path, tokenizer):
-    rows = [{"question": "is it good", "passage": "the film was fine", "answer": bool(i % 2)} for i in range(20)]
+    rows = [{"question": f"is it {i}", "passage": "the film was fine", "answer": bool(i % 2)} for i in range(20)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     columns = {"text": "question", "text_pair": "passage", "label": "answer"}
     task = load_task(TaskSpec(str(tmp_path), "pair", columns, ("False", "True")))
@@ -60,7 +84,10 @@ def test_boolq_layout(tmp_path, tokenizer):
     assert first["labels"] == task.data["train"][0]["label"]
 
 
-CONLL = "-DOCSTART- -X- O O\n\ngood NN I-PER\njoy NN I-PER\nfilm NN O\n\nbad NN I-LOC\nplot NN B-LOC\n" * 6
+CONLL = "".join(
+    f"-DOCSTART- -X- O O\n\ngood NN I-PER\njoy NN I-PER\nfilm{i} NN O\n\nbad NN I-LOC\nplot{i} NN B-LOC\n"
+    for i in range(6)
+)
 
 
 @pytest.mark.parametrize("name", ["train.conll", "train.conll.gz"])
@@ -101,6 +128,61 @@ def test_words_are_tokenised_as_the_text_that_they_make(tokenizer, bpe):
         assert 0 < len(cut) < 5
     alone, behind = (bpe(text, add_special_tokens=False)["input_ids"] for text in ("good", "a good"))
     assert alone != behind[1:]
+
+
+def test_a_blank_before_a_word_is_no_piece_of_it():
+    """A unigram tokenizer may write the blank by itself; tasks and ports read the same piece of such a word."""
+    vocabulary = [("<unk>", -9.0), ("[PAD]", -9.0), ("\u2581", -1.0), ("\u2581good", -1.0), ("film", -1.0), ("s", -1.0)]
+    backend = Tokenizer(Unigram(vocabulary, unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    made_by = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="[PAD]")
+    rows = Dataset.from_dict({"tokens": [["good", "films", "good"]], "tags": [[1, 2, 3]]})
+    made = encode("token", rows, made_by)[0]
+    assert made_by.convert_ids_to_tokens(made["input_ids"]) == ["\u2581good", "\u2581", "film", "s", "\u2581good"]
+    assert made["labels"] == [1, IGNORE, 2, IGNORE, 3]
+    text = made_by("good films good")[0]
+    pieces = [(part, *span) for part, span in zip(text.sequence_ids, text.offsets, strict=True)]
+    weights = pieces_of(pieces, [(0, 0, 4), (0, 5, 10), (0, 11, 15)], first=True)
+    assert weights.argmax(1).tolist() == [i for i, label in enumerate(made["labels"]) if label != IGNORE]
+
+
+def test_tokens_of_a_shorter_limit_are_others(task, tokenizer):
+    rows = task.data["train"]
+    for most in (6, 4):
+        tokenizer_of_host = copy.deepcopy(tokenizer)
+        tokenizer_of_host.model_max_length = most
+        assert max(map(len, encode(task.kind, rows, tokenizer_of_host, 16)["input_ids"])) <= most
+
+
+def test_tags_of_another_form_and_rows_without_words_are_errors(tmp_path):
+    spec = TaskSpec(str(tmp_path), "token")
+    for rows, message in (
+        ([{"tokens": ["the", "dog", str(i)], "tags": [0, 3, 0]} for i in range(40)], "tag '0' is not O, B-<type> or"),
+        ([{"tokens": ["dogs", str(i)], "tags": ["NNS", "CD"]} for i in range(40)], "tag 'CD' is not O, B-<type> or"),
+        (
+            [{"tokens": [" "] * (i % 2), "tags": ["O"] * (i % 2)} for i in range(40)],
+            "row 1, .*expected a list of words",
+        ),
+    ):
+        write_jsonl(tmp_path / "train.jsonl", rows)
+        with pytest.raises(UHLError, match=message):
+            load_task(spec)
+    write_jsonl(tmp_path / "train.jsonl", [{"tokens": ["a", str(i)], "tags": [1, 0]} for i in range(40)])
+    assert load_task(replace(spec, labels=("O", "B-A"))).labels == ("O", "B-A")
+
+
+@pytest.mark.parametrize("labels", [("01", "02"), ("true", "false"), ("1.0", "2")])
+def test_labels_of_tables_are_what_is_written_there(tmp_path, labels):
+    lines = [f"film {i},{labels[i % 2]}" for i in range(40)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
+    for given in (labels, ()):
+        assert set(load_task(TaskSpec(str(tmp_path), "sentence", labels=given)).labels) == set(labels)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_word(tmp_path):
+    (tmp_path / "train.conll").write_bytes(b"\xef\xbb\xbf" + CONLL.removeprefix("-DOCSTART- -X- O O\n\n").encode())
+    task = load_task(TaskSpec(str(tmp_path), "token"))
+    assert {row["tokens"][0] for rows in task.data.values() for row in rows} == {"good", "bad"}
 
 
 def test_tokens_are_kept_for_other_seeds_and_stages(task, tokenizer, monkeypatch):
@@ -322,13 +404,15 @@ def test_splits_that_use_up_train(tmp_path):
     spec = TaskSpec(str(tmp_path), "sentence", {"text": "sentence"}, ("0", "1"))
     for count in (1, 2):
         write_jsonl(tmp_path / "train.jsonl", ROWS[:count])
-        with pytest.raises(UHLError, match=rf"split train has too few rows \({count}\).*give more, or files for both"):
+        with pytest.raises(
+            UHLError, match=f"split train has too few different rows, of {count}, .*give more, or files for both"
+        ):
             load_task(spec)
     write_jsonl(tmp_path / "train.jsonl", ROWS[:3])
     assert [len(rows) for rows in load_task(spec).data.values()] == [1, 1, 1]
     write_jsonl(tmp_path / "train.jsonl", ROWS[:1])
     write_jsonl(tmp_path / "test.jsonl", ROWS)
-    with pytest.raises(UHLError, match=r"split train has too few rows \(1\)"):
+    with pytest.raises(UHLError, match="split train has too few different rows, of 1,"):
         load_task(spec)
 
 

@@ -86,6 +86,30 @@ def test_killed_and_resumed_gives_the_same_bits(make_encoder, task, config, tmp_
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
 
 
+def test_a_checkpoint_that_was_being_written_is_not_resumed(make_encoder, task, config, tmp_path, monkeypatch):
+    settings, states = TrainConfig(steps=8, batch=8, rate=1e-2), []
+    for stopped in (True, False):
+        encoder = make_encoder()
+        adapter, attached, classifier = build(encoder, task, config, settings)
+        if stopped:
+            with monkeypatch.context() as patch:
+                patch.setattr(train.BudgetTrainer, "_save_rng_state", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    train.train(classifier, encoder, task, settings, tmp_path / "a")
+            assert [left.name for left in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-2"]
+            attached.detach()
+            adapter, attached, classifier = build(encoder, task, config, settings)
+        train.train(classifier, encoder, task, settings, tmp_path / "a")
+        assert not list((tmp_path / "a").glob("checkpoint-*"))
+        attached.detach()
+        states.append({k: v.clone() for k, v in adapter.state_dict().items()})
+    assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_a_loss_that_is_not_finite_stops(encoder, task, config, tmp_path):
     settings = TrainConfig(steps=4, batch=8)
     _, attached, classifier = build(encoder, task, config, settings)

@@ -58,9 +58,10 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UHLError(f"{path} does not exist; give a file with a text a line")
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UHLError(f"{path} is not UTF-8 ({error}); give a file with a text a line") from error
+    return text.removesuffix("\n").split("\n") if text else []  # other marks of a new line are part of a text
 
 
 def table(options: argparse.Namespace) -> None:

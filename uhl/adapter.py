@@ -34,6 +34,12 @@ REDRAWN = 1_000_003  # added to a seed, so that what is redrawn is not what an a
 TASK_BITS = {"bias": 4, "embedding": 8, "head": 8, "head_bias": 16}  # that a task's parameters are stored with
 
 
+def check_task_name(name: str) -> None:
+    """Raise :class:`UHLError` for a name that :class:`torch.nn.ModuleDict` does not take: ``train``, or ``a.b``."""
+    if not name or "." in name or hasattr(nn.ModuleDict, name):
+        raise UHLError(f"a task cannot be called {name!r}, as PyTorch names no part so; rename its file or folder")
+
+
 class TaskPart(nn.Module):
     """What belongs to one task: router embedding (A,), bias (8, A), head weight (labels, C) and bias (labels,).
 
@@ -136,7 +142,8 @@ class UHLAdapter(nn.Module):
         return self.mixer.first.device
 
     def add_task(self, name: str, labels: Sequence[str], kind: str) -> TaskPart:
-        """Add a task's own parts (zeros); replaces a task of that name."""
+        """Add a task's own parts (zeros); replaces a task of that name. Raises as :func:`check_task_name`."""
+        check_task_name(name)
         part = TaskPart(self.config, labels, kind)
         self.tasks[name] = part
         return part

@@ -247,6 +247,10 @@ def pieces_of(pieces: Sequence[Piece], spans: Sequence[Span], first: bool = Fals
     return weights
 
 
+# On the right also where a decoder's tokenizer pads on the left to generate: positions are counted from the left.
+PADDED: dict[str, Any] = {"padding": True, "truncation": True, "padding_side": "right"}
+
+
 def batches(
     encoder: Encoder, probe: Probe, size: int = 64, progress: bool = False, start: int = 0
 ) -> Iterator[tuple[list[int], BatchEncoding]]:
@@ -256,6 +260,11 @@ def batches(
 
     ``progress`` shows a bar on a terminal; elsewhere (notebooks, logs) there is none.
     """
+    if encoder.tokenizer.pad_token is None:
+        raise UHLError(
+            f"the tokenizer of {encoder.name or 'the host'} has no padding token; give it one, for instance "
+            "`tokenizer.pad_token = tokenizer.eos_token`"
+        )
     most = int(getattr(encoder.model.config, "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
     length = min(probe.length, encoder.tokenizer.model_max_length, most)
     texts = probe.observed
@@ -271,7 +280,7 @@ def batches(
         chosen = [texts[i] for i in rows]
         pairs = [text.partition(PAIR)[::2] for text in chosen] if probe.kind == "pair" else None
         given = tuple(map(list, zip(*pairs, strict=True))) if pairs else (chosen,)
-        batch = encoder.tokenizer(*given, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        batch = encoder.tokenizer(*given, max_length=length, return_tensors="pt", **PADDED)
         yield rows, batch.to(device)
 
 
@@ -283,8 +292,9 @@ def _pieces(batch: BatchEncoding, place: int) -> list[Piece]:
 
 def sentence_mean(hidden: Float[Tensor, "B T D"], mask: Tensor) -> Float[Tensor, "B D"]:
     """Mean over the tokens that are not padding."""
-    weights = mask.to(hidden.dtype)[:, :, None]
-    return (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
+    weights = mask.float()[:, :, None]
+    mean = (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)  # a sum of halves could overflow
+    return mean.to(hidden.dtype)
 
 
 def levels_of(output: Any) -> list[Float[Tensor, "B T D"]]:

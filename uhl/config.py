@@ -45,7 +45,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def __init__(self, **values: object) -> None:
+    def __init__(self, /, **values: object) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

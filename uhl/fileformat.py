@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -63,6 +63,7 @@ from uhl.quant import QMAX, SMALLEST_SCALE, unpack4
 
 FORMAT, PACK, VERSION, KEY = "uhl-adapter", "uhl-task", "1", "uhl"
 MAX_HEADER = 1 << 20  # bytes
+ENTRY = 160  # of them, at most, for a tensor of ours
 MAX_TEXTS, MAX_UNITS = 1 << 14, 1 << 16  # anchor texts; these, their fragments and words with logits
 MAX_TEXT, MAX_LINE = 8 << 20, 64 << 10  # bytes of all anchor texts unpacked, characters of one
 BYTES = {"I8": 1, "U8": 1, "F16": 2}
@@ -128,6 +129,17 @@ class Header(BaseModel):
     info: dict[str, Any]
     extra: list[str] = []
     sha256: str
+
+    @field_validator("info")
+    @classmethod
+    def _used(cls, info: dict[str, Any]) -> dict[str, Any]:
+        """Of what is free, porting reads two numbers."""
+        layers, scale = info.get("layers"), info.get("scale", 0.0)
+        if layers is not None and (type(layers) is not int or layers < 1):
+            raise ValueError(f"layers is {layers!r:.40}, expected a positive number")
+        if type(scale) not in {int, float} or not math.isfinite(scale):
+            raise ValueError(f"scale is {scale!r:.40}, expected a finite number")
+        return info
 
 
 class PackHeader(BaseModel):

@@ -42,10 +42,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from uhl import store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Observed, Probe, observe, unit_states
 from uhl.config import ARMS, CONTROLS, METRICS, _Strict
 from uhl.errors import UHLError, one_of
+from uhl.fileformat import digest
 from uhl.frame import LAST, Basis, Frame, canonical_basis, dimension_frame
 from uhl.host import Slot, find_slots
 from uhl.layer import Attached
@@ -253,7 +255,8 @@ def port_model(
 ) -> Port:
     """Port an adapter that a PEFT model carries to that model, and put the frame to work in it. No labels are used.
 
-    The host is an encoder, or a decoder, with any head on it; its other adapters are left alone. Raises
+    The host is an encoder, or a decoder, with any head on it; its other adapters are left alone. An adapter that was
+    trained since it was ported to this host, by name, gets the scale of the atoms that it was trained with. Raises
     :class:`UHLError` for an arm that the adapter does not allow, or that needs its source model.
     """
     tuner = tuner_of(model)
@@ -267,10 +270,29 @@ def port_model(
     prefix = next(path for path, module in host.named_modules() if module is inner)
     with tuner.bare():
         target = Encoder(str(getattr(host.config, "_name_or_path", "")), inner, tokenizer, "unknown")
-        done = port(adapter, target, tuner.attached(name).task_name, arm)
+        scale = _trained_at(adapter, target.name, arm)
+        way = None if scale is None else Way(scales=(scale,))
+        done = port(adapter, target, tuner.attached(name).task_name, arm, way=way)
+        adapter.info["ported"] = {"to": target.name, "arm": arm, "scale": done.scale, "content": _content(adapter)}
     pairs = {f"{prefix}.{path}" if prefix else path: pair for path, pair in done.frame.slots.items()}
     tuner.set_frame(name, replace(done.frame, slots=pairs), done.scale, arm)
     return done
+
+
+def _content(adapter: UHLAdapter) -> str:
+    """Hash of all that the adapter's file would hold but its header."""
+    return digest(store.to_tensors(adapter))
+
+
+def _trained_at(adapter: UHLAdapter, host: str, arm: str) -> float | None:
+    """The scale that an adapter which :func:`port_model` ported to a host has been trained at since; None where it has
+    not been.
+    """
+    told = adapter.info.get("ported")
+    if not isinstance(told, dict) or (told.get("to"), told.get("arm")) != (host, arm):
+        return None
+    scale = told.get("scale")
+    return scale if isinstance(scale, float) and told.get("content") != _content(adapter) else None
 
 
 def at_work(

@@ -59,6 +59,7 @@ WANTED = {
     "tokens": "a list of words (jsonl or CoNLL)",
     "tags": "a list of tags (jsonl or CoNLL)",
 }
+TEXTS = ("text", "tokens", "text_pair")  # columns of text; questions on one passage have the last in common
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".conll", ".txt")
 
 
@@ -128,7 +129,7 @@ def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
     try:
         if name.endswith((".jsonl", ".json")):
             return pd.read_json(path, lines=True, dtype=False)
-        texts = {spec.columns.get(key, key): str for key in ("text", "text_pair")}  # also where all are digits
+        texts = {spec.columns.get(key, key): str for key in ("text", "text_pair", "label")}  # also digits
         if name.endswith((".csv", ".tsv")):
             form: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE} if name.endswith(".tsv") else {}
             with warnings.catch_warnings():  # of a row with more cells than there are columns
@@ -148,7 +149,7 @@ def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
 
 def _read_conll(path: Path, spec: TaskSpec) -> pd.DataFrame:
     """Columns separated by blanks, first the word, last the tag; a blank line ends a sentence (IOB1 becomes BIO)."""
-    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text(encoding="utf-8")
+    text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
     rows: list[dict[str, list[str]]] = []
     words: list[str] = []
     tags: list[str] = []
@@ -196,8 +197,8 @@ def _checked(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> dict[str, pd.Da
     whole = _complete_splits({s: t[list(names.values())].set_axis(list(names), axis=1) for s, t in tables.items()})
     if whole["train"].empty:
         raise UHLError(
-            f"{spec.path}, split train has too few rows ({len(tables['train'])}) to cut the absent splits from; "
-            f"give more, or files for both dev and test"
+            f"{spec.path}, split train has too few different rows, of {len(tables['train'])}, to cut the absent splits "
+            "from; give more, or files for both dev and test"
         )
     return whole
 
@@ -221,23 +222,46 @@ def _usable(key: str, cell: Any) -> bool:
     """Whether a cell holds text, a label that is not blank, or a list of such."""
     if key in {"tokens", "tags"}:
         inner = "text" if key == "tokens" else "label"
-        return isinstance(cell, (list, np.ndarray)) and all(_usable(inner, each) for each in cell)
+        if not isinstance(cell, (list, np.ndarray)) or not all(_usable(inner, each) for each in cell):
+            return False
+        return key == "tags" or any(word.strip() for word in cell)
     if key == "label":
         return pd.api.types.is_scalar(cell) and not pd.isna(cell) and str(cell).strip() != ""
     return isinstance(cell, str)
 
 
 def _complete_splits(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """Fill absent splits from train (seeded). With train and dev alone, the given dev is the reported test."""
+    """Fill absent splits from train (seeded). With train and dev alone, the given dev is the reported test.
+
+    Rows of the same text (capitals and blanks aside), or pairs with the same second part, such as questions on one
+    passage, go to one side.
+    """
     tables = dict(tables)
     if "test" not in tables and "dev" in tables:
         tables["test"] = tables.pop("dev")
     for split in ("test", "dev"):
         if split not in tables:
             rows = tables["train"].sample(frac=1.0, random_state=SPLIT_SEED)
-            cut = min(1000, max(1, len(rows) // 10))
-            tables[split], tables["train"] = rows[:cut], rows[cut:]
+            held = _whole_groups(rows, min(1000, max(1, len(rows) // 10)))
+            tables[split], tables["train"] = rows[held], rows[~held]
     return {split: tables[split].reset_index(drop=True) for split in ("train", "dev", "test")}
+
+
+def _whole_groups(rows: pd.DataFrame, most: int) -> np.ndarray:
+    """Marks of the first ``most`` rows or fewer: rows that belong together are all marked, or none. Pairs are taken by
+    both parts where by the second there are too few groups, as with questions on a single passage.
+    """
+    texts = [rows[key].map(lambda cell: " ".join(str(cell).lower().split())) for key in TEXTS if key in rows]
+    for column in (texts[-1], sum(texts[1:], texts[0])):
+        groups, names = pd.factorize(column)
+        left, chosen = most, []
+        for group, size in enumerate(np.bincount(groups, minlength=len(names))):
+            if size <= left:
+                chosen.append(group)
+                left -= size
+        if chosen:
+            break
+    return np.isin(groups, chosen or [0])
 
 
 def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[str, ...], Any]:
@@ -251,6 +275,11 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
     seen = tables["train"][column]
     known = {text(v) for row in seen for v in row} if spec.kind == "token" else {text(v) for v in seen}
     labels = spec.labels or tuple(sorted(known, key=lambda tag: (tag != "O", tag)))
+    if spec.kind == "token" and (strange := [tag for tag in labels if not re.fullmatch("O|[BIES]-.+", tag)]):
+        raise UHLError(
+            f"{spec.path}: tag {strange[0]!r} is not O, B-<type> or I-<type>, and token tasks are scored by entities: "
+            "write the tags so, or name them in `labels` where they are numbers"
+        )
     index = {label: i for i, label in enumerate(labels)}
 
     def number(value: Any, split: str) -> int:

@@ -32,6 +32,7 @@ import transformers
 from pydantic import Field, field_validator
 
 from uhl import files, pruning
+from uhl.adapter import check_task_name
 from uhl.config import ARMS, Arm, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
@@ -115,6 +116,12 @@ class Settings(_Strict):
         for cut in copies:
             pruning.Cut.of(cut)
         return copies
+
+    @field_validator("task")
+    @classmethod
+    def _named(cls, task: str) -> str:
+        check_task_name(slug(task).split(".")[0])
+        return task
 
     @property
     def task_name(self) -> str:

@@ -18,11 +18,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from uhl.adapter import TASK_BITS, TaskPart, UHLAdapter
+from uhl.adapter import TASK_BITS, TaskPart, UHLAdapter, check_task_name
 from uhl.anchors import Anchors, Codes
 from uhl.config import MAX_FILE, Sizes
 from uhl.errors import UHLError
 from uhl.fileformat import (
+    ENTRY,
     KEY,
     MAX_HEADER,
     MAX_LINE,
@@ -211,7 +212,14 @@ def _write(adapter: UHLAdapter, tensors: dict[str, Tensor], path: str | Path) ->
         raise UHLError(
             f"the adapter takes {size:,} bytes, files hold at most {MAX_FILE:,}; keep fewer anchors or tasks"
         )
-    return write_atomic(path, lambda tmp: save_file(tensors, tmp, to_metadata(adapter, tensors)))
+    check_finite({name: t for name, t in tensors.items() if is_stored(name)})
+    meta = to_metadata(adapter, tensors)
+    header = len(json.dumps(meta).encode()) + ENTRY * len(tensors)
+    if header > MAX_HEADER:
+        raise UHLError(
+            f"the adapter's header takes {header:,} bytes, files hold at most {MAX_HEADER:,}; shorten the tasks' labels"
+        )
+    return write_atomic(path, lambda tmp: save_file(tensors, tmp, meta))
 
 
 def _shared(adapter: UHLAdapter) -> dict[str, Tensor]:
@@ -265,6 +273,7 @@ def add_task(adapter: UHLAdapter, path: str | Path) -> str:
     compare(found.path, pack_layout(adapter.config.atoms, adapter.config.width, len(header.labels)), specs(tensors))
     part = TaskPart(adapter.config, header.labels, header.kind)
     part.load_state_dict({n: _unpack(n, tensors, TASK_BITS[n], tuple(p.shape)) for n, p in part.named_parameters()})
+    check_task_name(header.name)
     adapter.tasks[header.name] = part
     return header.name
 
@@ -344,9 +353,10 @@ def describe(path: str | Path) -> str:
     path, header = found.path, found.header
     size = f"{path.name}: {path.stat().st_size:,} bytes, version {header.version}, sha256 {header.sha256[:12]} checked"
     if isinstance(header, PackHeader):
-        return (
-            f"{size}\ntask       {header.name}: {header.kind}, labels {', '.join(header.labels) or 'none'}\n"
-            f"belongs to dictionary {header.base}; plug it in with `uhl join`"
+        return _plain(
+            size,
+            f"task       {header.name}: {header.kind}, labels {', '.join(header.labels) or 'none'}",
+            f"belongs to dictionary {header.base}; plug it in with `uhl join`",
         )
     adapter = build(found)  # type: ignore[arg-type]
     config = adapter.config
@@ -371,4 +381,9 @@ def describe(path: str | Path) -> str:
     lines.append(
         f"with every number as a float16 it would have {budget.float16_bytes(adapter) + sizes['header']:,} bytes"
     )
-    return "\n".join(lines)
+    return _plain(*lines)
+
+
+def _plain(*lines: str) -> str:
+    """Lines for a terminal: what a stranger's file has of control characters is written out."""
+    return "\n".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines)

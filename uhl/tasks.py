@@ -65,7 +65,8 @@ class Task:
 
     def set_aside(self, count: int) -> Task:
         """The same task with ``count`` training texts less, which are ``unlabelled`` ones instead, the same for every
-        seed: none that dev or test hold as well, and each in all its copies, so that nothing is trained on it.
+        seed: none that dev or test hold as well, and each in all its copies, so that nothing is trained on that text.
+        (On parts of it there may be: SST-2's training split has phrases of its sentences.)
 
         Raises :class:`UHLError` where no more than ``count`` such texts are there.
         """
@@ -197,7 +198,7 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
         return dict(out)
 
     # a name of our own: the default is a hash of the function with all the globals it reaches
-    name = _mark(task_kind, rows, tokenizer, max_length)
+    name = _mark(task_kind, rows, tokenizer, most)
     shared: dict[str, Any] = {"batched": True, "remove_columns": rows.column_names}
     shared["new_fingerprint"] = name or generate_random_fingerprint()
     if name is not None:
@@ -212,7 +213,7 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
     return rows.map(one, load_from_cache_file=False, **shared)
 
 
-FORM = 2  # of tokenised splits; another where :func:`encode` makes others of the same rows
+FORM = 3  # of tokenised splits; another where :func:`encode` makes others of the same rows
 
 
 def tokens_dir() -> Path:
@@ -220,7 +221,7 @@ def tokens_dir() -> Path:
     return root() / ".tokens"
 
 
-def _mark(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str | None:
+def _mark(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, most: int) -> str | None:
     """Hash of all that tokens depend on; None where the tokenizer does not tell its state."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -228,7 +229,7 @@ def _mark(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, ma
     state = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # of the last call
     own = tokenizer.truncation_side, tokenizer.model_input_names, getattr(tokenizer, "split_special_tokens", False)
     made_by = FORM, type(tokenizer).__name__, version("tokenizers"), version("transformers")
-    known = [task_kind, max_length, state, own, made_by, rows.to_dict()]
+    known = [task_kind, most, state, own, made_by, rows.to_dict()]
     return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
 
@@ -264,7 +265,9 @@ def _tokenise_words(
         for part, (start, end) in zip(made[i].sequence_ids, made[i].offsets, strict=True):
             word = bisect.bisect_right(ends, start)
             word += word < len(words) and start == ends[word] - 1  # a piece that begins with the blank before its word
-            places.append(None if part is None or start == end or word >= len(words) else word)
+            outside = part is None or start == end or word >= len(words)
+            blank = not outside and end < ends[word] - len(words[word])  # nothing of the word
+            places.append(None if outside or blank else word)
         found.append(places)
     return made, found
 

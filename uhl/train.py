@@ -317,11 +317,15 @@ def fingerprint(classifier: Classifier, encoder: Encoder, task: Task, config: Tr
 
 
 def _own_checkpoint(folder: Path, mark: str) -> str | None:
-    """The last checkpoint in ``folder`` where it belongs to this run; those of another run are removed."""
+    """The last checkpoint in ``folder`` where it belongs to this run; those of another run, and one that was being
+    written when its run was stopped, are removed.
+    """
     file = folder / RUN_FILE
-    if not file.is_file() or file.read_text(encoding="utf-8") != mark:
-        for left in folder.glob("checkpoint-*"):
+    other = not file.is_file() or file.read_text(encoding="utf-8") != mark
+    for left in folder.glob("checkpoint-*"):
+        if other or not (left / _Clock.FILE).is_file():  # which is written last
             shutil.rmtree(left)
+    if other:
         write_text(file, mark)
     return get_last_checkpoint(str(folder))
 
