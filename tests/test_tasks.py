@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
 
-from uhl import readers, sources, tasks
+from uhl import readers, sources, stages, tasks
 from uhl.anchors import pieces_of
 from uhl.errors import UHLError
 from uhl.runs import Settings
@@ -319,6 +319,30 @@ def test_words_and_pairs_can_be_set_aside(task):
         parted = replace(task, data=DatasetDict({"train": Dataset.from_dict(rows), **none})).set_aside(2)
         assert parted.data["unlabelled"].column_names == kept
         assert len(parted.data["train"]) == 4
+
+
+@pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
+def test_a_folder_may_hold_unlabelled_texts(tmp_path, kind, caplog):
+    def row(i, label=True):
+        text = {"tokens": ["film", str(i)]} if kind == "token" else {"text": f"film {i}"}
+        other = {"text_pair": f"why {i}"} if kind == "pair" else {}
+        target = {"tags": ["O", "B-N"]} if kind == "token" else {"label": i % 2}
+        return text | other | (target if label else {})
+
+    write_jsonl(tmp_path / "train.jsonl", [row(i) for i in range(40)])
+    write_jsonl(tmp_path / "unlabelled.jsonl", [row(i, label=False) for i in (3, 40, 41, 41)])
+    with caplog.at_level("WARNING", "uhl"):
+        task = load_task(TaskSpec(str(tmp_path), kind))
+    assert tasks.plain_text(task, "unlabelled") == tasks.plain_text(
+        replace(task, data=DatasetDict({"x": Dataset.from_list([row(40), row(41)])})), "x"
+    )
+    assert "2 unlabelled texts stand in another split or twice" in caplog.text
+    assert task.set_aside(5).data["unlabelled"].num_rows == 7
+    settings = Settings(task=str(tmp_path), kind=kind, anchor_text="in-domain")
+    assert len(stages.anchor_pool(settings, task)) == 2
+    write_jsonl(tmp_path / "unlabelled.jsonl", [row(3, label=False)])
+    with pytest.raises(UHLError, match="split unlabelled has no text that is not in another split"):
+        load_task(TaskSpec(str(tmp_path), kind))
 
 
 def test_missing_column(tmp_path):

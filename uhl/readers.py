@@ -2,7 +2,7 @@
 
 A folder holds ``train.*`` and optionally ``dev.*`` (or ``val.*``, ``validation.*``) and ``test.*``. Absent splits are
 cut from train with a fixed seed; where train and dev alone are given, or test has no labels, the given dev is the
-reported test.
+reported test. ``unlabelled.*`` holds texts without labels, which anchors may be chosen from.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ LOG = logging.getLogger("uhl")
 class TaskSpec:
     """How to read a task: where it lies, its kind, and which columns mean what.
 
-    ``path`` is a hub id, a folder with ``train.*`` and optionally ``dev.*`` (or ``validation.*``) and ``test.*``, or
-    one file. ``columns`` maps ours (text, text_pair, label, tokens, tags) to the file's. ``labels`` fixes the order
-    of the classes; without it they are the sorted labels of the training split.
+    ``path`` is a hub id, a folder with ``train.*`` and optionally ``dev.*`` (or ``validation.*``), ``test.*`` and
+    ``unlabelled.*``, or one file. ``columns`` maps ours (text, text_pair, label, tokens, tags) to the file's.
+    ``labels`` fixes the order of the classes; without it they are the sorted labels of the training split.
     """
 
     path: str
@@ -51,7 +51,10 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "pair": ("text", "text_pair", "label"),
     "token": ("tokens", "tags"),
 }
-ALIASES = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
+ALIASES = {
+    **{"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"},
+    **dict.fromkeys(("unlabelled", "unlabeled", "unsupervised"), "unlabelled"),
+}
 WANTED = {
     "text": "text",
     "text_pair": "text",
@@ -64,18 +67,47 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".conll", ".txt")
 
 
 def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], DatasetDict]:
-    """Labels in order, and train, dev and test with our column names and labels as numbers.
+    """Labels in order, and train, dev and test with our column names and labels as numbers; ``unlabelled``, where it is
+    given, less the texts that those hold.
 
     ``instead`` are names that the error offers when a hub cannot be reached. Raises :class:`UHLError` for files that
     cannot be read, a missing column, an unusable cell, an unknown label and an empty split.
     """
     found = _tables(spec, instead)
+    free = found.pop("unlabelled", None)
     for split in [name for name in found if name != "train" and _hidden(found[name], found["train"], spec)]:
         LOG.warning("%s: the labels of %s are withheld; other splits, or a part of train, stand in", spec.path, split)
         del found[split]
     tables = _checked(spec, found)
     labels, convert = _label_map(spec, tables)
-    return labels, DatasetDict({split: Dataset.from_dict(convert(split, table)) for split, table in tables.items()})
+    data = {split: Dataset.from_dict(convert(split, table)) for split, table in tables.items()}
+    if free is not None:
+        data["unlabelled"] = Dataset.from_dict(_free(spec, free, tables).to_dict("list"))
+    return labels, DatasetDict(data)
+
+
+def _free(spec: TaskSpec, table: pd.DataFrame, labelled: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Texts without labels, each once, that no labelled split holds."""
+    rows = _columns(spec, "unlabelled", table, [key for key in REQUIRED[spec.kind] if key in TEXTS])
+    known = pd.concat([_keys(part) for part in labelled.values()])
+    kept = rows[~_keys(rows).isin(known) & ~_keys(rows).duplicated()].reset_index(drop=True)
+    if len(kept) < len(rows):
+        left = len(rows) - len(kept)
+        LOG.warning("%s: %d unlabelled texts stand in another split or twice, and are left out", spec.path, left)
+    if kept.empty:
+        raise UHLError(f"{spec.path}, split unlabelled has no text that is not in another split; remove its file")
+    return kept
+
+
+def _keys(rows: pd.DataFrame) -> pd.Series:
+    """What tells texts apart, capitals and blanks aside: both parts of a pair."""
+    parts = [rows[key].map(_key) for key in TEXTS if key in rows]
+    return sum(("\t" + part for part in parts[1:]), parts[0])
+
+
+def _key(cell: Any) -> str:
+    text = cell if isinstance(cell, str) else " ".join(cell)
+    return " ".join(text.lower().split())
 
 
 def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
@@ -178,29 +210,34 @@ def to_bio(tags: Sequence[str]) -> list[str]:
 
 def _checked(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """The columns that the kind needs, under our names, of three splits that are not empty."""
-    names = {key: spec.columns.get(key, key) for key in REQUIRED[spec.kind]}
-    if strange := set(spec.columns) - set(names):
-        raise UHLError(f"{spec.path}: a {spec.kind} task has no column {min(strange)!r}; it has {', '.join(names)}")
-    for split, table in tables.items():
-        if table.empty:
-            raise UHLError(
-                f"{spec.path}, split {split} is empty; expected at least one row: fill it, or remove its file, and the "
-                "split is cut from train"
-            )
-        missing = [key for key, column in names.items() if column not in table.columns]
-        if missing:
-            raise UHLError(
-                f"{spec.path}, split {split}: missing column {names[missing[0]]!r}; it has "
-                f"{', '.join(map(str, table.columns))}. Say which one holds it, columns: {{{missing[0]}: <name>}}"
-            )
-        _check_cells(f"{spec.path}, split {split}", table, names)
-    whole = _complete_splits({s: t[list(names.values())].set_axis(list(names), axis=1) for s, t in tables.items()})
+    known = REQUIRED[spec.kind]
+    if strange := set(spec.columns) - set(known):
+        raise UHLError(f"{spec.path}: a {spec.kind} task has no column {min(strange)!r}; it has {', '.join(known)}")
+    whole = _complete_splits({split: _columns(spec, split, table, known) for split, table in tables.items()})
     if whole["train"].empty:
         raise UHLError(
             f"{spec.path}, split train has too few different rows, of {len(tables['train'])}, to cut the absent splits "
             "from; give more, or files for both dev and test"
         )
     return whole
+
+
+def _columns(spec: TaskSpec, split: str, table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:
+    """Columns of a split under our names. Raises :class:`UHLError` where it is empty, lacks one, or a cell is wrong."""
+    names = {key: spec.columns.get(key, key) for key in keys}
+    if table.empty:
+        raise UHLError(
+            f"{spec.path}, split {split} is empty; expected at least one row: fill it, or remove its file"
+            + (", and the split is cut from train" if split != "unlabelled" else "")
+        )
+    missing = [key for key, column in names.items() if column not in table.columns]
+    if missing:
+        raise UHLError(
+            f"{spec.path}, split {split}: missing column {names[missing[0]]!r}; it has "
+            f"{', '.join(map(str, table.columns))}. Say which one holds it, columns: {{{missing[0]}: <name>}}"
+        )
+    _check_cells(f"{spec.path}, split {split}", table, names)
+    return table[list(names.values())].set_axis(list(names), axis=1)
 
 
 def _check_cells(where: str, table: pd.DataFrame, names: dict[str, str]) -> None:
@@ -251,8 +288,8 @@ def _whole_groups(rows: pd.DataFrame, most: int) -> np.ndarray:
     """Marks of the first ``most`` rows or fewer: rows that belong together are all marked, or none. Pairs are taken by
     both parts where by the second there are too few groups, as with questions on a single passage.
     """
-    texts = [rows[key].map(lambda cell: " ".join(str(cell).lower().split())) for key in TEXTS if key in rows]
-    for column in (texts[-1], sum(texts[1:], texts[0])):
+    last = next(key for key in reversed(TEXTS) if key in rows)
+    for column in (rows[last].map(_key), _keys(rows)):
         groups, names = pd.factorize(column)
         left, chosen = most, []
         for group, size in enumerate(np.bincount(groups, minlength=len(names))):

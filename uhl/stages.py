@@ -73,7 +73,8 @@ def anchor_pool(settings: Settings, task: Task) -> list[str]:
         pool = tasks.generic_text()
     elif split not in task.data:
         raise UHLError(
-            f"task {task.name} has no unlabelled text; set anchor_text to generic, or `unlabelled` to a number"
+            f"task {task.name} has no unlabelled text; set `unlabelled` to a number, put a file unlabelled.jsonl into "
+            "its folder, or set anchor_text to generic"
         )
     else:
         pool = tasks.plain_text(task, split)

@@ -35,7 +35,7 @@ TEACHER_STATES = (0, 1, 3, 4, 6)  # teacher's hidden state (of 0..6) that each s
 
 
 def corpus() -> list[str]:
-    """Unlabelled sentences outside every dev and test split, in a fixed order."""
+    """Unlabelled sentences outside every dev and test split of the offline tasks, in a fixed order."""
     own = [t for name in OFFLINE for split in ("train", "unlabelled") for t in load_task(name).data[split]["text"]]
     return own + generic_text()
 
