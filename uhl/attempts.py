@@ -311,7 +311,7 @@ def chosen(settings: Settings, adapter: UHLAdapter, source: Encoder, task: Task,
         pool += generic_texts(pool, count - len(pool), random.Random(settings.seed))
     texts = [pool[i] for i in select(final_means(source, pool), choice, count, settings.seed)]
     probe = Probe(texts, task.kind, settings.anchor_words, None, settings.max_length)
-    return _anew(settings, adapter, source, probe)
+    return anew(settings, adapter, source, probe)
 
 
 def with_training_texts(settings: Settings, adapter: UHLAdapter, source: Encoder, seen: bool) -> Anchors:
@@ -330,12 +330,12 @@ def with_training_texts(settings: Settings, adapter: UHLAdapter, source: Encoder
     texts, kept = adapter.anchors.texts, adapter.anchors.probe
     more = [t for t in draw.sample(trained if seen else others, count) if t not in set(texts)]
     end = len(texts) if kept.own is None else kept.own
-    return _anew(
+    return anew(
         settings, adapter, source, replace(kept, texts=[*texts[:end], *more, *texts[end:]], own=end + len(more))
     )
 
 
-def _anew(settings: Settings, adapter: UHLAdapter, source: Encoder, probe: Probe) -> Anchors:
+def anew(settings: Settings, adapter: UHLAdapter, source: Encoder, probe: Probe) -> Anchors:
     """Anchors of a trained adapter from another probe, in the coordinates that it was trained in."""
     basis = source_basis(adapter, source)
     frame = basis.frame(find_slots(source.model, adapter.config.types))
