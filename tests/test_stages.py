@@ -605,6 +605,31 @@ def test_a_tuned_file_holds_what_was_scored(tiny_world):
     assert not torch.equal(before.task("mood").bias, after.task("mood").bias)
 
 
+def test_an_interrupted_cell_of_tuning_reads_back_the_arms_that_were_scored(tiny_world, monkeypatch):
+    for projector in ("canonical", "dimension"):
+        stages.pretrain(tiny_world, projector)
+    shared, tune = stages.observe_target(tiny_world), stages.tune
+    first = stages.tuned(tiny_world, shared)
+    asked = []
+    monkeypatch.setattr(stages, "tune", lambda settings, arm, shared: asked.append(arm) or tune(settings, arm, shared))
+    again = stages.tuned(tiny_world, shared)
+    undefined = [arm for arm in stages.TUNED_ARMS if arm not in first]
+    assert asked == undefined
+    for arm, outcome in first.items():
+        kept = again[arm]
+        assert kept.rows == json.loads(json.dumps(outcome.rows))
+        assert (kept.paths, kept.adapters, kept.rules) == (outcome.paths, outcome.adapters, outcome.rules)
+        assert (kept.details, kept.curves) == (outcome.details, outcome.curves)
+        assert np.array_equal(kept.counts(arm), outcome.counts(arm))
+    asked.clear()
+    store.save(store.load(first["anchor"].paths[0]), first["random-p"].paths[0])  # not what was scored
+    stages.tuned(tiny_world, shared)
+    assert asked == [arm for arm in stages.TUNED_ARMS if arm in {*undefined, "random-p"}]
+    asked.clear()
+    stages.tuned(tiny_world.model_copy(update={"tune_rate": 0.5 * tiny_world.tune_rate}), shared)
+    assert asked == list(stages.TUNED_ARMS)
+
+
 def test_the_untrained_control_keeps_nothing_of_the_dictionary_but_its_sizes(tiny_world):
     before = trained(tiny_world)
     after = store.load(stages.tune(tiny_world, "untrained").paths[0])

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from uhl import budget, models, runs, stats, tasks, viz
 from uhl.adapter import UHLAdapter
-from uhl.files import write_atomic, write_text
+from uhl.files import sha256, write_atomic, write_text
 from uhl.frame import Frame
 from uhl.host import find_slots
 from uhl.layer import Attached
@@ -120,14 +120,15 @@ class Outcome:
 
     def keep(self, folder: Path, about: Mapping[str, object]) -> None:
         """Write rows, predictions, curves and details into a folder of their own, for :meth:`kept`; ``about`` says what
-        ran.
+        ran. Files that were written stay beside that folder.
         """
         (folder / "outcome.json").unlink(missing_ok=True)  # it says that the predictions are those of its run
         self._save_predictions(folder / "predictions.npz")
         self.hardware = {runs.hardware()}
         where = {"commit": runs.commit(), "hardware": runs.hardware()}
-        entry = {"about": _dated(about), **where, "rows": self.rows, "curves": self.curves}
-        entry["details"] = self.details
+        entry: dict[str, Any] = {"about": _dated(about), **where, "rows": self.rows, "curves": self.curves}
+        entry |= {"details": self.details, "adapters": self.adapters, "rules": self.rules}
+        entry["files"] = {path.name: sha256(path) for path in self.paths}
         write_text(folder / "outcome.json", json.dumps(entry, indent=1))
 
     @classmethod
@@ -140,6 +141,10 @@ class Outcome:
             curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
             found = cls(settings, task, entry["rows"], curves=curves, commits={entry["commit"]})
             found.hardware, found.details = {entry["hardware"]}, entry.get("details", {})
+            found.adapters, found.rules = entry.get("adapters", {}), entry.get("rules")
+            found.paths = [folder.parent / name for name in entry.get("files", {})]
+            if any(sha256(path) != entry["files"][path.name] for path in found.paths):
+                return None
             with np.load(folder / "predictions.npz") as arrays:
                 for row in found.rows:
                     name = f"{row['arm']}/{row['split']}"

@@ -49,6 +49,7 @@ NOT_OF_THE_SOURCE = {
     *("target", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
     *("tune_steps", "tune_batch", "tune_rate"),
 }  # settings that nothing trained on the source depends on
+NOT_OF_TUNING = {*("hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"), *RATES.values()}
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
 
@@ -356,6 +357,25 @@ def tune(
     found = store.load(path)
     outcome.score_adapter(found, path, target, ported.frame, ported.scale, arm=arm, phase="tuned", **log.costs())
     return outcome
+
+
+def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
+    """:func:`tune` for every arm that is defined. Each is kept in a folder of its own as soon as it is scored, and a
+    cell that was interrupted reads it back.
+    """
+    folder, task = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}"), load_data(settings)
+    common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_TUNING}
+    common |= {"data": digest(task), "rules": RULES}
+    common["revisions"] = [load_encoder(name).revision for name in (settings.source, settings.target)]
+    outcomes: dict[str, Outcome] = {}
+    for arm in TUNED_ARMS:
+        about = common | {"arm": arm, "adapter": sha256(adapter_for(settings, arm)[1])}
+        outcome = Outcome.kept(settings, task, folder / arm, about)
+        if outcome is None and (outcome := tune(settings, arm, shared)) is not None:
+            outcome.keep(folder / arm, about)
+        if outcome is not None:
+            outcomes[arm] = outcome
+    return outcomes
 
 
 def _say_where(settings: Settings, adapter: UHLAdapter, target: Encoder, ported: Port) -> None:
