@@ -940,14 +940,24 @@ def test_an_adapter_that_was_trained_where_it_was_ported_keeps_its_scale(encoder
     first = uhl.port_model(model, host.tokenizer)
     assert uhl.port_model(model, host.tokenizer).scale == first.scale
     tuner = model.base_model.uhl_adapters["default"]
-    tuner.info["ported"]["scale"] = 0.125  # one that would not be chosen
+    ((place, told),) = tuner.info["ported"].items()
+    assert place == "host, mood, anchor"
+    told["scale"] = 0.125  # one that would not be chosen
+    tuner.add_task("other", ("a", "b"), "sentence")
+    assert uhl.port_model(model, host.tokenizer).scale == first.scale  # nothing was trained
+    told = tuner.info["ported"][place]
+    told["scale"] = 0.125
     with torch.no_grad():
         tuner.task("mood").head += 0.1
+    for _ in range(2):
+        uhl.port_model(model, host.tokenizer, arm="zero-atoms")
+        assert uhl.port_model(model, host.tokenizer).scale == 0.125
     model.save_pretrained(tmp_path / "tuned")
-    for name, kept in (("host", True), ("another", False)):
+    for name, kept in (("host", True), ("another", False), ("", False)):
         host.model.config._name_or_path = name
         again = PeftModel.from_pretrained(copy.deepcopy(host.model), tmp_path / "tuned")
-        assert (uhl.port_model(again, host.tokenizer).scale == 0.125) == kept
+        for _ in range(2):
+            assert (uhl.port_model(again, host.tokenizer).scale == 0.125) == kept
 
 
 def test_porting_a_peft_model_that_is_the_source_is_the_identity(encoder, tmp_path):

@@ -182,12 +182,17 @@ def test_what_could_not_be_read_again_does_not_replace_a_file(path, with_anchors
         store.save(with_anchors, path)
     with_anchors.anchors = kept
     with_anchors.add_task("many", [f"{i} {'x' * 220}" for i in range(6000)], "sentence")
-    with pytest.raises(UHLError, match=r"the adapter's header takes 1,.* shorten the tasks' labels"):
+    for write in (lambda: store.save(with_anchors, path), lambda: store.save_task(with_anchors, "many", path)):
+        with pytest.raises(UHLError, match=r"header of .* would take 1,.* shorten the labels of its tasks"):
+            write()
+    del with_anchors.tasks["many"]
+    with_anchors.info = {"layers": 0}
+    with pytest.raises(UHLError, match="cannot be written: .*layers is 0, expected a positive number"):
         store.save(with_anchors, path)
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["train", "type", "items", "a.b", ""])
+@pytest.mark.parametrize("name", ["train", "training", "items", "a.b", ""])
 def test_names_that_a_task_cannot_have(name, config):
     with pytest.raises(UHLError, match="a task cannot be called"):
         UHLAdapter(config).add_task(name, ("a", "b"), "sentence")

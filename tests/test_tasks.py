@@ -65,11 +65,12 @@ def test_rows_of_one_text_stand_in_one_split(tmp_path):
 
 def test_questions_on_one_passage_stand_in_one_split_where_there_are_several(tmp_path):
     rows = [{"text": f"question {i}", "text_pair": f"passage {i // 3}", "label": i % 2} for i in range(90)]
-    for passages in (30, 1):
-        given = [row | {"text_pair": "the passage"} for row in rows] if passages == 1 else rows
+    large = [row | {"text_pair": "rare" if i == 0 else f"aspect {i % 3}"} for i, row in enumerate(rows)]
+    for given, apart in ((rows, True), ([row | {"text_pair": "the passage"} for row in rows], False), (large, False)):
         write_jsonl(tmp_path / "train.jsonl", given)
         task = load_task(TaskSpec(str(tmp_path), "pair"))
-        assert sum(len(set(part["text_pair"])) for part in task.data.values()) == (30 if passages == 30 else 3)
+        sides = [set(part["text_pair"]) for part in task.data.values()]
+        assert (sum(map(len, sides)) == len(set.union(*sides))) == apart
         assert len({text for part in task.data.values() for text in part["text"]}) == 90
         assert {split: len(part) for split, part in task.data.items()}["test"] == 9
 
@@ -173,7 +174,7 @@ def test_tags_of_another_form_and_rows_without_words_are_errors(tmp_path):
 
 @pytest.mark.parametrize("labels", [("01", "02"), ("true", "false"), ("1.0", "2")])
 def test_labels_of_tables_are_what_is_written_there(tmp_path, labels):
-    lines = [f"film {i},{labels[i % 2]}" for i in range(40)]
+    lines = [f"film {i},{' ' * (i % 3)}{labels[i % 2]}" for i in range(40)]
     (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
     for given in (labels, ()):
         assert set(load_task(TaskSpec(str(tmp_path), "sentence", labels=given)).labels) == set(labels)
@@ -340,6 +341,11 @@ def test_a_folder_may_hold_unlabelled_texts(tmp_path, kind, caplog):
     assert task.set_aside(5).data["unlabelled"].num_rows == 7
     settings = Settings(task=str(tmp_path), kind=kind, anchor_text="in-domain")
     assert len(stages.anchor_pool(settings, task)) == 2
+    if kind == "sentence":
+        (tmp_path / "unlabelled.jsonl").unlink()
+        (tmp_path / "unlabelled.txt").write_text("a text a line\n\n film 3\n")
+        assert load_task(TaskSpec(str(tmp_path), kind)).data["unlabelled"]["text"] == ["a text a line"]
+        (tmp_path / "unlabelled.txt").unlink()
     write_jsonl(tmp_path / "unlabelled.jsonl", [row(3, label=False)])
     with pytest.raises(UHLError, match="split unlabelled has no text that is not in another split"):
         load_task(TaskSpec(str(tmp_path), kind))

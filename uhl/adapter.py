@@ -36,7 +36,7 @@ TASK_BITS = {"bias": 4, "embedding": 8, "head": 8, "head_bias": 16}  # that a ta
 
 def check_task_name(name: str) -> None:
     """Raise :class:`UHLError` for a name that :class:`torch.nn.ModuleDict` does not take: ``train``, or ``a.b``."""
-    if not name or "." in name or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise UHLError(f"a task cannot be called {name!r}, as PyTorch names no part so; rename its file or folder")
 
 

@@ -292,8 +292,9 @@ def _pieces(batch: BatchEncoding, place: int) -> list[Piece]:
 
 def sentence_mean(hidden: Float[Tensor, "B T D"], mask: Tensor) -> Float[Tensor, "B D"]:
     """Mean over the tokens that are not padding."""
-    weights = mask.float()[:, :, None]
-    mean = (hidden.float() * weights).sum(1) / weights.sum(1).clamp_min(1)  # a sum of halves could overflow
+    wide = torch.promote_types(hidden.dtype, torch.float32)  # a sum of halves could overflow
+    weights = mask.to(wide)[:, :, None]
+    mean = (hidden.to(wide) * weights).sum(1) / weights.sum(1).clamp_min(1)
     return mean.to(hidden.dtype)
 
 

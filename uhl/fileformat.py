@@ -63,7 +63,6 @@ from uhl.quant import QMAX, SMALLEST_SCALE, unpack4
 
 FORMAT, PACK, VERSION, KEY = "uhl-adapter", "uhl-task", "1", "uhl"
 MAX_HEADER = 1 << 20  # bytes
-ENTRY = 160  # of them, at most, for a tensor of ours
 MAX_TEXTS, MAX_UNITS = 1 << 14, 1 << 16  # anchor texts; these, their fragments and words with logits
 MAX_TEXT, MAX_LINE = 8 << 20, 64 << 10  # bytes of all anchor texts unpacked, characters of one
 BYTES = {"I8": 1, "U8": 1, "F16": 2}
@@ -133,7 +132,7 @@ class Header(BaseModel):
     @field_validator("info")
     @classmethod
     def _used(cls, info: dict[str, Any]) -> dict[str, Any]:
-        """Of what is free, porting reads two numbers."""
+        """Of what is free, these two numbers are read by every port."""
         layers, scale = info.get("layers"), info.get("scale", 0.0)
         if layers is not None and (type(layers) is not int or layers < 1):
             raise ValueError(f"layers is {layers!r:.40}, expected a positive number")
@@ -320,6 +319,12 @@ def _read_once(path: Path, check: Callable[[Path, Any, dict[str, Spec]], H]) -> 
 def misfit(path: Path, why: object) -> UHLError:
     """The error for a file whose content is not what its format says."""
     return UHLError(f"{path} does not have the layout of version {VERSION} ({why}); write it again")
+
+
+def header_length(path: Path) -> int:
+    """Bytes of a safetensors file's header."""
+    with open(path, "rb") as handle:
+        return int.from_bytes(handle.read(8), "little")
 
 
 def _check_sizes(path: Path) -> None:

@@ -99,6 +99,7 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
         if absent := sorted(k for k in report["missing_keys"] if "pooler" not in k):
             raise ValueError(f"its weights lack {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer.padding_side = "right"  # positions are counted from the left
         places = getattr(config, "max_position_embeddings", None)
         if places and tokenizer.model_max_length > places:  # it does not say how many tokens the model takes
             tokenizer.model_max_length = places - 2  # some number them from 2

@@ -270,29 +270,34 @@ def port_model(
     prefix = next(path for path, module in host.named_modules() if module is inner)
     with tuner.bare():
         target = Encoder(str(getattr(host.config, "_name_or_path", "")), inner, tokenizer, "unknown")
-        scale = _trained_at(adapter, target.name, arm)
-        way = None if scale is None else Way(scales=(scale,))
-        done = port(adapter, target, tuner.attached(name).task_name, arm, way=way)
-        adapter.info["ported"] = {"to": target.name, "arm": arm, "scale": done.scale, "content": _content(adapter)}
+        task = tuner.attached(name).task_name
+        place = f"{target.name}, {task}, {arm}"
+        scale = _trained_at(adapter, place, task)
+        done = port(adapter, target, task, arm, way=None if scale is None else Way(scales=(scale,)))
+        if scale is None and target.name:  # a host without a name could not be told from another
+            ported = adapter.info.get("ported")
+            entry = {place: {"scale": done.scale, "content": _content(adapter, task)}}
+            adapter.info["ported"] = (ported if isinstance(ported, dict) else {}) | entry
     pairs = {f"{prefix}.{path}" if prefix else path: pair for path, pair in done.frame.slots.items()}
     tuner.set_frame(name, replace(done.frame, slots=pairs), done.scale, arm)
     return done
 
 
-def _content(adapter: UHLAdapter) -> str:
-    """Hash of all that the adapter's file would hold but its header."""
-    return digest(store.to_tensors(adapter))
+def _content(adapter: UHLAdapter, task: str) -> str:
+    """Hash of what all tasks share and of one task's parts, as a file holds them."""
+    packed = store.pack_values(adapter, dict(adapter.named_parameters()))
+    own = {name: value for name, value in packed.items() if not name.startswith("task.") or name.split(".")[1] == task}
+    return digest(own)
 
 
-def _trained_at(adapter: UHLAdapter, host: str, arm: str) -> float | None:
-    """The scale that an adapter which :func:`port_model` ported to a host has been trained at since; None where it has
-    not been.
-    """
-    told = adapter.info.get("ported")
-    if not isinstance(told, dict) or (told.get("to"), told.get("arm")) != (host, arm):
+def _trained_at(adapter: UHLAdapter, place: str, task: str) -> float | None:
+    """The scale that an adapter was trained at after :func:`port_model` ported it to a place; None where it was not."""
+    ported = adapter.info.get("ported")
+    told = ported.get(place) if isinstance(ported, dict) else None
+    scale = told.get("scale") if isinstance(told, dict) else None
+    if not isinstance(told, dict) or not isinstance(scale, float) or not math.isfinite(scale):
         return None
-    scale = told.get("scale")
-    return scale if isinstance(scale, float) and told.get("content") != _content(adapter) else None
+    return scale if told.get("content") != _content(adapter, task) else None
 
 
 def at_work(

@@ -123,7 +123,7 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
                     both = f"{files[split].name} and {file.name}"
                     raise UHLError(f"{path} has two files of its {split} split, {both}; keep one")
                 files[split] = file
-        found = {split: _read_file(file, spec) for split, file in files.items()}
+        found = {split: _read_file(file, spec, split) for split, file in files.items()}
         if "train" not in found:
             names = ", ".join(sorted(file.name for file in path.iterdir())[:6]) or "nothing"
             raise UHLError(f"{path} holds no train file but {names}; name one train{'|'.join(SUFFIXES)}, .gz too")
@@ -139,6 +139,11 @@ def _tables(spec: TaskSpec, instead: Sequence[str]) -> dict[str, pd.DataFrame]:
     tables = {ALIASES[str(split)]: rows.to_pandas() for split, rows in loaded.items() if str(split) in ALIASES}
     if "train" not in tables:
         raise UHLError(f"task {spec.path!r} has no split train; it has {', '.join(map(str, loaded))}")
+    if (free := tables.pop("unlabelled", None)) is not None:  # nobody asked for it: taken as far as it can be read
+        texts = {key: spec.columns.get(key, key) for key in REQUIRED[spec.kind] if key in TEXTS}
+        if set(texts.values()) <= set(free.columns):
+            good = [all(_usable(key, row[column]) for key, column in texts.items()) for _, row in free.iterrows()]
+            tables |= {"unlabelled": free[good]} if any(good) else {}
     return tables
 
 
@@ -156,9 +161,12 @@ def _hidden(rows: pd.DataFrame, train: pd.DataFrame, spec: TaskSpec) -> bool:
     return bool(rows[column].astype(str).isin(["-1", "-1.0"]).all())
 
 
-def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
+def _read_file(path: Path, spec: TaskSpec, split: str = "train") -> pd.DataFrame:
     name = path.name.removesuffix(".gz")
     try:
+        if split == "unlabelled" and spec.kind == "sentence" and name.endswith(".txt"):  # a text a line
+            lines = [line.strip() for line in _text(path).split("\n")]
+            return pd.DataFrame({spec.columns.get("text", "text"): [line for line in lines if line]})
         if name.endswith((".jsonl", ".json")):
             return pd.read_json(path, lines=True, dtype=False)
         texts = {spec.columns.get(key, key): str for key in ("text", "text_pair", "label")}  # also digits
@@ -179,13 +187,17 @@ def _read_file(path: Path, spec: TaskSpec) -> pd.DataFrame:
         raise UHLError(f"{path} could not be read ({error}); expected {name.rsplit('.', 1)[-1]} rows") from error
 
 
+def _text(path: Path) -> str:
+    """A file's text, unpacked, without a byte order mark."""
+    return (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
+
+
 def _read_conll(path: Path, spec: TaskSpec) -> pd.DataFrame:
     """Columns separated by blanks, first the word, last the tag; a blank line ends a sentence (IOB1 becomes BIO)."""
-    text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
     rows: list[dict[str, list[str]]] = []
     words: list[str] = []
     tags: list[str] = []
-    for number, line in enumerate([*text.split("\n"), ""], start=1):
+    for number, line in enumerate([*_text(path).split("\n"), ""], start=1):
         cells = re.findall(r"[^ \t\r]+", line)
         if cells and not cells[0].startswith("-DOCSTART-"):
             if len(cells) == 1:
@@ -285,18 +297,20 @@ def _complete_splits(tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]
 
 
 def _whole_groups(rows: pd.DataFrame, most: int) -> np.ndarray:
-    """Marks of the first ``most`` rows or fewer: rows that belong together are all marked, or none. Pairs are taken by
-    both parts where by the second there are too few groups, as with questions on a single passage.
+    """Marks of the first ``most`` rows or fewer, or of one group where none is so small: rows that belong together are
+    all marked, or none. Pairs are taken by both parts where by the second groups are too large to fill half of
+    ``most``, or to stand in any split, as with questions on a single passage.
     """
     last = next(key for key in reversed(TEXTS) if key in rows)
     for column in (rows[last].map(_key), _keys(rows)):
         groups, names = pd.factorize(column)
         left, chosen = most, []
-        for group, size in enumerate(np.bincount(groups, minlength=len(names))):
+        sizes = np.bincount(groups, minlength=len(names))
+        for group, size in enumerate(sizes):
             if size <= left:
                 chosen.append(group)
                 left -= size
-        if chosen:
+        if left <= most / 2 and sizes.max() <= most:
             break
     return np.isin(groups, chosen or [0])
 
@@ -307,7 +321,7 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
     def text(value: Any) -> str:
         if isinstance(value, (int, np.integer)) and not isinstance(value, bool) and spec.kind == "token":
             return spec.labels[int(value)] if 0 <= int(value) < len(spec.labels) else str(value)
-        return str(value)
+        return str(value).strip()
 
     seen = tables["train"][column]
     known = {text(v) for row in seen for v in row} if spec.kind == "token" else {text(v) for v in seen}

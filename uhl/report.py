@@ -422,10 +422,15 @@ def missing(profile: str) -> list[str]:
     old = (cell.relative_to(folder) for cell in manifests(profile, older=True))
     left += [f"{cell}: measured by an older release than others; delete the folder, and run it again" for cell in old]
     settings = {c: Settings.model_construct(**e["parameters"]) for c, e in finished.items()}  # unchecked: perhaps older
-    alike = {  # cells that should have the same rows, less their seeds
-        cell: (asked.task_name, cell.name, bool(grid and grid.only_once(runs.slug(asked.target), asked.seed)))
+    once = {
+        cell
         for cell, asked in settings.items()
+        if grid and cell.name.startswith("baselines-") and grid.only_once(cell.name.partition("-")[2], asked.seed)
     }
+    if once:
+        every = {"baselines": Settings(**runs.read_yaml(PARAMS / profile / "settings.yaml")).baselines}
+        settings |= {cell: settings[cell].model_copy(update=every) for cell in once}
+    alike = {cell: (asked.task_name, cell.name, cell in once) for cell, asked in settings.items()}  # less their seeds
     wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
     for cell, asked in settings.items():
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})

@@ -366,10 +366,10 @@ def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
     folder, task = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}"), load_data(settings)
     common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_TUNING}
     common |= {"data": digest(task), "rules": RULES}
-    common["revisions"] = [load_encoder(name).revision for name in (settings.source, settings.target)]
+    common["revisions"] = [_revision(name) for name in (settings.source, settings.target)]
     outcomes: dict[str, Outcome] = {}
     for arm in TUNED_ARMS:
-        about = common | {"arm": arm, "adapter": sha256(adapter_for(settings, arm)[1])}
+        about = common | {"arm": arm, "adapter": sha256(adapter_path(settings, arm))}
         outcome = Outcome.kept(settings, task, folder / arm, about)
         if outcome is None and (outcome := tune(settings, arm, shared)) is not None:
             outcome.keep(folder / arm, about)
@@ -421,6 +421,12 @@ def tune_task(
         return head, train(classifier, target, task, config, folder, about, watch)
 
 
+def _revision(name: str) -> str:
+    """A model's, for which it is loaded where nothing else tells."""
+    found = models.revision(name)
+    return load_encoder(name).revision if found == "unknown" else found
+
+
 def _place(settings: Settings, host: str) -> tuple[str, Path]:
     """The model that is the `source` or the `target`, and the folder of its baselines."""
     name = settings.source if host == "source" else settings.target
@@ -444,9 +450,7 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     """
     (name, folder), task = _place(settings, host), load_data(settings)
     shared = {k: v for k, v in settings.model_dump().items() if k not in {*NOT_OF_BASELINES, *RATES.values()}}
-    revision = models.revision(name)
-    revision = load_encoder(name).revision if revision == "unknown" else revision
-    shared |= {"host": name, "revision": revision, "data": digest(task, probe(settings, task).first().texts)}
+    shared |= {"host": name, "revision": _revision(name), "data": digest(task, probe(settings, task).first().texts)}
     if host == "target":
         shared |= _as_tuned(settings)
     begin: Start | None = None

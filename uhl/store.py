@@ -23,7 +23,6 @@ from uhl.anchors import Anchors, Codes
 from uhl.config import MAX_FILE, Sizes
 from uhl.errors import UHLError
 from uhl.fileformat import (
-    ENTRY,
     KEY,
     MAX_HEADER,
     MAX_LINE,
@@ -36,6 +35,7 @@ from uhl.fileformat import (
     check_values,
     compare,
     digest,
+    header_length,
     is_stored,
     layout,
     misfit,
@@ -136,14 +136,17 @@ def _anchor_entry(anchors: Anchors) -> AnchorEntry:
 def to_metadata(adapter: UHLAdapter, tensors: dict[str, Tensor]) -> dict[str, str]:
     """The safetensors metadata: one JSON object under :data:`KEY`."""
     anchors = adapter.anchors
-    header = Header(
-        config=adapter.config.stored(),
-        tasks=_entries(adapter),
-        anchors=_anchor_entry(anchors) if anchors else None,
-        info=adapter.info,
-        extra=sorted(name for name in tensors if not is_stored(name)),
-        sha256=digest(tensors),
-    )
+    try:
+        header = Header(
+            config=adapter.config.stored(),
+            tasks=_entries(adapter),
+            anchors=_anchor_entry(anchors) if anchors else None,
+            info=adapter.info,
+            extra=sorted(name for name in tensors if not is_stored(name)),
+            sha256=digest(tensors),
+        )
+    except ValidationError as error:
+        raise UHLError(f"the adapter cannot be written: {error.errors()[0]['msg']}") from error
     return {
         KEY: json.dumps(header.model_dump(), sort_keys=True)
     }  # one key: safetensors writes several in no fixed order
@@ -213,13 +216,19 @@ def _write(adapter: UHLAdapter, tensors: dict[str, Tensor], path: str | Path) ->
             f"the adapter takes {size:,} bytes, files hold at most {MAX_FILE:,}; keep fewer anchors or tasks"
         )
     check_finite({name: t for name, t in tensors.items() if is_stored(name)})
-    meta = to_metadata(adapter, tensors)
-    header = len(json.dumps(meta).encode()) + ENTRY * len(tensors)
-    if header > MAX_HEADER:
-        raise UHLError(
-            f"the adapter's header takes {header:,} bytes, files hold at most {MAX_HEADER:,}; shorten the tasks' labels"
-        )
-    return write_atomic(path, lambda tmp: save_file(tensors, tmp, meta))
+    return _write_tensors(tensors, to_metadata(adapter, tensors), path)
+
+
+def _write_tensors(tensors: dict[str, Tensor], meta: dict[str, str], path: str | Path) -> Path:
+    def write(temporary: Path) -> None:
+        save_file(tensors, temporary, meta)
+        if (length := header_length(temporary)) > MAX_HEADER:
+            raise UHLError(
+                f"the header of {path} would take {length:,} bytes, files hold at most {MAX_HEADER:,}; shorten the "
+                "labels of its tasks"
+            )
+
+    return write_atomic(path, write)
 
 
 def _shared(adapter: UHLAdapter) -> dict[str, Tensor]:
@@ -255,7 +264,7 @@ def save_task(adapter: UHLAdapter, name: str, path: str | Path) -> Path:
     except ValidationError as error:
         raise UHLError(f"task {name!r} cannot be a task pack: {error.errors()[0]['msg']}") from error
     meta = {KEY: json.dumps(header.model_dump(), sort_keys=True, separators=(",", ":"))}
-    return write_atomic(path, lambda tmp: save_file(tensors, tmp, meta))
+    return _write_tensors(tensors, meta, path)
 
 
 def add_task(adapter: UHLAdapter, path: str | Path) -> str:

@@ -37,6 +37,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -316,6 +317,15 @@ def fingerprint(classifier: Classifier, encoder: Encoder, task: Task, config: Tr
     return total.hexdigest()
 
 
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the file that the Trainer writes last, before it removes an older one."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def _own_checkpoint(folder: Path, mark: str) -> str | None:
     """The last checkpoint in ``folder`` where it belongs to this run; those of another run, and one that was being
     written when its run was stopped, are removed.
@@ -323,7 +333,7 @@ def _own_checkpoint(folder: Path, mark: str) -> str | None:
     file = folder / RUN_FILE
     other = not file.is_file() or file.read_text(encoding="utf-8") != mark
     for left in folder.glob("checkpoint-*"):
-        if other or not (left / _Clock.FILE).is_file():  # which is written last
+        if other or not _is_whole(left):
             shutil.rmtree(left)
     if other:
         write_text(file, mark)
