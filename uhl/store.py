@@ -10,6 +10,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -220,15 +221,16 @@ def _write(adapter: UHLAdapter, tensors: dict[str, Tensor], path: str | Path) ->
 
 
 def _write_tensors(tensors: dict[str, Tensor], meta: dict[str, str], path: str | Path) -> Path:
-    def write(temporary: Path) -> None:
-        save_file(tensors, temporary, meta)
-        if (length := header_length(temporary)) > MAX_HEADER:
-            raise UHLError(
-                f"the header of {path} would take {length:,} bytes, files hold at most {MAX_HEADER:,}; shorten the "
-                "labels of its tasks"
-            )
+    return write_atomic(path, partial(_save, tensors, meta, path))
 
-    return write_atomic(path, write)
+
+def _save(tensors: dict[str, Tensor], meta: dict[str, str], path: str | Path, temporary: Path) -> None:
+    save_file(tensors, temporary, meta)
+    if (length := header_length(temporary)) > MAX_HEADER:
+        raise UHLError(
+            f"the header of {path} would take {length:,} bytes, files hold at most {MAX_HEADER:,}; shorten the "
+            "labels of its tasks"
+        )
 
 
 def _shared(adapter: UHLAdapter) -> dict[str, Tensor]:
