@@ -140,8 +140,8 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
             raise UHLError(f"{lost[0]} has rows in results.csv and no manifest; run the cell again")
         mean["top_k"] = max(finished[cell]["parameters"]["top_k"] for cell in cells)
         rows.append(
-            {"task": task, "target": target, "phase": phase, "arm": arm, "score": made.value, "low": made.low}
-            | {"high": made.high, "seeds": len(group), "n": int(group["n"].iloc[0])}
+            {"task": task, "target": target, "phase": phase, "arm": arm, "score": made.value, "low": max(0.0, made.low)}
+            | {"high": min(100.0, made.high), "seeds": len(group), "n": int(group["n"].iloc[0])}
             | mean.to_dict()
         )
     out = pd.DataFrame(rows)
