@@ -58,8 +58,9 @@ def task(w):
 
 def all_baselines(w):
     """Those of the settings in place of the target's own, where the grid has this cell as one of the targets' only once."""
-    names = ", ".join(Settings(**read_yaml(SETTINGS)).baselines)
-    return f" -y 'baselines: [{names}]'" if GRID.only_once(w.target, int(w.seed)) else ""
+    if not GRID.only_once(w.target, int(w.seed)):
+        return ""
+    return f" -y 'baselines: [{', '.join(Settings(**read_yaml(SETTINGS)).baselines)}]'"
 
 
 def papermill(notebook, files=()):

@@ -247,10 +247,6 @@ def pieces_of(pieces: Sequence[Piece], spans: Sequence[Span], first: bool = Fals
     return weights
 
 
-# On the right also where a decoder's tokenizer pads on the left to generate: positions are counted from the left.
-PADDED: dict[str, Any] = {"padding": True, "truncation": True, "padding_side": "right"}
-
-
 def batches(
     encoder: Encoder, probe: Probe, size: int = 64, progress: bool = False, start: int = 0
 ) -> Iterator[tuple[list[int], BatchEncoding]]:
@@ -280,7 +276,9 @@ def batches(
         chosen = [texts[i] for i in rows]
         pairs = [text.partition(PAIR)[::2] for text in chosen] if probe.kind == "pair" else None
         given = tuple(map(list, zip(*pairs, strict=True))) if pairs else (chosen,)
-        batch = encoder.tokenizer(*given, max_length=length, return_tensors="pt", **PADDED)
+        cut: dict[str, Any] = {"truncation": True, "max_length": length, "return_tensors": "pt"}
+        # on the right, too, where a decoder's tokenizer pads on the left: positions are counted from the left
+        batch = encoder.tokenizer(*given, padding=True, padding_side="right", **cut)
         yield rows, batch.to(device)
 
 

@@ -332,10 +332,10 @@ def _check_sizes(path: Path) -> None:
 
     Only a file whose header names tensors of the host (``extra``) may be larger.
     """
-    size = path.stat().st_size
-    with open(path, "rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        head = handle.read(length) if size > MAX_FILE and length <= MAX_HEADER else b""
+    size, length, head = path.stat().st_size, header_length(path), b""
+    if size > MAX_FILE and length <= MAX_HEADER:
+        with open(path, "rb") as handle:
+            head = handle.read(8 + length)
     if size > MAX_FILE and b'\\"extra\\": [\\"' not in head:
         raise UHLError(f"{path} has {size:,} bytes; an adapter has at most {MAX_FILE:,}. Is it a model's file?")
     if size > 8 and MAX_HEADER < length <= size:
