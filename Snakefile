@@ -44,6 +44,12 @@ def own_task(w):
     return [str(path)] if path else []
 
 
+def lent_adapter(w):
+    """The adapter that the task has of another one; none where it is trained on the task itself."""
+    lender = GRID.lends(w.task)
+    return [f"{RUNS}/{GRID.profile}/{lender}-s{w.seed}/pretrain-{w.projector}/manifest.json"] if lender else []
+
+
 def own_list(name):
     """A parameter file that a profile may have beside its settings: of a notebook outside of the batch, or of baselines
     on the source or retrained on targets.
@@ -86,6 +92,7 @@ rule pretrain:
     input:
         SETTINGS,
         own_task,
+        lent_adapter,
     output:
         f"{CELL}/pretrain-{{projector}}/manifest.json",
     log:

@@ -91,18 +91,29 @@ def test_missing_manifest_names_the_cell():
         runs.read_manifest(Settings(), "pretrain-canonical")
 
 
-@pytest.mark.parametrize("profile", ["offline", "offline-full", "paper", "demo"])
+@pytest.mark.parametrize("profile", ["offline", "offline-full", "offline-transfer", "paper", "demo"])
 def test_every_profile_is_whole(profile):
     made = grid.Grid.read(profile)
     folder = grid.PARAMS / profile
     each = 2 + 1 + 3 * len(made.targets) + 2 * len(made.ported)
-    assert len(set(made.cells())) == len(made.seeds) * len(made.tasks) * each + len(made.tasks) * len(made.once)
+    lent = 2 * len(made.seeds) * (len(made.trained) - len(made.tasks))
+    assert len(set(made.cells())) == len(made.seeds) * len(made.tasks) * each + len(made.tasks) * len(made.once) + lent
     for name in made.hosts:
         path = folder / f"{name}.yaml"
         first = path.read_text().splitlines()[0]
         assert first.startswith("# make port TARGET=" + name), path
         assert runs.slug(runs.read_yaml(path)["target"]) == name
     assert report.missing(profile) == made.cells()
+
+
+def test_a_task_that_lends_its_adapter_is_trained_and_no_more():
+    made = grid.Grid.read("offline-transfer")
+    assert (made.lends("amazon"), made.lends("movies")) == ("movies", None)
+    cells = [c for c in made.cells() if c.startswith("movies")]
+    assert cells == [f"movies-s{seed}/pretrain-{p}" for seed in (0, 1, 2) for p in ("canonical", "dimension")]
+    values = grid.Grid.read("offline-transfer").model_dump() | {"tasks": ("movies", "amazon")}
+    assert "movies-s0/tune-minilm-l3" in grid.Grid(**values).cells()
+    assert grid.Grid.read("offline").lends("movies") is None
 
 
 def test_a_target_may_be_ported_to_and_not_tuned_on():

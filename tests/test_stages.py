@@ -718,6 +718,61 @@ def test_training_again_with_one_seed_gives_the_same_file(tiny_world):
     assert files[0] == files[1]
 
 
+def test_an_adapter_is_lent_to_another_task(tiny_world, task, monkeypatch):
+    """Nothing of the task's own labels is learned before it is tuned: the parts are those of the lender's file."""
+    lender = Settings(**tiny_world.model_dump() | {"source_task": "mood"})
+    film = replace(task, name="film", data=DatasetDict(task.data | {"test": task.data["test"].select(range(16))}))
+    monkeypatch.setattr(stages.tasks, "load_task", lambda name: film if name == "film" else task)
+    borrower = lender.model_copy(update={"task": "film", "arms": ("dimension", "anchor", "zero-atoms", "refresh")})
+    with pytest.raises(UHLError, match="is missing; run notebook 02 with task mood"):
+        stages.pretrain(borrower, "canonical")
+    for settings in (lender, borrower):
+        for projector in ("canonical", "dimension"):
+            _, outcome = stages.pretrain(settings, projector)
+            outcome.finish(f"pretrain-{projector}")
+            assert [(row["task"], row["arm"]) for row in outcome.rows] == [(settings.task, f"uhl-{projector}")] * 2
+    assert outcome.rows[0]["trainable_params"] == 0
+    ours, theirs = (stages.adapter_for(settings, "anchor")[0] for settings in (borrower, lender))
+    assert list(ours.tasks) == ["film"]
+    assert ours.anchors.judges("film")
+    assert ours.info == theirs.info | {"source_task": "mood"}
+    state = {name.replace("mood", "film"): value for name, value in theirs.state_dict().items()}
+    assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+    ported = stages.zero_shot(borrower)
+    ported.finish("port-small", **ported.details)
+    assert {row["arm"] for row in ported.rows} == {"no-adapter", *borrower.arms}
+    assert all(row["n"] == 16 for row in ported.rows if row["split"] == "test")
+    assert stages.tune(borrower, "anchor").rows[0]["score"] > 0
+    assert report.missing("t") == []
+    stages.pretrain(lender.model_copy(update={"rate": 5e-4}), "canonical")[1].finish("pretrain-canonical")
+    (found,) = report.missing("t")
+    assert found.startswith("film-s0/pretrain-canonical: mood-s0/pretrain-canonical has another adapter now")
+    assert "of mood alone, whose adapter all tasks have" in report.markdown("t")
+
+
+def test_an_adapter_is_scored_on_the_lender_s_own_task_as_where_it_was_trained(tiny_world, monkeypatch):
+    for projector in ("canonical", "dimension"):
+        _, own = stages.pretrain(tiny_world, projector)
+        _, lent = stages.pretrain(tiny_world.model_copy(update={"task": "film", "source_task": "mood"}), projector)
+        assert [row["score"] for row in lent.rows] == [row["score"] for row in own.rows]
+        for name, found in own.predictions.items():
+            other = lent.predictions[name].logits
+            np.testing.assert_allclose(np.stack(other), np.stack(found.logits), atol=1e-5)
+
+
+def test_an_adapter_is_not_lent_to_a_task_with_other_labels_nor_trained_in_another_way(tiny_world, task, monkeypatch):
+    trained(tiny_world)
+    other = replace(task, name="film", labels=("sad", "glad"))
+    monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
+    borrower = tiny_world.model_copy(update={"task": "film", "source_task": "mood"})
+    with pytest.raises(UHLError, match="labels negative, positive; the task is a sentence task with labels sad, glad"):
+        stages.pretrain(borrower, "canonical")
+    with pytest.raises(UHLError, match="this profile has the adapter of mood"):
+        stages.pretrain(borrower, "canonical", noise=0.3)
+    with pytest.raises(UHLError, match="PyTorch names no part so"):
+        Settings(source_task="train")
+
+
 def test_a_head_for_other_labels_is_an_error(tiny_world, task, monkeypatch):
     trained(tiny_world)
     other = type(task)("mood", "sentence", ("sad", "glad"), task.data)

@@ -35,7 +35,7 @@ def fetch(options: argparse.Namespace) -> None:
             resolve(whole)
     settings = Settings(**read_yaml(PARAMS / options.profile / "settings.yaml"))
     generic = settings.anchor_text == "generic" or settings.generic_anchors
-    if generic or set(grid.tasks) & set(OFFLINE_TASKS):
+    if generic or set(grid.trained) & set(OFFLINE_TASKS):
         from uhl.sources import vader_text
 
         vader_text()

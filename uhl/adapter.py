@@ -156,6 +156,15 @@ class UHLAdapter(nn.Module):
         assert isinstance(part, TaskPart)
         return part
 
+    def rename_task(self, old: str, new: str) -> None:
+        """Call a task otherwise, its parts, and what the anchors say of it, as they are."""
+        part = self.task(old)
+        check_task_name(new)
+        del self.tasks[old]
+        self.tasks[new] = part
+        if self.anchors is not None and self.anchors.task == old:
+            self.anchors.task = new
+
     @torch.no_grad()
     def redraw(self, seed: int) -> None:
         """Random atoms and routes in place of the learned ones, row by row of the same length, for a control. The mixer

@@ -44,11 +44,13 @@ class Grid(_Strict):
     """Targets x tasks x seeds; notebooks 00 and 01 need no batch.
 
     ``ported`` are further targets, not tuned on and with the baselines that their own files name; those of them that
-    are in ``once`` are treated like ``targets`` with the first seed.
+    are in ``once`` are treated like ``targets`` with the first seed. Where there is a ``source_task`` all tasks have
+    the adapter that is trained on that one.
     """
 
     profile: str
     source: str
+    source_task: str | None = None
     targets: tuple[str, ...] = Field(min_length=1)
     tasks: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
@@ -65,14 +67,14 @@ class Grid(_Strict):
             raise UHLError(f"unknown profile {profile!r}; profiles: {known}")
         grid = cls(**(files.read_yaml(folder / "grid.yaml") or {}))
         settings = Settings(**read_yaml(folder / "settings.yaml"))
-        for name, wanted in (("profile", profile), ("source", settings.source)):
+        for name, wanted in (("profile", profile), ("source", settings.source), ("source_task", settings.source_task)):
             if (found := getattr(grid, name)) != wanted:
                 raise UHLError(f"params/{profile}/grid.yaml names {name} {found!r}; its settings.yaml has {wanted!r}")
         if stray := set(grid.once) - set(grid.ported):
             raise UHLError(f"params/{profile}/grid.yaml has {sorted(stray)[0]!r} in `once`; list it in `ported`, too")
         for name in grid.hosts:
             target_of(profile, name)
-        for name in grid.tasks:
+        for name in grid.trained:
             task_file(profile, name)
         return grid
 
@@ -85,13 +87,24 @@ class Grid(_Strict):
         """Whether a seed's cells of a target have more than its other seeds' have."""
         return target in self.once and seed == self.seeds[0]
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """All tasks that have an adapter: those of the grid, and one that only lends its own."""
+        return tuple(dict.fromkeys([*([self.source_task] if self.source_task else []), *self.tasks]))
+
+    def lends(self, task: str) -> str | None:
+        """The task whose adapter a task has; None where it has its own."""
+        return None if self.source_task == task else self.source_task
+
     def cells(self) -> list[str]:
         """Folders of all cells, relative to the profile's run folder."""
-        stages = [f"pretrain-{p}" for p in self.projectors] + [f"baselines-{slug(self.source)}"]
+        made = [f"pretrain-{p}" for p in self.projectors]
+        stages = [f"baselines-{slug(self.source)}"]
         stages += [f"{stage}-{t}" for t in self.hosts for stage in ("port", "baselines")]
-        return [
-            f"{task}-s{seed}/{stage}"
-            for seed in self.seeds
-            for task in self.tasks
-            for stage in [*stages, *(f"tune-{t}" for t in self.hosts if t in self.targets or self.only_once(t, seed))]
-        ]
+        cells = []
+        for seed in self.seeds:
+            tuned = [f"tune-{t}" for t in self.hosts if t in self.targets or self.only_once(t, seed)]
+            for task in self.trained:
+                own = [*made, *stages, *tuned] if task in self.tasks else made
+                cells += [f"{task}-s{seed}/{stage}" for stage in own]
+        return cells

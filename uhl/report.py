@@ -441,7 +441,8 @@ def missing(profile: str) -> list[str]:
         if entry.get("rules", RULES) != RULES:  # which earlier cells do not tell
             left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
         for stage, digest in entry.get("adapters", {}).items():
-            trained = finished.get(cell.parent / stage, {}).get("artefacts", {}).get("adapter.safetensors", {})
+            made = finished.get(cell.parent / stage) or finished.get(folder / stage, {})  # of the task, or of another
+            trained = made.get("artefacts", {}).get("adapter.safetensors", {})
             if trained.get("sha256", digest) != digest:
                 left.append(f"{name}: {stage} has another adapter now; delete this folder, and run it again")
         left += [
@@ -476,12 +477,14 @@ def markdown(profile: str, target: str | None = None) -> str:
         if table.empty:
             raise UHLError(f"profile {profile} has no results for target {target!r}")
     tasks = list(dict.fromkeys(table["task"]))
+    ported = set(table["task"][table["phase"] != "source"])
+    lack = {t: "not run" if t in ported or not ported else "" for t in tasks}  # some only lend others their adapter
     lines = ["| model | phase | arm | " + " | ".join(tasks) + " | bytes | trained | FLOPs |"]
     lines.append("|---|---|---|" + "---|" * (len(tasks) + 3))
     for key, rows in table.groupby(["phase", "target", "arm"], sort=False):
         phase, model, arm = map(str, key)
         by_task = rows.set_index("task")
-        cells = [_cell_text(by_task.loc[t]) if t in by_task.index else "not run" for t in tasks]
+        cells = [_cell_text(by_task.loc[t]) if t in by_task.index else lack[t] for t in tasks]
         size, trained, cost = (rows[c].max() for c in ("adapter_bytes", "trainable_params", "extra_flops_pct"))
         over = ["†" if value > limit else "" for value, limit in ((size, LIMIT_BYTES), (cost, LIMIT_FLOPS_PCT))]
         budget = [f"{size:,.0f}{over[0]}", f"{trained:,.0f}", f"{cost:.1f} %{over[1]}"]
@@ -526,6 +529,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     if any(p.get("unlabelled") for p in trained):
         labels += " but those of texts set aside for anchors"
     lengths = _list(sorted({_length(m["parameters"]) for m in finished if _phases(m) & {"source"}}))
+    if lent := {p["source_task"] for p in trained if p.get("source_task")}:
+        lengths += f" of {_list(sorted(lent))} alone, whose adapter all tasks have,"
     steps = sorted({m["parameters"]["tune_steps"] for m in finished if _phases(m) & {"tuned", "retrained"}})
     tuned = f", then {_list(f'{n:,}' for n in steps)} steps on a target" if steps else ""
     groups = [
@@ -631,5 +636,5 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
         if file.suffix in {".png", ".csv"}:
             _copy(file, into / file.name)
     _copy(runs.root() / profile / "results.csv", into / "results.csv")
-    if not any(task_file(profile, task) for task in Grid.read(profile).tasks):
+    if not any(task_file(profile, task) for task in Grid.read(profile).trained):
         runs.pack(profile, place / "figures" / f"{profile}.zip")

@@ -66,6 +66,9 @@ class Settings(_Strict):
     columns: dict[str, str] = Field({}, description="of such a task: our column names to its own")
     labels: tuple[str, ...] = Field((), description="of such a task: its classes in order; none: sorted")
     config: str | None = Field(None, description="of a task by hub id that has several: which one")
+    source_task: str | None = Field(
+        None, description="task whose adapter is used, by its name in the same profile, and not trained; None: the task"
+    )
     seed: int = Field(0, ge=0)
     train_size: int | None = Field(None, ge=8, description="labelled examples; None: all")
     unlabelled: int = Field(0, ge=0, description="training texts set aside without labels, for in-domain anchors")
@@ -117,16 +120,22 @@ class Settings(_Strict):
             pruning.Cut.of(cut)
         return copies
 
-    @field_validator("task")
+    @field_validator("task", "source_task")
     @classmethod
-    def _named(cls, task: str) -> str:
-        check_task_name(slug(task).split(".")[0])
+    def _named(cls, task: str | None) -> str | None:
+        if task is not None:
+            check_task_name(slug(task).split(".")[0])
         return task
 
     @property
     def task_name(self) -> str:
         """What adapters, cells and result rows call the task: the last part of its name, without a suffix."""
         return slug(self.task).split(".")[0]
+
+    @property
+    def borrowed(self) -> bool:
+        """Whether the adapter is that of another task."""
+        return self.source_task not in {None, self.task_name}
 
     def task_spec(self) -> str | TaskSpec:
         """What :func:`uhl.tasks.load_task` takes. Environment variables in the task's path are filled in; one that is

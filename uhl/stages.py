@@ -34,14 +34,26 @@ from uhl.layer import Attached
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome
 from uhl.peft_method import attach
-from uhl.porting import REFRESHED, RULES, Port, Shared, Way, at_work, basis_of, port, upper_levels, why_not
+from uhl.porting import (
+    REFRESHED,
+    RULES,
+    Port,
+    Shared,
+    Way,
+    at_work,
+    basis_of,
+    port,
+    source_basis,
+    upper_levels,
+    why_not,
+)
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
 from uhl.train import Classifier, Prediction, TrainLog, Watch, train
 
 NOT_OF_BASELINES = {
-    *("target", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
+    *("target", "source_task", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
     *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims"),
     *("tune_steps", "tune_batch", "tune_rate", "dimension_rate"),
 }  # settings that no baseline depends on, beside the other methods' rates
@@ -185,8 +197,13 @@ def pretrain(
     """Train an adapter on the source under one projector, write its file, and score the file read back.
 
     Of a `canonical` adapter ``noise`` is that of :class:`Perturbed`, and ``second`` names another host for every second
-    step, see :class:`ByTurns`; the anchors are the source's all the same.
+    step, see :class:`ByTurns`; the anchors are the source's all the same. Where the settings name another task's
+    adapter, it is read, and nothing is trained: :func:`adopt`.
     """
+    if settings.borrowed:
+        if noise or second:
+            raise UHLError(f"this profile has the adapter of {settings.source_task}; train another way in its profile")
+        return adopt(settings, projector)
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
     asked = probe(settings, task)
     seen = observe(encoder, asked)
@@ -236,6 +253,32 @@ def pretrain(
     frame = basis.frame(slots) if projector == "canonical" else None
     outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses})
     outcome.score_adapter(found, path, encoder, frame, 1.0, arm=f"uhl-{projector}", phase="source", **log.costs())
+    return found, outcome
+
+
+def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
+    """The adapter that was trained on ``source_task``, under the task's name, scored on the task: no label of the task
+    has a part in it. Raises :class:`UHLError` where that cell was not run, or has a head of another kind or for other
+    labels.
+    """
+    task, encoder = load_data(settings), freeze(load_encoder(settings.source))
+    theirs = settings.model_copy(update={"task": settings.source_task})
+    trained = runs.cell_dir(theirs, f"pretrain-{projector}")
+    if not (file := trained / "adapter.safetensors").is_file():
+        raise UHLError(
+            f"{file} is missing; run notebook 02 with task {theirs.task} for the same profile and seed first"
+        )
+    adapter = store.load(file)
+    check_labels(adapter, theirs.task_name, task)
+    adapter.rename_task(theirs.task_name, settings.task_name)
+    adapter.info["source_task"] = theirs.task_name
+    path = store.save(adapter, runs.cell_dir(settings, f"pretrain-{projector}") / "adapter.safetensors")
+    found = store.load(path)
+    frame = source_basis(found, encoder).frame(find_slots(encoder.model)) if projector == "canonical" else None
+    outcome = Outcome(settings, task, paths=[path], rules=RULES)
+    outcome.adapters[f"{trained.parent.name}/{trained.name}"] = sha256(file)
+    known = {"arm": f"uhl-{projector}", "phase": "source", "trainable_params": 0, "seconds": 0.0}
+    outcome.score_adapter(found, path, encoder, frame, 1.0, **known)
     return found, outcome
 
 

@@ -59,5 +59,6 @@ def loss_curves(table: pd.DataFrame) -> Figure:
     sns.lineplot(table, x="step", y="loss", hue="run", style="run", ax=ax)  # dashed, as runs may coincide
     ax.set(title="Training loss", xlabel="step", ylabel="loss")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    if len(table):  # nothing is trained where an adapter is lent
+        ax.legend(title=None, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     return fig
