@@ -156,14 +156,21 @@ class UHLAdapter(nn.Module):
         assert isinstance(part, TaskPart)
         return part
 
-    def rename_task(self, old: str, new: str) -> None:
-        """Call a task otherwise, its parts, and what the anchors say of it, as they are."""
-        part = self.task(old)
-        check_task_name(new)
+    def hand_over(self, old: str, name: str, labels: Sequence[str], kind: str) -> TaskPart:
+        """Put a task in another's place, whose tokens it routes alike. For the same labels of the same kind it has all
+        of the other's parts, and what the anchors say of them; else its head begins as zeros.
+        """
+        before = self.task(old)
+        check_task_name(name)
         del self.tasks[old]
-        self.tasks[new] = part
-        if self.anchors is not None and self.anchors.task == old:
-            self.anchors.task = new
+        if (before.labels, before.kind) == (tuple(labels), kind):
+            self.tasks[name] = before
+            if self.anchors is not None and self.anchors.task == old:
+                self.anchors.task = name
+            return before
+        part = self.add_task(name, labels, kind)
+        part.embedding, part.bias = before.embedding, before.bias
+        return part
 
     @torch.no_grad()
     def redraw(self, seed: int) -> None:

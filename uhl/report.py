@@ -198,7 +198,9 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
         if not cell.name.startswith("port-") or cell.parent / "pretrain-canonical" not in finished:
             continue  # `missing` names the latter
         row = entry["rows"][0]
-        said = _predictions(cell.parent / "pretrain-canonical" / "predictions.npz")[f"uhl-canonical/{split}/labels"]
+        said = _predictions(cell.parent / "pretrain-canonical" / "predictions.npz").get(f"uhl-canonical/{split}/labels")
+        if said is None:
+            continue  # the adapter of another task, with other labels
         for arm, made in entry.get("reports", {}).items():
             if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
                 same = said == _predictions(cell / "predictions.npz")[f"{arm}/{split}/labels"]
@@ -434,7 +436,7 @@ def missing(profile: str) -> list[str]:
     wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
     for cell, asked in settings.items():
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
-        rows = [(*row, split) for row in _asked(cell.name, asked, port) for split in asked.splits]
+        rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
         wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
     for cell, entry in finished.items():
         asked, name = settings[cell], cell.relative_to(folder)
@@ -453,20 +455,25 @@ def missing(profile: str) -> list[str]:
     return left
 
 
-def _asked(cell: str, settings: Settings, port: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """(host, phase, arm) of the rows that a finished cell should have; ``port``: manifest of the port to its target."""
+def _asked(
+    cell: str, settings: Settings, own: Mapping[str, Any], port: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """(host, phase, arm) of the rows that a finished cell should have; ``own``: its manifest, ``port``: that of the
+    port to its target, which says what is not defined where its own does not.
+    """
     stage, _, rest = cell.partition("-")
     ported = port.get("parameters", {}).get("arms", settings.arms)
+    undefined = own.get("undefined", port.get("undefined", ()))
     if stage == "pretrain":
-        yield settings.source, "source", f"uhl-{rest}"
+        yield from ((settings.source, "source", arm) for arm in [f"uhl-{rest}"] if arm not in undefined)
     elif stage == "baselines":
-        own = rest == runs.slug(settings.source)
-        host, phase = (settings.source, "source") if own else (settings.target, "retrained")
+        on_source = rest == runs.slug(settings.source)
+        host, phase = (settings.source, "source") if on_source else (settings.target, "retrained")
         yield from ((host, phase, method) for method in settings.baselines)
     elif stage in {"port", "tune"}:
         tuned = [arm for arm in TUNED_ARMS if arm in {*ported, "untrained"}]
         phase, arms = ("zero-shot", ["no-adapter", *ported]) if stage == "port" else ("tuned", tuned)
-        yield from ((settings.target, phase, arm) for arm in arms if arm not in port.get("undefined", {}))
+        yield from ((settings.target, phase, arm) for arm in arms if arm not in undefined)
 
 
 def markdown(profile: str, target: str | None = None) -> str:
@@ -490,7 +497,8 @@ def markdown(profile: str, target: str | None = None) -> str:
         budget = [f"{size:,.0f}{over[0]}", f"{trained:,.0f}", f"{cost:.1f} %{over[1]}"]
         label = f"*{NAMES.get(arm, arm)}*" if arm in CONTROLS else NAMES.get(arm, arm)
         lines.append("| " + " | ".join([model, phase, label, *cells, *budget]) + " |")
-    for model, arm in [pair for pair in undefined(profile) if pair[0] in set(table["target"])]:
+    shown = set(table[["target", "arm"]].itertuples(index=False, name=None))  # where a task has it, another has not
+    for model, arm in [p for p in undefined(profile) if p[0] in set(table["target"]) and p not in shown]:
         empty = " | ".join(["not defined"] * len(tasks))
         lines.append(f"| {model} | zero-shot, tuned | {NAMES.get(arm, arm)} | {empty} | | | |")
     return "\n".join(lines) + "\n\n" + _caption(profile, table)

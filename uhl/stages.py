@@ -257,9 +257,11 @@ def pretrain(
 
 
 def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
-    """The adapter that was trained on ``source_task``, under the task's name, scored on the task: no label of the task
-    has a part in it. Raises :class:`UHLError` where that cell was not run, or has a head of another kind or for other
-    labels.
+    """The adapter that was trained on ``source_task``, as the task's: no label of the task has a part in it.
+
+    It is scored on the task where its head is for the same labels of the same kind. Where it is not, the task's head is
+    one of zeros, which tuning begins by fitting, and there is nothing to score. Raises :class:`UHLError` where the
+    other task's cell was not run.
     """
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
     theirs = settings.model_copy(update={"task": settings.source_task})
@@ -269,17 +271,26 @@ def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
             f"{file} is missing; run notebook 02 with task {theirs.task} for the same profile and seed first"
         )
     adapter = store.load(file)
-    check_labels(adapter, theirs.task_name, task)
-    adapter.rename_task(theirs.task_name, settings.task_name)
+    adapter.hand_over(theirs.task_name, settings.task_name, task.labels, task.kind)
     adapter.info["source_task"] = theirs.task_name
     path = store.save(adapter, runs.cell_dir(settings, f"pretrain-{projector}") / "adapter.safetensors")
-    found = store.load(path)
-    frame = source_basis(found, encoder).frame(find_slots(encoder.model)) if projector == "canonical" else None
+    found, arm = store.load(path), f"uhl-{projector}"
     outcome = Outcome(settings, task, paths=[path], rules=RULES)
     outcome.adapters[f"{trained.parent.name}/{trained.name}"] = sha256(file)
-    known = {"arm": f"uhl-{projector}", "phase": "source", "trainable_params": 0, "seconds": 0.0}
-    outcome.score_adapter(found, path, encoder, frame, 1.0, **known)
+    outcome.details["undefined"] = {arm: reason} if (reason := not_taught(found, settings.task_name)) else {}
+    if not reason:
+        frame = source_basis(found, encoder).frame(find_slots(encoder.model)) if projector == "canonical" else None
+        known = {"arm": arm, "phase": "source", "trainable_params": 0, "seconds": 0.0}
+        outcome.score_adapter(found, path, encoder, frame, 1.0, **known)
     return found, outcome
+
+
+def not_taught(adapter: UHLAdapter, name: str) -> str | None:
+    """Why an adapter's head says nothing of a task; None where it was trained, on this task or on one like it."""
+    lender = adapter.info.get("source_task")
+    if lender is None or adapter.task(name).head.any():
+        return None
+    return f"the adapter was trained on {lender}, which has other labels than {name}"
 
 
 @contextmanager
@@ -305,7 +316,7 @@ def zero_shot(settings: Settings) -> Outcome:
     for arm in settings.arms:
         adapter, path = adapter_for(settings, arm)
         outcome.adapters[path.parent.name] = sha256(path)
-        reason = why_not(adapter, target, arm, source)
+        reason = why_not(adapter, target, arm, source) or not_taught(adapter, settings.task_name)
         if reason:
             outcome.details["undefined"][arm] = reason
             continue
@@ -446,7 +457,8 @@ def tune_task(
 ) -> tuple[HeadFit, TrainLog]:
     """The tuning itself: everything but the task bias and the head is frozen.
 
-    The head starts as it was ported, or fitted to the labels, as every baseline's is, where that is better on dev.
+    The head starts as it was ported, or fitted to the labels, as every baseline's is, where that is better on dev, or
+    where no head for these labels was ported.
     """
     for p in adapter.parameters():
         p.requires_grad_(False)
@@ -459,7 +471,8 @@ def tune_task(
     torch.manual_seed(settings.seed)
     with at_work(adapter, target, settings.task_name, ported.frame, ported.scale, learning) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
-        head = fit_head(classifier, target, task, config.max_length, only_if_better=True)
+        taught = not_taught(adapter, settings.task_name) is None
+        head = fit_head(classifier, target, task, config.max_length, only_if_better=taught)
         about = f"{settings.model_dump_json()}, port rules {RULES}, scale {ported.scale}"
         return head, train(classifier, target, task, config, folder, about, watch)
 
