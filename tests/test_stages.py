@@ -26,7 +26,7 @@ from uhl.errors import DivergenceError, UHLError
 from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
-from uhl.porting import basis_of
+from uhl.porting import at_work, basis_of, port
 from uhl.runs import Settings
 from uhl.tasks import load_task
 from uhl.train import Classifier, predict, train
@@ -648,8 +648,6 @@ def test_the_untrained_control_keeps_nothing_of_the_dictionary_but_its_sizes(tin
 
 @pytest.mark.parametrize("arm", ["anchor", "random-p", "zero-atoms", "untrained"])
 def test_a_tuned_file_ported_again_gives_the_scored_logits(tiny_world, arm, monkeypatch):
-    from uhl.porting import port
-
     monkeypatch.setattr("uhl.porting.SCALES", (1.0, 2.0))  # atoms and bias at work in the fit
     adapter = trained(tiny_world)
     outcome = stages.tune(tiny_world, arm)
@@ -786,13 +784,18 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
     outcomes = stages.tuned(borrower, stages.observe_target(borrower))
     assert outcomes.keys() == {"dimension", "anchor", "zero-atoms", "random-p", "untrained"}
     assert {outcome.details["head"] for outcome in outcomes.values()} == {"fitted"}
+    target, found = stages.load_encoder("small"), store.load(outcomes["anchor"].paths[0])
+    ported = port(found, target, "joy")
+    with at_work(found, target, "joy", ported.frame, ported.scale) as attached:
+        again = predict(Classifier(target.model, found.task("joy"), ported.frame, attached), target, joy, "test")
+    told = zip(again.logits, outcomes["anchor"].predictions["anchor/test"].logits, strict=True)
+    assert all(np.allclose(*pair, atol=1e-4) for pair in told)
     merged = merge(outcomes.values())
     merged.finish("tune-small", undefined=["lineage"])
     assert all(row["score"] > 50 for row in merged.rows)
-    before, after = store.load(file), store.load(outcomes["anchor"].paths[0])
     for part in ("dictionary", "router"):
-        for name, value in getattr(before, part).state_dict().items():
-            assert torch.equal(value, getattr(after, part).state_dict()[name])
+        for name, value in getattr(store.load(file), part).state_dict().items():
+            assert torch.equal(value, getattr(found, part).state_dict()[name])
     assert report.missing("t") == []
     assert report.calibration("t").empty
     table = report.markdown("t")

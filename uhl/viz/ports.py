@@ -14,10 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import offset_copy
 
 from uhl.errors import UHLError
-from uhl.viz.base import BASELINE, CONTROL, LOOKS, NAMES, OURS, in_order, key_below, key_mark, task_grid
+from uhl.viz.base import BASELINE, CONTROL, LOOKS, NAMES, OURS, empty_figure, in_order, key_below, key_mark, task_grid
 
 KAPPA = "Cohen's kappa"
 TITLE = 1.3  # rows of a table that the title of a group of attempts takes
+NOT_PORTED = "no port here can be compared with its source"
 OF_BYTES = {"texts": (OURS, "o"), "dims": (BASELINE, "s"), "bits": ("#7a5195", "D")}  # attempts that change bytes
 
 
@@ -26,6 +27,8 @@ def calibration(table: pd.DataFrame) -> Figure:
 
     On the diagonal a port does what it says.
     """
+    if table.empty:
+        return empty_figure(NOT_PORTED)
     size = (2.9, 2.7, 0.6, "agreement predicted at the port", ": measured on test")
     fig, cells = task_grid(table, *size, sharex=True, sharey=True)
     both = table[["predicted", "measured"]].to_numpy()
@@ -174,6 +177,8 @@ def losses(table: pd.DataFrame) -> Figure:
 
 def foretold(trust: pd.DataFrame) -> Figure:
     """The same of a profile's ports, from :func:`report.calibration`: a point a port and seed."""
+    if trust.empty:
+        return empty_figure(NOT_PORTED)
     shown = trust.assign(lost=trust["source score"] - trust["score"])
     size = (2.6, 2.5, 0.6, f"{KAPPA}, predicted", ": points lost")
     fig, cells = task_grid(shown, *size, sharex=True, sharey="row")
