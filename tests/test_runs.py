@@ -182,7 +182,9 @@ def test_a_parameter_file_is_named_after_its_target(tmp_path, monkeypatch):
 
 
 def test_unknown_profile_and_bad_parameter_file(tmp_path):
-    with pytest.raises(UHLError, match="profiles: demo, local, offline, offline-full, paper"):
+    with pytest.raises(
+        UHLError, match="profiles: demo, local, local-transfer, offline, offline-full, offline-transfer, paper"
+    ):
         grid.Grid.read("online")
     with pytest.raises(UHLError, match="does not exist"):
         runs.read_yaml(tmp_path / "none.yaml")

@@ -716,7 +716,7 @@ def test_training_again_with_one_seed_gives_the_same_file(tiny_world):
     assert files[0] == files[1]
 
 
-def test_an_adapter_is_lent_to_another_task(tiny_world, task, monkeypatch):
+def test_an_adapter_is_lent_to_another_task(tiny_world, task, monkeypatch, tmp_path):
     """Nothing of the task's own labels is learned before it is tuned: the parts are those of the lender's file."""
     lender = Settings(**tiny_world.model_dump() | {"source_task": "mood"})
     film = replace(task, name="film", data=DatasetDict(task.data | {"test": task.data["test"].select(range(16))}))
@@ -740,7 +740,13 @@ def test_an_adapter_is_lent_to_another_task(tiny_world, task, monkeypatch):
     ported.finish("port-small", **ported.details)
     assert {row["arm"] for row in ported.rows} == {"no-adapter", *borrower.arms}
     assert all(row["n"] == 16 for row in ported.rows if row["split"] == "test")
-    assert stages.tune(borrower, "anchor").rows[0]["score"] > 0
+    tuned = stages.tune(borrower, "anchor")
+    assert store.add_task(theirs, store.save_task(store.load(tuned.paths[0]), "film", tmp_path / "film")) == "film"
+    target = stages.load_encoder("small")
+    made = port(theirs, target, "film")  # in the lender's file
+    with at_work(theirs, target, "film", made.frame, made.scale) as attached:
+        again = predict(Classifier(target.model, theirs.task("film"), made.frame, attached), target, film, "test")
+    np.testing.assert_allclose(np.stack(again.logits), np.stack(tuned.predictions["anchor/test"].logits), atol=1e-4)
     assert report.missing("t") == []
     stages.pretrain(lender.model_copy(update={"rate": 5e-4}), "canonical")[1].finish("pretrain-canonical")
     (found,) = report.missing("t")
@@ -758,7 +764,9 @@ def test_an_adapter_is_scored_on_the_lender_s_own_task_as_where_it_was_trained(t
             np.testing.assert_allclose(np.stack(other), np.stack(found.logits), atol=1e-5)
 
 
-def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(tiny_world, task, monkeypatch):
+def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
+    tiny_world, task, monkeypatch, tmp_path
+):
     """Without labels nothing can be said of it; tuned, its own head is behind atoms that have seen no label of it."""
     texts = sentences(80, seed=3)
     rows = [{"tokens": t.split(), "tags": [int(w in {"good", "fine"}) for w in t.split()]} for t in texts]
@@ -784,12 +792,20 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
     outcomes = stages.tuned(borrower, stages.observe_target(borrower))
     assert outcomes.keys() == {"dimension", "anchor", "zero-atoms", "random-p", "untrained"}
     assert {outcome.details["head"] for outcome in outcomes.values()} == {"fitted"}
-    target, found = stages.load_encoder("small"), store.load(outcomes["anchor"].paths[0])
-    ported = port(found, target, "joy")
-    with at_work(found, target, "joy", ported.frame, ported.scale) as attached:
-        again = predict(Classifier(target.model, found.task("joy"), ported.frame, attached), target, joy, "test")
-    told = zip(again.logits, outcomes["anchor"].predictions["anchor/test"].logits, strict=True)
-    assert all(np.allclose(*pair, atol=1e-4) for pair in told)
+    found = store.load(outcomes["anchor"].paths[0])
+    pack, whole = store.save_task(found, "joy", tmp_path / "joy"), stages.adapter_for(lender, "anchor")[0]
+    assert store.add_task(whole, pack) == "joy"
+    assert pack.stat().st_size < 3000
+    target, scored = stages.load_encoder("small"), outcomes["anchor"].predictions["anchor/test"].logits
+    for adapter in (
+        found,
+        store.load(store.save(whole, tmp_path / "whole")),
+    ):  # the lender's file takes the task's pack
+        ported = port(adapter, target, "joy")
+        with at_work(adapter, target, "joy", ported.frame, ported.scale) as attached:
+            classifier = Classifier(target.model, adapter.task("joy"), ported.frame, attached)
+            again = predict(classifier, target, joy, "test").logits
+        assert all(np.allclose(*pair, atol=1e-4) for pair in zip(again, scored, strict=True))
     merged = merge(outcomes.values())
     merged.finish("tune-small", undefined=["lineage"])
     assert all(row["score"] > 50 for row in merged.rows)

@@ -44,12 +44,12 @@ class TaskPart(nn.Module):
     """What belongs to one task: router embedding (A,), bias (8, A), head weight (labels, C) and bias (labels,).
 
     A task without labels has no head: the host's own is used. A static router's embedding starts with the gates of K
-    random atoms open.
+    random atoms open. ``own_head``: the head was trained on no source, and reads a host's own coordinates.
     """
 
-    def __init__(self, config: Sizes, labels: Sequence[str], kind: str) -> None:
+    def __init__(self, config: Sizes, labels: Sequence[str], kind: str, own_head: bool = False) -> None:
         super().__init__()
-        self.labels, self.kind = tuple(labels), kind
+        self.labels, self.kind, self.own_head = tuple(labels), kind, own_head
         self.embedding = nn.Parameter(torch.zeros(config.atoms))
         if config.router == "static":
             start = torch.rand(config.atoms, generator=torch.Generator().manual_seed(config.seed))
@@ -141,10 +141,10 @@ class UHLAdapter(nn.Module):
         """Where the adapter's parameters are."""
         return self.mixer.first.device
 
-    def add_task(self, name: str, labels: Sequence[str], kind: str) -> TaskPart:
+    def add_task(self, name: str, labels: Sequence[str], kind: str, own_head: bool = False) -> TaskPart:
         """Add a task's own parts (zeros); replaces a task of that name. Raises as :func:`check_task_name`."""
         check_task_name(name)
-        part = TaskPart(self.config, labels, kind)
+        part = TaskPart(self.config, labels, kind, own_head)
         self.tasks[name] = part
         return part
 
@@ -158,7 +158,7 @@ class UHLAdapter(nn.Module):
 
     def hand_over(self, old: str, name: str, labels: Sequence[str], kind: str) -> TaskPart:
         """Put a task in another's place, whose tokens it routes alike. For the same labels of the same kind it has all
-        of the other's parts, and what the anchors say of them; else its head begins as zeros.
+        of the other's parts, and what the anchors say of them; else a head of its own, which begins as zeros.
         """
         before = self.task(old)
         check_task_name(name)
@@ -168,7 +168,7 @@ class UHLAdapter(nn.Module):
             if self.anchors is not None and self.anchors.task == old:
                 self.anchors.task = name
             return before
-        part = self.add_task(name, labels, kind)
+        part = self.add_task(name, labels, kind, own_head=True)
         part.embedding, part.bias = before.embedding, before.bias
         return part
 

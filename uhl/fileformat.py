@@ -45,6 +45,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class TaskEntry(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     labels: list[str]
     kind: Kind
+    own_head: bool = Field(False, exclude_if=operator.not_)  # reads the host's own coordinates, which no anchor gives
 
 
 class AnchorEntry(BaseModel):
@@ -150,6 +152,7 @@ class PackHeader(BaseModel):
     name: str = Field(pattern=r"^[\w.-]{1,64}$")
     kind: Kind
     labels: list[str]
+    own_head: bool = Field(False, exclude_if=operator.not_)
     base: str
     sha256: str
 

@@ -19,8 +19,8 @@ several levels to the *adapted* source's codes, fitted with the atoms in place; 
 need are fitted on more texts than the others, and on fragments of texts. How much of the atoms to use is the scale in
 :data:`SCALES` at which the source's logits are reproduced best; 0 is allowed. How often the target will decide as the
 source did is predicted from the same texts, each left out of its own fit (``agreement`` in the report). ``change`` is
-how much the atoms move what the head reads: random directions at the same scale move it less. The head of another task
-than the anchors', which no source has, reads the target's own principal coordinates of the anchor texts.
+how much the atoms move what the head reads: random directions at the same scale move it less. A head that was trained
+on no source reads the target's own principal coordinates of the anchor texts.
 
 A target that is the source itself, known by what it makes of the anchors to within 8 bits (a copy at half precision is
 not), gets the source's own frame.
@@ -431,7 +431,7 @@ def _anchored(
             rest = states(scale, whole, len(coded.texts))
             best = _head_fit(torch.cat([read[scale], rest]), wanted, target.width)
     head = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift)
-    if anchors.task not in {None, task}:
+    if adapter.task(task).own_head:
         kind: Kind = adapter.task(task).kind  # type: ignore[assignment]
         head = basis_of(observe(target, replace(coded, kind=kind, words=0)), head.head.shape[0], basis.levels)
     frame = _acting(replace(basis, head=head.head, shift=head.shift).frame(slots), slots, way)

@@ -286,11 +286,10 @@ def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
 
 
 def not_taught(adapter: UHLAdapter, name: str) -> str | None:
-    """Why an adapter's head says nothing of a task; None where it was trained, on this task or on one like it."""
-    lender = adapter.info.get("source_task")
-    if lender is None or adapter.task(name).head.any():
+    """Why an adapter says nothing of a task without its labels; None where a source has trained its head."""
+    if not adapter.task(name).own_head:
         return None
-    return f"the adapter was trained on {lender}, which has other labels than {name}"
+    return f"the adapter was trained on {adapter.info.get('source_task')}, which has other labels than {name}"
 
 
 @contextmanager

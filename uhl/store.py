@@ -207,7 +207,10 @@ def check_tensors(adapter: UHLAdapter, tensors: Mapping[str, Tensor]) -> None:
 
 def _entries(adapter: UHLAdapter) -> dict[str, TaskEntry]:
     parts = {name: adapter.task(name) for name in adapter.tasks}
-    return {name: TaskEntry(labels=list(part.labels), kind=part.kind) for name, part in parts.items()}  # type: ignore[arg-type]
+    return {
+        name: TaskEntry(labels=list(part.labels), kind=part.kind, own_head=part.own_head)  # type: ignore[arg-type]
+        for name, part in parts.items()
+    }
 
 
 def _write(adapter: UHLAdapter, tensors: dict[str, Tensor], path: str | Path) -> Path:
@@ -260,7 +263,8 @@ def save_task(adapter: UHLAdapter, name: str, path: str | Path) -> Path:
     prefix = f"task.{name}."
     packed = pack_values(adapter, dict(adapter.named_parameters()))
     tensors = {n.removeprefix(prefix): value for n, value in packed.items() if n.startswith(prefix)}
-    about = {"name": name, "kind": part.kind, "labels": list(part.labels), "base": base_of(adapter)}
+    about = {"name": name, "kind": part.kind, "labels": list(part.labels), "own_head": part.own_head}
+    about["base"] = base_of(adapter)
     try:
         header = PackHeader(**about, sha256=digest(tensors))  # type: ignore[arg-type]
     except ValidationError as error:
@@ -282,7 +286,7 @@ def add_task(adapter: UHLAdapter, path: str | Path) -> str:
             f"that came with it"
         )
     compare(found.path, pack_layout(adapter.config.atoms, adapter.config.width, len(header.labels)), specs(tensors))
-    part = TaskPart(adapter.config, header.labels, header.kind)
+    part = TaskPart(adapter.config, header.labels, header.kind, header.own_head)
     part.load_state_dict({n: _unpack(n, tensors, TASK_BITS[n], tuple(p.shape)) for n, p in part.named_parameters()})
     check_task_name(header.name)
     adapter.tasks[header.name] = part
@@ -307,7 +311,7 @@ def build(found: Content[Header]) -> UHLAdapter:
 def _build(header: Header, tensors: dict[str, Tensor]) -> UHLAdapter:
     adapter = UHLAdapter(Sizes(**header.config))
     for name, task in header.tasks.items():
-        adapter.add_task(name, task.labels, task.kind)
+        adapter.add_task(name, task.labels, task.kind, task.own_head)
     values = unpack_values(adapter, tensors)
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
