@@ -733,6 +733,10 @@ def test_an_adapter_is_lent_to_another_task(tiny_world, task, monkeypatch, tmp_p
     ours, theirs = (stages.adapter_for(settings, "anchor")[0] for settings in (borrower, lender))
     assert list(ours.tasks) == ["film"]
     assert ours.anchors.judges("film")
+    assert (
+        ", on the task `mood`: "
+        in (report.export("t", "film", 0, "canonical", tmp_path / "card") / "README.md").read_text()
+    )
     assert ours.info == theirs.info | {"source_task": "mood"}
     state = {name.replace("mood", "film"): value for name, value in theirs.state_dict().items()}
     assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
