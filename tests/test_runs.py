@@ -252,6 +252,8 @@ def test_gap_recovered_where_there_is_a_gap():
     assert beyond.loc[("x", "anchor"), "pgr"] == pytest.approx(4 / 14)
     assert beyond.loc[("x", "anchor"), "pgr low"] < 4 / 14 < beyond.loc[("x", "anchor"), "pgr high"]
     assert np.isnan(beyond.loc[("y", "anchor"), "pgr"])  # the source is better than the host
+    near = report.gap_recovered(cells("x", 56.3) | own).set_index(["target", "arm"])
+    assert np.isnan(near.loc[("x", "anchor"), "pgr"])  # LoRA is above it by three texts of a thousand
     ported = "movies", "x", "zero-shot", "anchor"
     other = report.gap_recovered(tables | own | {ported: {0: right(62.0), 3: right(70.0)}})  # LoRA has seed 0
     fewer = other.set_index(["target", "arm"]).loc[("x", "anchor")]

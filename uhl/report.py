@@ -156,7 +156,8 @@ def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
 
     ``pgr`` is the performance gap recovered of Burns et al. (2023), of hosts that are better than the source: the same
     with the source's own score in place of no adapter's. Over the ``seeds`` that all cells have; NaN as
-    :func:`uhl.stats.recovered` says, and ``pgr`` where the source was not run with these.
+    :func:`uhl.stats.recovered` says, and ``pgr`` where the source was not run with these, or where LoRA is not above
+    it in almost all resamples, so that the ratio means nothing.
     """
     rows = []
     for (task, target, phase, arm), cell in tables.items():
@@ -169,7 +170,8 @@ def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
             found = stats.recovered(ported, stack(floor, seeds), top, group)
             source = source_of(tables, task, arm)
             if seeds <= set(source):
-                above = stats.recovered(ported, stack(source, seeds), top, group)
+                made = stats.recovered(ported, stack(source, seeds), top, group)
+                above = above if np.isnan(made.low) else made
             rows.append((task, target, phase, arm, len(seeds), *found, *above))
     columns = ["task", "target", "phase", "arm", "seeds", "gap", "low", "high", "pgr", "pgr low", "pgr high"]
     return pd.DataFrame(rows, columns=columns)
