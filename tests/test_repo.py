@@ -211,6 +211,14 @@ def test_a_cell_whose_folder_was_removed_is_run_again(tmp_path):
     assert counts == {"all": "1", "analysis": "1", "baselines_of_source": "1", "total": "3"}
 
 
+def test_a_port_of_a_lent_adapter_trains_the_lender_first(tmp_path):
+    cell = tmp_path / "offline-transfer" / "amazon-s1" / "port-minilm-l3" / "manifest.json"
+    said = snakemake(tmp_path, "-n", "--cores", "1", "--config", "profile=offline-transfer", "--", cell)
+    assert dict(re.findall(r"^(\w+)\s+(\d+)$", said, re.M)) == {"port": "1", "pretrain": "4", "total": "5"}
+    asked = re.findall(r"^\s+input: (?:\S+, )*\S+/movies-s1/pretrain-(\w+)/manifest\.json$", said, re.M)
+    assert sorted(asked) == ["canonical", "dimension"]
+
+
 @pytest.mark.slow
 def test_two_local_workers_run_cells_side_by_side_and_once(tmp_path):
     """Two cells of the demo profile, on real models."""
