@@ -17,7 +17,7 @@ from optuna.storages._heartbeat import HeartbeatThread
 from transformers import TrainerState
 from world import sentences
 
-from uhl import attempts, budget, report, runs, search, stages, store, viz
+from uhl import attempts, budget, compression, report, runs, search, stages, store, viz
 from uhl.adapter import UHLAdapter
 from uhl.anchors import observe
 from uhl.augment import ByTurns, Perturbed
@@ -26,7 +26,7 @@ from uhl.errors import DivergenceError, UHLError
 from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
-from uhl.porting import at_work, basis_of, port
+from uhl.porting import at_work, basis_of, port, predict_texts, upper_levels
 from uhl.runs import Settings
 from uhl.tasks import load_task
 from uhl.train import Classifier, predict, train
@@ -167,7 +167,8 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert lacks["lineage"].startswith("lineage is not defined there")
     assert (lacks["anchor"] == "LoRA at 1 MB was not run") == (not others)
     assert report.missing("t") == []
-    assert set(report.undefined("t")) == {("small", "lineage"), ("small", "embedding")}
+    cells = [(phase, arm) for phase in ("zero-shot", "tuned") for arm in ("lineage", "embedding")]
+    assert set(report.undefined("t")) == {(settings.task_name, "small", *cell) for cell in cells}
     assert set(judged["verdict"]) <= {"held", "refuted", "not decidable", "not run"}
     told = claims.markdown("t").splitlines()
     assert sum(line.startswith("| 1 ") for line in told) == len(ours | without)
@@ -755,7 +756,11 @@ def test_an_adapter_is_lent_to_another_task(tiny_world, task, monkeypatch, tmp_p
     stages.pretrain(lender.model_copy(update={"rate": 5e-4}), "canonical")[1].finish("pretrain-canonical")
     (found,) = report.missing("t")
     assert found.startswith("film-s0/pretrain-canonical: mood-s0/pretrain-canonical has another adapter now")
-    assert "of mood alone, whose adapter all tasks have" in report.markdown("t")
+    table = report.markdown("t")
+    assert "(adapters: with the labels of mood alone; baselines: with each task's own) on the source" in table
+    assert "| small | zero-shot | anchor |" in table
+    (row,) = (line for line in table.splitlines() if line.startswith("| small | zero-shot | anchor |"))
+    assert row.split(" | ")[4] == ""  # the lender's column
 
 
 def test_an_adapter_is_scored_on_the_lender_s_own_task_as_where_it_was_trained(tiny_world, monkeypatch):
@@ -791,8 +796,11 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
     assert {row["arm"] for row in ported.rows} == {"no-adapter"}
     assert set(ported.details["undefined"].values()) == {
         "arm lineage needs equal widths; the source has 24, the target 16",
-        "the adapter was trained on mood, which has other labels than joy",
+        "the adapter was trained on mood, whose labels or kind are others, so the head of joy is not trained",
     }
+    lent, own = (stages.adapter_for(settings, "anchor")[0] for settings in (lender, borrower))
+    assert lent.task("mood").embedding.abs().max() > 0
+    assert torch.equal(own.task("joy").embedding, lent.task("mood").embedding)
     outcomes = stages.tuned(borrower, stages.observe_target(borrower))
     assert outcomes.keys() == {"dimension", "anchor", "zero-atoms", "random-p", "untrained"}
     assert {outcome.details["head"] for outcome in outcomes.values()} == {"fitted"}
@@ -801,10 +809,25 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
     assert store.add_task(whole, pack) == "joy"
     assert pack.stat().st_size < 3000
     target, scored = stages.load_encoder("small"), outcomes["anchor"].predictions["anchor/test"].logits
-    for adapter in (
-        found,
-        store.load(store.save(whole, tmp_path / "whole")),
-    ):  # the lender's file takes the task's pack
+    words, source = replace(own.anchors.probe.first(), kind="token", words=0), stages.load_encoder("big")
+    for arm, host in (("anchor", target), ("zero-atoms", target), ("lineage", source), ("anchor", source)):
+        frame, wanted = port(found, host, "joy", arm, source).frame, basis_of(observe(host, words), 256)
+        assert frame.levels == upper_levels(host.layers) != wanted.levels
+        wanted = basis_of(observe(host, words), 256, frame.levels)
+        torch.testing.assert_close((frame.head, frame.shift), (wanted.head, wanted.shift))
+    with pytest.raises(UHLError, match="the head of joy was trained on none"):
+        port(own, target, "joy", "refresh")
+    for adapter, why in ((own, "is not trained yet"), (found, "was fitted on small and reads that host's own")):
+        other = port(adapter, stages.load_encoder("other"), "joy")
+        assert why in other.report["warning"]
+        with pytest.raises(UHLError, match=f"the head of joy {why}.* on other means nothing: tune the task there"):
+            predict_texts(adapter, stages.load_encoder("other"), other, ["good film"])
+    told = predict_texts(found, target, port(found, target, "joy"), [" ".join(joy.data["test"][0]["tokens"])])
+    assert told[0]["label"] == [joy.labels[i] for i in outcomes["anchor"].predictions["anchor/test"].labels[0]]
+    assert "its head is of small alone" in store.describe(outcomes["anchor"].paths[0])
+    assert "its head is not trained yet" in store.describe(file)
+    joined = store.load(store.save(whole, tmp_path / "whole"))  # the lender's file, with the task's pack
+    for adapter in (found, joined):
         ported = port(adapter, target, "joy")
         with at_work(adapter, target, "joy", ported.frame, ported.scale) as attached:
             classifier = Classifier(target.model, adapter.task("joy"), ported.frame, attached)
@@ -829,12 +852,38 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
 SPLITS = {"train": (0, 40), "dev": (40, 50), "test": (50, 60), "unlabelled": (60, 80)}  # rows of each
 
 
-def test_a_lent_adapter_is_not_trained_in_another_way(tiny_world):
-    borrower = tiny_world.model_copy(update={"task": "film", "source_task": "mood"})
-    with pytest.raises(UHLError, match="this profile has the adapter of mood"):
-        stages.pretrain(borrower, "canonical", noise=0.3)
+def test_what_trains_or_tries_a_lent_adapter_in_another_way_is_refused(tiny_world, task, monkeypatch):
+    borrower = Settings(**tiny_world.model_dump() | {"task": "film", "source_task": "mood"})
+    with pytest.raises(UHLError, match="nothing is trained on film, which has the adapter of mood"):
+        attempts.trained_otherwise(borrower, noise=0.3)
+    with pytest.raises(UHLError, match="search on that task: --task mood"):
+        search.run(borrower, "uhl-canonical", {"rate": 1e-3})
     with pytest.raises(UHLError, match="PyTorch names no part so"):
         Settings(source_task="train")
+    with pytest.raises(UHLError, match="by a task's name alone; write 'mood'"):
+        Settings(source_task="/data/mood.csv")
+    film = replace(task, name="film", labels=("sad", "glad"))
+    monkeypatch.setattr(stages.tasks, "load_task", lambda name: film if name == "film" else task)
+    trained(Settings(**tiny_world.model_dump() | {"source_task": "mood"}))
+    stages.pretrain(borrower, "canonical")
+    adapter, _ = stages.adapter_for(borrower, "anchor")
+    hosts = stages.load_encoder("big"), stages.load_encoder("small")
+    with pytest.raises(UHLError, match="no way to port can be tried: the adapter was trained on mood, whose labels"):
+        attempts.measure(borrower, adapter, *hosts, film, [])
+    with pytest.raises(UHLError, match="nothing to measure on pruned copies: the adapter was trained on mood"):
+        compression.measure(borrower)
+
+
+def test_texts_are_cut_at_the_length_of_the_task_that_has_a_lent_adapter(tiny_world, monkeypatch):
+    long = "good film " * 20
+    borrower = Settings(**tiny_world.model_dump() | {"task": "film", "source_task": "mood", "max_length": 16})
+    trained(Settings(**tiny_world.model_dump() | {"source_task": "mood"}))
+    _, outcome = stages.pretrain(borrower, "canonical")
+    adapter, target = store.load(outcome.paths[0]), stages.load_encoder("small")
+    assert (adapter.anchors.length, adapter.task("film").length) == (64, 16)
+    ported = port(adapter, target, "film")
+    told, cut = (predict_texts(adapter, target, ported, [t])[0]["probability"] for t in (long, long[: 7 * 10]))
+    assert told == cut
 
 
 def test_a_head_for_other_labels_is_an_error(tiny_world, task, monkeypatch):

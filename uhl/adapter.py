@@ -44,12 +44,15 @@ class TaskPart(nn.Module):
     """What belongs to one task: router embedding (A,), bias (8, A), head weight (labels, C) and bias (labels,).
 
     A task without labels has no head: the host's own is used. A static router's embedding starts with the gates of K
-    random atoms open. ``own_head``: the head was trained on no source, and reads a host's own coordinates.
+    random atoms open. ``own_head``: a head that no source has trained reads the own coordinates of this host ("": it is
+    not trained yet). ``length``: tokens that a text is cut at, where it is not what the anchors say.
     """
 
-    def __init__(self, config: Sizes, labels: Sequence[str], kind: str, own_head: bool = False) -> None:
+    def __init__(
+        self, config: Sizes, labels: Sequence[str], kind: str, own_head: str | None = None, length: int | None = None
+    ) -> None:
         super().__init__()
-        self.labels, self.kind, self.own_head = tuple(labels), kind, own_head
+        self.labels, self.kind, self.own_head, self.length = tuple(labels), kind, own_head, length
         self.embedding = nn.Parameter(torch.zeros(config.atoms))
         if config.router == "static":
             start = torch.rand(config.atoms, generator=torch.Generator().manual_seed(config.seed))
@@ -141,10 +144,12 @@ class UHLAdapter(nn.Module):
         """Where the adapter's parameters are."""
         return self.mixer.first.device
 
-    def add_task(self, name: str, labels: Sequence[str], kind: str, own_head: bool = False) -> TaskPart:
+    def add_task(
+        self, name: str, labels: Sequence[str], kind: str, own_head: str | None = None, length: int | None = None
+    ) -> TaskPart:
         """Add a task's own parts (zeros); replaces a task of that name. Raises as :func:`check_task_name`."""
         check_task_name(name)
-        part = TaskPart(self.config, labels, kind, own_head)
+        part = TaskPart(self.config, labels, kind, own_head, length)
         self.tasks[name] = part
         return part
 
@@ -168,7 +173,7 @@ class UHLAdapter(nn.Module):
             if self.anchors is not None and self.anchors.task == old:
                 self.anchors.task = name
             return before
-        part = self.add_task(name, labels, kind, own_head=True)
+        part = self.add_task(name, labels, kind, own_head="")
         part.embedding, part.bias = before.embedding, before.bias
         return part
 

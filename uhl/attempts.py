@@ -42,6 +42,7 @@ from uhl.stages import (
     generic_texts,
     load_data,
     make_anchors,
+    not_taught,
     pretrain,
 )
 from uhl.tasks import Task, score
@@ -179,6 +180,8 @@ def measure(
     whole = adapter.anchors
     if whole is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
+    if reason := not_taught(adapter, settings.task_name):
+        raise UHLError(f"no way to port can be tried: {reason}")
     seen, named = observe(target, whole.probe), {(a.group, a.name): a for a in tried}
 
     def one(group: str, attempt: str, **_: object) -> pd.DataFrame:
@@ -238,6 +241,8 @@ def trained_otherwise(
     host, or on so many ``labels``; the settings of its run, and its dev score on the source. One that was trained is
     read from its file.
     """
+    if settings.borrowed:
+        raise UHLError(f"nothing is trained on {settings.task_name}, which has the adapter of {settings.source_task}")
     how = f"by-turns-{runs.slug(second)}" if second else f"{labels}-labels" if labels else f"perturbed-{noise:g}"
     changes: dict[str, object] = {"train_size": labels} if labels else {}
     own = settings.model_copy(update=changes | {"profile": f"{settings.profile}-{how}", "splits": ("dev",)})
@@ -250,7 +255,7 @@ def trained_otherwise(
     with runs.locked(cell / ".lock"):
         file = cell / "manifest.json"
         found = json.loads(file.read_text()) if file.is_file() else {"parameters": {}}
-        kept = runs.protocol(found), used(found["parameters"])
+        kept = runs.protocol(found), used(runs.filled(found["parameters"]))
         if kept != (runs.PROTOCOL, used(own.model_dump(mode="json"))):
             _, outcome = pretrain(own, "canonical", noise=noise, second=second)
             found = json.loads(outcome.finish("pretrain-canonical").read_text())

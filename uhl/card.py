@@ -14,7 +14,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from uhl import budget
 from uhl.config import Sizes
-from uhl.fileformat import Header, read
+from uhl.fileformat import Header, bound_to, read
 from uhl.files import write_text
 
 START, END = "<!-- written by uhl: what stands between these marks is replaced -->", "<!-- end of uhl's part -->"
@@ -66,7 +66,7 @@ def body(header: Header, sizes: Mapping[str, int], scores: Sequence[Score] = ())
         "## Tasks",
         "",
         *(
-            f"- `{name}`: {task.kind} classification, labels {', '.join(task.labels)}"
+            f"- `{name}`: {task.kind} classification, labels {', '.join(task.labels)}{bound_to(task)}"
             if task.labels
             else f"- `{name}`: the host's own head is used"
             for name, task in header.tasks.items()

@@ -209,7 +209,9 @@ def markdown(profile: str) -> str:
         rows = found[found["verdict"] != NOT_RUN]
         counts = ", ".join(f"{verdict} in {count}" for verdict, count in rows["verdict"].value_counts().items())
         counts += f" of {len(rows)}" if len(rows) else NOT_RUN
-        left = dict.fromkeys(t for t in found["target"][found["verdict"] == NOT_RUN] if (t, arm) not in not_defined)
+        phase = "zero-shot" if str(claim).startswith("1") else "tuned"
+        rest = found[found["verdict"] == NOT_RUN].to_dict("records")
+        left = dict.fromkeys(r["target"] for r in rest if (r["task"], r["target"], phase, arm) not in not_defined)
         if len(rows) and left:
             counts += f"; not run on {', '.join(left)}"
         arm = f"*{NAMES[str(arm)]}*" if arm in WITHOUT else arm

@@ -15,6 +15,7 @@ import pandas as pd
 from uhl import baselines, pruning, runs, stages
 from uhl.adapter import UHLAdapter
 from uhl.config import Arm
+from uhl.errors import UHLError
 from uhl.files import sha256
 from uhl.frame import Basis
 from uhl.host import find_slots
@@ -41,6 +42,8 @@ def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
     task, whole = stages.load_data(settings), stages.freeze(stages.load_encoder(settings.source))
     adapter, path = stages.adapter_for(settings, "anchor")
     stages.check_labels(adapter, settings.task_name, task)
+    if reason := stages.not_taught(adapter, settings.task_name):
+        raise UHLError(f"nothing to measure on pruned copies: {reason}")
     cuts = {f"{settings.source}@{text}": pruning.Cut.of(text) for text in settings.copies}
     for cut in cuts.values():  # before any work
         pruning.check(whole.model.config, cut)

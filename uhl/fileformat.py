@@ -45,7 +45,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,13 +72,18 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Spec = tuple[str, tuple[int, ...]]  # a tensor's safetensors dtype and shape
 
 
+def _unset(value: object) -> bool:
+    return value is None
+
+
 class TaskEntry(BaseModel):
     """What the header says of a task."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     labels: list[str]
     kind: Kind
-    own_head: bool = Field(False, exclude_if=operator.not_)  # reads the host's own coordinates, which no anchor gives
+    own_head: str | None = Field(None, exclude_if=_unset)  # the host whose own coordinates the head reads; "": none yet
+    length: int | None = Field(None, ge=8, le=1 << 16, exclude_if=_unset)  # tokens a text is cut at; None: the anchors'
 
 
 class AnchorEntry(BaseModel):
@@ -152,9 +156,17 @@ class PackHeader(BaseModel):
     name: str = Field(pattern=r"^[\w.-]{1,64}$")
     kind: Kind
     labels: list[str]
-    own_head: bool = Field(False, exclude_if=operator.not_)
+    own_head: str | None = Field(None, exclude_if=_unset)
+    length: int | None = Field(None, ge=8, le=1 << 16, exclude_if=_unset)
     base: str
     sha256: str
+
+
+def bound_to(task: TaskEntry | PackHeader) -> str:
+    """Words on a head that decides on one host alone; none where a source has trained it."""
+    if task.own_head is None:
+        return ""
+    return f"; its head is of {task.own_head} alone" if task.own_head else "; its head is not trained yet"
 
 
 def layout(

@@ -397,7 +397,7 @@ def _adapter_of(config: UHLConfig) -> UHLAdapter:
     seed = int(torch.randint(1 << 31, (), device="cpu")) if config.seed is None else config.seed
     adapter = UHLAdapter(config.sizes().model_copy(update={"seed": seed}))
     for name, task in (tasks or {config.task: fileformat.TaskEntry(labels=[], kind="sentence")}).items():
-        adapter.add_task(name, task.labels, task.kind, task.own_head)
+        adapter.add_task(name, task.labels, task.kind, task.own_head, task.length)
     if not config.init_weights:
         with torch.no_grad():
             u = torch.randn(adapter.dictionary.u.shape, generator=torch.Generator().manual_seed(seed + 1))

@@ -19,8 +19,9 @@ several levels to the *adapted* source's codes, fitted with the atoms in place; 
 need are fitted on more texts than the others, and on fragments of texts. How much of the atoms to use is the scale in
 :data:`SCALES` at which the source's logits are reproduced best; 0 is allowed. How often the target will decide as the
 source did is predicted from the same texts, each left out of its own fit (``agreement`` in the report). ``change`` is
-how much the atoms move what the head reads: random directions at the same scale move it less. A head that was trained
-on no source reads the target's own principal coordinates of the anchor texts.
+how much the atoms move what the head reads: random directions at the same scale move it less. A head that no
+source has trained (``own_head`` of its task) reads the target's own principal coordinates of the file's anchor texts,
+by every arm, or where there are none what the arm gives.
 
 A target that is the source itself, known by what it makes of the anchors to within 8 bits (a copy at half precision is
 not), gets the source's own frame.
@@ -46,7 +47,7 @@ from transformers import PreTrainedTokenizerBase
 from uhl import store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Observed, Probe, observe, unit_states
-from uhl.config import ARMS, CONTROLS, METRICS, Kind, _Strict
+from uhl.config import ARMS, CONTROLS, METRICS, _Strict
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import digest
 from uhl.frame import LAST, Basis, Frame, canonical_basis, dimension_frame
@@ -124,6 +125,7 @@ class Shared:
     basis: Basis | None = None
     basis_seconds: float = 0.0
     ports: dict[tuple[object, ...], Port] = field(default_factory=dict)
+    own: dict[str, Basis] = field(default_factory=dict)  # the host's own coordinates of sentences, or of words
 
 
 def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | None = None) -> str | None:
@@ -187,7 +189,9 @@ def port(
             "tuned on %s behind another release's port, which may differ from this one; its scores may not repeat",
             adapter.info["tuned_on"],
         )
-    slots = find_slots(target.model, adapter.config.types)
+    slots, part = find_slots(target.model, adapter.config.types), adapter.task(task)
+    if arm in REFRESHED and part.own_head is not None:
+        raise UHLError(f"arm {arm} needs a source that decides, and the head of {task} was trained on none")
     if arm == "dimension":
         with torch.no_grad():
             done = Port(arm, dimension_frame(adapter.projector, slots, target.width), 1.0)
@@ -227,10 +231,37 @@ def port(
             done = Port(arm, own.frame(slots), float(arm != "zero-atoms"))
         else:
             done = _anchored(adapter, target, task, arm, slots, seed, shared.seen, way)
+    if part.own_head is not None:
+        done.frame = _own_coordinates(done.frame, adapter, part.kind, target, shared)
+        done.report |= _strange(adapter, task, target, arm)
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
     if arm in REFRESHED.values():
         shared.ports[key] = done
     return done
+
+
+def _own_coordinates(frame: Frame, adapter: UHLAdapter, kind: str, target: Encoder, shared: Shared) -> Frame:
+    """A frame whose head reads the target's own principal coordinates of the anchor texts, or of their words; as it is
+    where there are no anchors.
+    """
+    if adapter.anchors is None:
+        return frame
+    if kind not in shared.own:
+        texts = replace(adapter.anchors.probe.first(), kind=kind, words=0)  # type: ignore[arg-type]
+        shared.own[kind] = basis_of(observe(target, texts), adapter.config.width, upper_levels(target.layers))
+    own = shared.own[kind]
+    return replace(frame, head=own.head, shift=own.shift, levels=own.levels, rescale=False)
+
+
+def _strange(adapter: UHLAdapter, task: str, target: Encoder, arm: str) -> dict[str, object]:
+    """A warning, which is logged, where a task's head is of another host than this; else nothing."""
+    if (of := adapter.task(task).own_head) in {None, target.name}:
+        return {}
+    why = f"was fitted on {of} and reads that host's own coordinates" if of else "is not trained yet"
+    said = f"the head of {task} {why}; what it says on {target.name} means nothing: tune the task there"
+    if arm not in CONTROLS:
+        logger.warning("%s", said)
+    return {"warning": said}
 
 
 def _mark(adapter: UHLAdapter) -> tuple[float, ...]:
@@ -316,11 +347,13 @@ def predict_texts(
 ) -> list[dict[str, object]]:
     """What a ported adapter says of texts: ``text``, its ``label`` (of a token task: a list, a label a word) and the
     ``probability`` of that. The two parts of a pair are divided by a tab. Words beyond the length that the adapter was
-    trained with are labelled by the mean of the text.
+    trained with are labelled by the mean of the text. Raises :class:`UHLError` for a head of another host's.
     """
     task = task or _only_task(adapter)
     part = adapter.task(task)
-    length = adapter.anchors.length if adapter.anchors else 64
+    if wrong := _strange(adapter, task, target, ported.arm):
+        raise UHLError(str(wrong["warning"]))
+    length = part.length or (adapter.anchors.length if adapter.anchors else 64)
     probe = Probe(texts, part.kind, length=length, most=None)  # type: ignore[arg-type]
     with at_work(adapter, target, task, ported.frame, ported.scale), torch.no_grad():
         states = unit_states(target, probe, ported.frame.levels)
@@ -430,11 +463,8 @@ def _anchored(
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
             rest = states(scale, whole, len(coded.texts))
             best = _head_fit(torch.cat([read[scale], rest]), wanted, target.width)
-    head = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift)
-    if adapter.task(task).own_head:
-        kind: Kind = adapter.task(task).kind  # type: ignore[assignment]
-        head = basis_of(observe(target, replace(coded, kind=kind, words=0)), head.head.shape[0], basis.levels)
-    frame = _acting(replace(basis, head=head.head, shift=head.shift).frame(slots), slots, way)
+    frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(slots)
+    frame = _acting(frame, slots, way)
     report: dict[str, object] = {
         "anchors": len(anchors.texts),
         "coded": anchors.coded,

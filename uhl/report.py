@@ -487,29 +487,43 @@ def markdown(profile: str, target: str | None = None) -> str:
             raise UHLError(f"profile {profile} has no results for target {target!r}")
     tasks = list(dict.fromkeys(table["task"]))
     ported = set(table["task"][table["phase"] != "source"])
+    not_defined = undefined(profile)
     lack = {t: "not run" if t in ported or not ported else "" for t in tasks}  # some only lend others their adapter
     lines = ["| model | phase | arm | " + " | ".join(tasks) + " | bytes | trained | FLOPs |"]
     lines.append("|---|---|---|" + "---|" * (len(tasks) + 3))
     for key, rows in table.groupby(["phase", "target", "arm"], sort=False):
         phase, model, arm = map(str, key)
         by_task = rows.set_index("task")
-        cells = [_cell_text(by_task.loc[t]) if t in by_task.index else lack[t] for t in tasks]
+        why = {t: "not defined" if (t, model, phase, arm) in not_defined else lack[t] for t in tasks}
+        cells = [_cell_text(by_task.loc[t]) if t in by_task.index else why[t] for t in tasks]
         size, trained, cost = (rows[c].max() for c in ("adapter_bytes", "trainable_params", "extra_flops_pct"))
         over = ["†" if value > limit else "" for value, limit in ((size, LIMIT_BYTES), (cost, LIMIT_FLOPS_PCT))]
         budget = [f"{size:,.0f}{over[0]}", f"{trained:,.0f}", f"{cost:.1f} %{over[1]}"]
         label = f"*{NAMES.get(arm, arm)}*" if arm in CONTROLS else NAMES.get(arm, arm)
         lines.append("| " + " | ".join([model, phase, label, *cells, *budget]) + " |")
-    shown = set(table[["target", "arm"]].itertuples(index=False, name=None))  # where a task has it, another has not
-    for model, arm in [p for p in undefined(profile) if p[0] in set(table["target"]) and p not in shown]:
-        empty = " | ".join(["not defined"] * len(tasks))
-        lines.append(f"| {model} | zero-shot, tuned | {NAMES.get(arm, arm)} | {empty} | | | |")
+    shown = set(table[["target", "arm"]].itertuples(index=False, name=None))
+    for model, arm in dict.fromkeys((m, a) for _, m, _, a in not_defined):
+        if model in set(table["target"]) and (model, arm) not in shown:
+            phases = [p for p in runs.PHASES if any((t, model, p, arm) in not_defined for t in tasks)]
+            cells = ["not defined" if (t, model, phases[0], arm) in not_defined else lack[t] for t in tasks]
+            lines.append(f"| {model} | {', '.join(phases)} | {NAMES.get(arm, arm)} | {' | '.join(cells)} | | | |")
     return "\n".join(lines) + "\n\n" + _caption(profile, table)
 
 
-def undefined(profile: str) -> list[tuple[str, str]]:
-    """(target, arm) that a port's manifest marks as not defined, each once."""
-    found = (e for cell, e in manifests(profile).items() if cell.name.startswith("port-"))
-    return list(dict.fromkeys((e["parameters"]["target"], arm) for e in found for arm in e.get("undefined", {})))
+def undefined(profile: str) -> list[tuple[str, str, str, str]]:
+    """(task, target, phase, arm) that manifests mark as not defined: on the source, in ports, and in tuning, which goes
+    by the port where it says nothing of its own.
+    """
+    finished, found = manifests(profile), []
+    for cell, entry in finished.items():
+        asked, here = Settings.model_construct(**entry["parameters"]), entry.get("undefined", ())
+        if cell.name.startswith("pretrain-"):
+            found += [(asked.task_name, asked.source, "source", arm) for arm in here]
+        elif cell.name.startswith("port-"):
+            tuned = finished.get(cell.with_name(f"tune-{runs.slug(asked.target)}"), {}).get("undefined", here)
+            for phase, arms in (("zero-shot", here), ("tuned", tuned)):
+                found += [(asked.task_name, asked.target, phase, arm) for arm in arms]
+    return list(dict.fromkeys(found))
 
 
 def _cell_text(cell: pd.Series) -> str:
@@ -540,7 +554,7 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
         labels += " but those of texts set aside for anchors"
     lengths = _list(sorted({_length(m["parameters"]) for m in finished if _phases(m) & {"source"}}))
     if lent := {p["source_task"] for p in trained if p.get("source_task")}:
-        lengths += f" of {_list(sorted(lent))} alone, whose adapter all tasks have,"
+        lengths += f" (adapters: with the labels of {_list(sorted(lent))} alone; baselines: with each task's own)"
     steps = sorted({m["parameters"]["tune_steps"] for m in finished if _phases(m) & {"tuned", "retrained"}})
     tuned = f", then {_list(f'{n:,}' for n in steps)} steps on a target" if steps else ""
     groups = [
@@ -564,15 +578,15 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     )
 
 
-def _not_run(table: pd.DataFrame, undefined: Sequence[tuple[str, str]]) -> str:
+def _not_run(table: pd.DataFrame, undefined: Sequence[tuple[str, str, str, str]]) -> str:
     """A sentence a target that says which rows other targets of the table have and it has not; empty where none."""
     places = table[table["phase"] != "source"].groupby("target", sort=False)
     own = {str(target): set(zip(rows["phase"], rows["arm"], strict=True)) for target, rows in places}
-    every, said = set().union(*own.values()), ""
+    every, said, nowhere = set().union(*own.values()), "", {place[1:] for place in undefined}
     for target, there in own.items():
         parts = []
         for phase in runs.PHASES:
-            left = in_order(a for p, a in every - there if p == phase and (target, a) not in undefined)
+            left = in_order(a for p, a in every - there if p == phase and (target, p, a) not in nowhere)
             if left and not any(p == phase for p, _ in there):
                 parts.append(f"all of {phase}")
             elif left:

@@ -120,12 +120,18 @@ class Settings(_Strict):
             pruning.Cut.of(cut)
         return copies
 
-    @field_validator("task", "source_task")
+    @field_validator("task")
     @classmethod
-    def _named(cls, task: str | None) -> str | None:
-        if task is not None:
-            check_task_name(slug(task).split(".")[0])
+    def _named(cls, task: str) -> str:
+        check_task_name(slug(task).split(".")[0])
         return task
+
+    @field_validator("source_task")
+    @classmethod
+    def _by_name(cls, task: str | None) -> str | None:
+        if task is not None and task != (name := slug(task).split(".")[0]):
+            raise ValueError(f"cells are called by a task's name alone; write {name!r}")
+        return None if task is None else cls._named(task)
 
     @property
     def task_name(self) -> str:
@@ -269,6 +275,11 @@ def write_manifest(
     path = write_text(folder / "manifest.json", json.dumps(entry, indent=1))
     update_results(settings.profile)
     return path
+
+
+def filled(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's parameters; settings that are newer than it have their defaults."""
+    return Settings().model_dump(mode="json") | dict(parameters)
 
 
 def read_manifest(settings: Settings, stage: str) -> dict[str, Any]:

@@ -145,6 +145,11 @@ def run(
     """
     begun = {} if begun is None else begun
     host = _host(settings)
+    if method.startswith("uhl-") and settings.borrowed:
+        raise UHLError(
+            f"{method} is not trained on {settings.task_name}, which has the adapter of {settings.source_task}; search "
+            f"on that task: --task {settings.source_task}"
+        )
     named = [f"{method}-{runs.slug(settings.target)}"] if host == "target" else [method]
     profile = f"{settings.profile}-search/" + "-".join([*named, *(f"{k}-{_text(v)}" for k, v in values.items())])
     chosen = settings.model_copy(update={"profile": profile, "splits": ("dev",), **values})
@@ -153,7 +158,8 @@ def run(
     own = _adapter(settings, method)
     with runs.locked(runs.root() / profile / ".lock"):
         found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
-        kept, wanted = _without(found["parameters"], others), _without(chosen.model_dump(mode="json"), others)
+        asked = runs.filled(found["parameters"]), chosen.model_dump(mode="json")
+        kept, wanted = (_without(parameters, others) for parameters in asked)
         by = {"adapter": own, "protocol": runs.PROTOCOL}
         if kept != wanted or any(found.get(name) != value for name, value in by.items()):
             try:

@@ -201,8 +201,6 @@ def pretrain(
     adapter, it is read, and nothing is trained: :func:`adopt`.
     """
     if settings.borrowed:
-        if noise or second:
-            raise UHLError(f"this profile has the adapter of {settings.source_task}; train another way in its profile")
         return adopt(settings, projector)
     task, encoder = load_data(settings), freeze(load_encoder(settings.source))
     asked = probe(settings, task)
@@ -271,7 +269,9 @@ def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
             f"{file} is missing; run notebook 02 with task {theirs.task} for the same profile and seed first"
         )
     adapter = store.load(file)
-    adapter.hand_over(theirs.task_name, settings.task_name, task.labels, task.kind)
+    part = adapter.hand_over(theirs.task_name, settings.task_name, task.labels, task.kind)
+    if adapter.anchors is None or settings.max_length != adapter.anchors.length:
+        part.length = settings.max_length
     adapter.info["source_task"] = theirs.task_name
     path = store.save(adapter, runs.cell_dir(settings, f"pretrain-{projector}") / "adapter.safetensors")
     found, arm = store.load(path), f"uhl-{projector}"
@@ -287,9 +287,10 @@ def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
 
 def not_taught(adapter: UHLAdapter, name: str) -> str | None:
     """Why an adapter says nothing of a task without its labels; None where a source has trained its head."""
-    if not adapter.task(name).own_head:
+    if adapter.task(name).own_head is None:
         return None
-    return f"the adapter was trained on {adapter.info.get('source_task')}, which has other labels than {name}"
+    lender = adapter.info.get("source_task")
+    return f"the adapter was trained on {lender}, whose labels or kind are others, so the head of {name} is not trained"
 
 
 @contextmanager
@@ -394,6 +395,8 @@ def tune(
     if why_not(adapter, target, rules, source):
         return None
     check_labels(adapter, settings.task_name, task)
+    if (part := adapter.task(settings.task_name)).own_head is not None:
+        part.own_head = target.name
     way = Way()
     if arm == "untrained":
         made = port(adapter, target, settings.task_name, "anchor", source, settings.seed, shared)
@@ -470,8 +473,7 @@ def tune_task(
     torch.manual_seed(settings.seed)
     with at_work(adapter, target, settings.task_name, ported.frame, ported.scale, learning) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
-        taught = not_taught(adapter, settings.task_name) is None
-        head = fit_head(classifier, target, task, config.max_length, only_if_better=taught)
+        head = fit_head(classifier, target, task, config.max_length, only_if_better=part.own_head is None)
         about = f"{settings.model_dump_json()}, port rules {RULES}, scale {ported.scale}"
         return head, train(classifier, target, task, config, folder, about, watch)
 

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ from uhl.fileformat import (
     Header,
     PackHeader,
     TaskEntry,
+    bound_to,
     check_values,
     compare,
     digest,
@@ -208,7 +210,12 @@ def check_tensors(adapter: UHLAdapter, tensors: Mapping[str, Tensor]) -> None:
 def _entries(adapter: UHLAdapter) -> dict[str, TaskEntry]:
     parts = {name: adapter.task(name) for name in adapter.tasks}
     return {
-        name: TaskEntry(labels=list(part.labels), kind=part.kind, own_head=part.own_head)  # type: ignore[arg-type]
+        name: TaskEntry(
+            labels=list(part.labels),
+            kind=part.kind,  # type: ignore[arg-type]
+            own_head=part.own_head,
+            length=part.length,
+        )
         for name, part in parts.items()
     }
 
@@ -263,10 +270,9 @@ def save_task(adapter: UHLAdapter, name: str, path: str | Path) -> Path:
     prefix = f"task.{name}."
     packed = pack_values(adapter, dict(adapter.named_parameters()))
     tensors = {n.removeprefix(prefix): value for n, value in packed.items() if n.startswith(prefix)}
-    about = {"name": name, "kind": part.kind, "labels": list(part.labels), "own_head": part.own_head}
-    about["base"] = base_of(adapter)
     try:
-        header = PackHeader(**about, sha256=digest(tensors))  # type: ignore[arg-type]
+        about: dict[str, Any] = _entries(adapter)[name].model_dump() | {"name": name, "base": base_of(adapter)}
+        header = PackHeader(**about, sha256=digest(tensors))
     except ValidationError as error:
         raise UHLError(f"task {name!r} cannot be a task pack: {error.errors()[0]['msg']}") from error
     meta = {KEY: json.dumps(header.model_dump(), sort_keys=True, separators=(",", ":"))}
@@ -286,7 +292,7 @@ def add_task(adapter: UHLAdapter, path: str | Path) -> str:
             f"that came with it"
         )
     compare(found.path, pack_layout(adapter.config.atoms, adapter.config.width, len(header.labels)), specs(tensors))
-    part = TaskPart(adapter.config, header.labels, header.kind, header.own_head)
+    part = TaskPart(adapter.config, header.labels, header.kind, header.own_head, header.length)
     part.load_state_dict({n: _unpack(n, tensors, TASK_BITS[n], tuple(p.shape)) for n, p in part.named_parameters()})
     check_task_name(header.name)
     adapter.tasks[header.name] = part
@@ -311,7 +317,7 @@ def build(found: Content[Header]) -> UHLAdapter:
 def _build(header: Header, tensors: dict[str, Tensor]) -> UHLAdapter:
     adapter = UHLAdapter(Sizes(**header.config))
     for name, task in header.tasks.items():
-        adapter.add_task(name, task.labels, task.kind, task.own_head)
+        adapter.add_task(name, task.labels, task.kind, task.own_head, task.length)
     values = unpack_values(adapter, tensors)
     with torch.no_grad():
         for name, parameter in adapter.named_parameters():
@@ -370,7 +376,7 @@ def describe(path: str | Path) -> str:
     if isinstance(header, PackHeader):
         return _plain(
             size,
-            f"task       {header.name}: {header.kind}, labels {', '.join(header.labels) or 'none'}",
+            f"task       {header.name}: {header.kind}, labels {', '.join(header.labels) or 'none'}{bound_to(header)}",
             f"belongs to dictionary {header.base}; plug it in with `uhl join`",
         )
     adapter = build(found)  # type: ignore[arg-type]
@@ -383,7 +389,7 @@ def describe(path: str | Path) -> str:
     ]
     lines += [f"{key:10s} {value}" for key, value in sorted(header.info.items())]
     lines += [
-        f"task       {name}: {task.kind}, labels {', '.join(task.labels) or 'none'}"
+        f"task       {name}: {task.kind}, labels {', '.join(task.labels) or 'none'}{bound_to(task)}"
         for name, task in header.tasks.items()
     ]
     if header.anchors:

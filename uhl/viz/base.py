@@ -121,9 +121,12 @@ def key_below(fig: Figure, entries: Sequence[Line2D], columns: int = 5) -> None:
     fig.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=9, frameon=False, handletextpad=0.2)
 
 
-def why_absent(target: str, arm: str, undefined: Iterable[tuple[str, str]]) -> str:
-    """Why an arm has no score on a target: `not defined` there, or `not run`."""
-    return "not defined" if (target, arm) in undefined else "not run"
+Place = tuple[str, str, str, str]  # task, target, phase, arm
+
+
+def why_absent(task: str, target: str, phases: Iterable[str], arm: str, undefined: Sequence[Place]) -> str:
+    """Why an arm has no score in some phases: `not defined` in one of them, or `not run`."""
+    return "not defined" if any((task, target, phase, arm) in undefined for phase in phases) else "not run"
 
 
 def in_order(arms: Iterable[str], order: Iterable[str] = ORDER) -> list[str]:

@@ -23,6 +23,7 @@ from uhl.viz.base import (
     LOOKS,
     NAMES,
     OURS,
+    Place,
     empty_figure,
     in_order,
     interval_mark,
@@ -67,11 +68,11 @@ def arm_scores(table: pd.DataFrame, title: str) -> Figure:
     return fig
 
 
-def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[tuple[str, str]] = ()) -> Figure:
+def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[Place] = ()) -> Figure:
     """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary, on one scale, with lines
     at :data:`REFERENCES` where there are scores without labels.
 
-    ``undefined``: (target, arm) that cannot be there, from :func:`uhl.report.undefined`.
+    ``undefined``: what cannot be there, from :func:`uhl.report.undefined`.
     """
     others = table[~table["phase"].isin(phases)]
     table = table[table["phase"].isin(phases)]
@@ -80,7 +81,7 @@ def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[tuple
     families = {name: colour for name, (colour, _, members) in FAMILIES.items() if set(members) & set(arms)}
     key = {name: key_mark(name, colour) for name, colour in families.items()}
     for ax, task, host, rows in cells:
-        absent = partial(why_absent, host, undefined=undefined)
+        absent = partial(why_absent, task, host, phases, undefined=undefined)
         _arm_rows(ax, rows.set_index("arm").reindex(arms).reset_index(), absent)
         for (phase, arm), (name, line) in REFERENCES.items() if "zero-shot" in phases else ():
             known = others[(others["task"] == task) & (others["phase"] == phase) & (others["arm"] == arm)]
@@ -90,7 +91,7 @@ def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[tuple
     return fig
 
 
-def gap_heat(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Figure:
+def gap_heat(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
     """Gap recovered by arm (rows), task and target (columns), a panel a phase: 0 is no adapter, 1 is LoRA retrained
     there. Hatched where there is no gap to recover or no port (``undefined`` as in :func:`panels`); with intervals
     where the table has ``low`` and ``high``.
@@ -117,7 +118,11 @@ def gap_heat(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> 
             text.set_fontsize(8.5)
         for i, j in np.argwhere(gaps.isna()):
             arm, (task, target) = arms[phase][i], places[j]
-            why = "no gap" if (arm, task, target) in rows.index else why_absent(target, arm, undefined)
+            why = (
+                "no gap"
+                if (arm, task, target) in rows.index
+                else why_absent(task, target, [str(phase)], arm, undefined)
+            )
             note(ax, why, j + 0.5, i + 0.5, ax.transData)
         ax.set_yticklabels([NAMES.get(arm, arm) for arm in arms[phase]], rotation=0)
         ax.set_xticklabels([f"{task}\n{target}" for task, target in places], rotation=0)
@@ -159,7 +164,7 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
     return fig
 
 
-def slopes(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Figure:
+def slopes(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
     """Each arm's score without labels (hollow) joined to its score after tuning (filled), a panel a task and target.
 
     ``undefined`` as in :func:`panels`.
@@ -167,17 +172,19 @@ def slopes(table: pd.DataFrame, undefined: Sequence[tuple[str, str]] = ()) -> Fi
     shown = table[table["phase"].isin(["zero-shot", "tuned"])]
     arms = in_order(shown["arm"])
     fig, cells = task_grid(shown, 2.4, 0.3 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
-    for ax, _, host, rows in cells:
+    for ax, task, host, rows in cells:
         for place, arm in zip(np.arange(len(arms), dtype=float), arms, strict=True):
             pair = rows[rows["arm"] == arm].set_index("phase").reindex(["zero-shot", "tuned"])
             heights, middle = [place - 0.17, place + 0.17], pair["score"].mean()
             ax.plot(pair["score"], heights, color=LOOKS[arm][0], linewidth=1)
             if np.isnan(middle):
-                note(ax, why_absent(host, arm, undefined), y=place, across=ax.get_yaxis_transform())
+                why = why_absent(task, host, ["zero-shot", "tuned"], arm, undefined)
+                note(ax, why, y=place, across=ax.get_yaxis_transform())
                 continue
             for (phase, cell), at in zip(pair.iterrows(), heights, strict=True):
                 if np.isnan(cell["score"]):
                     why = "not tuned" if phase == "tuned" else "none" if arm == "untrained" else "not run"
+                    why = "not defined" if (task, host, phase, arm) in undefined else why
                     note(ax, why, middle, at, ax.transData, fontsize=8)
                 else:
                     interval_mark(ax, cell, at, hollow=phase == "zero-shot", fmt="o")
