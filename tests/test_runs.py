@@ -324,7 +324,7 @@ def test_a_caption_names_what_a_target_lacks():
     rows += [("a", "zero-shot", arm) for arm in ("anchor", "refresh", "lineage")] + [("a", "tuned", "anchor")]
     rows += [("b", "zero-shot", "anchor")]
     table = pd.DataFrame(rows, columns=["target", "phase", "arm"])
-    said = report._not_run(table, [("b", "lineage")])
+    said = report._not_run(table, [("movies", "b", "zero-shot", "lineage")])
     assert said == "Not run on b: zero-shot anchor, refreshed; all of tuned. "
 
 

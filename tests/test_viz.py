@@ -61,7 +61,9 @@ def test_rows_of_all_panels_agree(table):
     assert [t.get_text() for t in left.get_yticklabels()] == ["no adapter (majority)", "embedding", "anchor"]
     assert words(left) == ["50.0", "60.0", "70.0"]
     assert words(right) == ["not run", "not run", "65.0"]
-    assert words(viz.panels(table, ["zero-shot"], [("y", "embedding")]).axes[1]) == ["not run", "not defined", "65.0"]
+    absent = [("movies", "y", "zero-shot", "embedding"), ("movies", "y", "tuned", "no-adapter")]
+    assert words(viz.panels(table, ["zero-shot"], absent).axes[1]) == ["not run", "not defined", "65.0"]
+    assert words(viz.panels(table, ["zero-shot"], [("books", *absent[0][1:])]).axes[1])[1] == "not run"
     assert left.get_xlim() == right.get_xlim()
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["ours", "control", "the adapter on its source"]
 
@@ -86,10 +88,19 @@ def test_arms_without_a_tuned_score_say_so(table):
     left, right = viz.slopes(table).axes
     assert words(left) == ["not tuned", "not tuned", "none"]  # no adapter, embedding; untrained atoms, zero-shot
     assert words(right) == ["not run", "not run", "not tuned", "not run"]
-    right = viz.slopes(table, [("y", "embedding")]).axes[1]
+    absent = [("movies", "y", phase, "embedding") for phase in ("zero-shot", "tuned")]
+    right = viz.slopes(table, absent).axes[1]
     assert words(right) == ["not run", "not defined", "not tuned", "not run"]
+    left, _ = viz.slopes(table, [("movies", "x", "tuned", "embedding")]).axes
+    assert words(left) == ["not tuned", "not defined", "none"]
     fills = [to_hex(box.lines[0].get_markerfacecolor()) for box in left.containers]
     assert fills == ["#ffffff", "#ffffff", "#ffffff", viz.OURS, viz.CONTROL]  # hollow without labels
+
+
+def test_where_nothing_was_ported_to_the_figures_say_so(table):
+    for draw in (viz.calibration, viz.foretold):
+        (ax,) = draw(pd.DataFrame(columns=["task", "target", "kappa"])).axes
+        assert words(ax) == ["no port here can be compared with its source"]
 
 
 def test_a_gap_has_its_interval_or_says_why_not():
@@ -102,7 +113,7 @@ def test_a_gap_has_its_interval_or_says_why_not():
         numbers = ["0.25\n0.15 to 0.45", "0.50\n0.40 to 0.70"] if bounds else ["0.25", "0.50"]
         assert [texts[0.5, 0.5], texts[0.5, 1.5]] == numbers
         assert [texts[1.5, 0.5], texts[1.5, 1.5]] == ["not run", "no gap"]
-    (ax,) = viz.gap_heat(gaps.assign(low=np.nan, high=np.nan), [("y", "lineage")]).axes
+    (ax,) = viz.gap_heat(gaps.assign(low=np.nan, high=np.nan), [("movies", "y", "tuned", "lineage")]).axes
     assert sorted(words(ax)) == ["0.25", "0.50", "no gap", "not defined"]
 
 
