@@ -34,7 +34,8 @@ its tensors without the prefix `task.<name>.`; ``base`` says which dictionary it
 
 Version 1 is the only one so far, and its files go on loading (the tests keep one). Anchors have gained parts that a
 file may lack (words, the head that the codes were made for, logits, fragments), and tasks the host that a head is of
-and a length; a release that does not know them refuses a file that has them. A change of what is there raises the version.
+and a length; a release that does not know them refuses a file that has them. A change of what is there raises the
+version.
 
 Files may come from strangers: sizes are bounded before anything is read, shapes are checked before anything is built,
 and every fault is one :class:`UHLError`.
