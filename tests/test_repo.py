@@ -140,14 +140,15 @@ def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]
 
 
-def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path, monkeypatch):
+@pytest.mark.parametrize("profile", ["offline-full", "offline-transfer"])
+def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path, monkeypatch, profile):
     """What README says that `uhl restore` and `make table` do, without the figures."""
     from uhl import report, runs
 
     monkeypatch.setenv("UHL_RUNS", str(tmp_path))
-    runs.restore(ROOT / "figures" / "offline-full.zip")
-    assert report.missing("offline-full") == []
-    made, kept = runs.load_results("offline-full"), pd.read_csv(ROOT / "figures" / "results.csv")
+    runs.restore(ROOT / "figures" / f"{profile}.zip")
+    assert report.missing(profile) == []
+    made, kept = runs.load_results(profile), pd.read_csv(ROOT / report.figures_of(profile) / "results.csv")
     assert made["score"].tolist() == pytest.approx(kept["score"].tolist())
     assert (made["arm"] == kept["arm"]).all()
 
