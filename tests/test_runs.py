@@ -91,7 +91,7 @@ def test_missing_manifest_names_the_cell():
         runs.read_manifest(Settings(), "pretrain-canonical")
 
 
-@pytest.mark.parametrize("profile", ["offline", "offline-full", "offline-transfer", "paper", "demo"])
+@pytest.mark.parametrize("profile", ["offline", "offline-full", "offline-transfer", "paper", "paper-transfer", "demo"])
 def test_every_profile_is_whole(profile):
     made = grid.Grid.read(profile)
     folder = grid.PARAMS / profile
@@ -183,7 +183,8 @@ def test_a_parameter_file_is_named_after_its_target(tmp_path, monkeypatch):
 
 def test_unknown_profile_and_bad_parameter_file(tmp_path):
     with pytest.raises(
-        UHLError, match="profiles: demo, local, local-transfer, offline, offline-full, offline-transfer, paper"
+        UHLError,
+        match="profiles: demo, local, local-transfer, offline, offline-full, offline-transfer, paper, paper-transfer",
     ):
         grid.Grid.read("online")
     with pytest.raises(UHLError, match="does not exist"):
