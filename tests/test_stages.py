@@ -824,6 +824,13 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
             predict_texts(adapter, stages.load_encoder("other"), other, ["good film"])
     told = predict_texts(found, target, port(found, target, "joy"), [" ".join(joy.data["test"][0]["tokens"])])
     assert told[0]["label"] == [joy.labels[i] for i in outcomes["anchor"].predictions["anchor/test"].labels[0]]
+    for name, strange in (("/elsewhere/small", False), ("small/large", True)):
+        host = replace(target, name=name)
+        assert ("warning" in port(found, host, "joy").report) == strange
+    found.task("joy").own_head = "small\x1b[2J"
+    with pytest.raises(UHLError, match="cannot be"):
+        store.save_task(found, "joy", tmp_path / "bad")
+    found.task("joy").own_head = "small"
     assert "its head is of small alone" in store.describe(outcomes["anchor"].paths[0])
     assert "its head is not trained yet" in store.describe(file)
     joined = store.load(store.save(whole, tmp_path / "whole"))  # the lender's file, with the task's pack

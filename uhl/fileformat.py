@@ -77,13 +77,17 @@ def _unset(value: object) -> bool:
     return value is None
 
 
+# a model's name or folder; of strangers' files it is printed
+HostName = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")]
+
+
 class TaskEntry(BaseModel):
     """What the header says of a task."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     labels: list[str]
     kind: Kind
-    own_head: str | None = Field(None, exclude_if=_unset)  # the host whose own coordinates the head reads; "": none yet
+    own_head: HostName | None = Field(None, exclude_if=_unset)  # the host that the head is of; "": none yet
     length: int | None = Field(None, ge=8, le=1 << 16, exclude_if=_unset)  # tokens a text is cut at; None: the anchors'
 
 
@@ -157,7 +161,7 @@ class PackHeader(BaseModel):
     name: str = Field(pattern=r"^[\w.-]{1,64}$")
     kind: Kind
     labels: list[str]
-    own_head: str | None = Field(None, exclude_if=_unset)
+    own_head: HostName | None = Field(None, exclude_if=_unset)
     length: int | None = Field(None, ge=8, le=1 << 16, exclude_if=_unset)
     base: str
     sha256: str

@@ -35,6 +35,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -255,7 +256,8 @@ def _own_coordinates(frame: Frame, adapter: UHLAdapter, kind: str, target: Encod
 
 def _strange(adapter: UHLAdapter, task: str, target: Encoder, arm: str) -> dict[str, object]:
     """A warning, which is logged, where a task's head is of another host than this; else nothing."""
-    if (of := adapter.task(task).own_head) in {None, target.name}:
+    of = adapter.task(task).own_head
+    if of is None or (of and Path(of).name == Path(target.name).name):  # the folder may be another
         return {}
     why = f"was fitted on {of} and reads that host's own coordinates" if of else "is not trained yet"
     said = f"the head of {task} {why}; what it says on {target.name} means nothing: tune the task there"
