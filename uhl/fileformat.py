@@ -152,22 +152,17 @@ class Header(BaseModel):
         return info
 
 
-class PackHeader(BaseModel):
+class PackHeader(TaskEntry):
     """A task pack's metadata. ``base`` names the dictionary that the task was trained with."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
     format: Literal["uhl-task"] = "uhl-task"
     version: Literal["1"] = "1"
     name: str = Field(pattern=r"^[\w.-]{1,64}$")
-    kind: Kind
-    labels: list[str]
-    own_head: HostName | None = Field(None, exclude_if=_unset)
-    length: int | None = Field(None, ge=8, le=1 << 16, exclude_if=_unset)
     base: str
     sha256: str
 
 
-def bound_to(task: TaskEntry | PackHeader) -> str:
+def bound_to(task: TaskEntry) -> str:
     """Words on a head that decides on one host alone; none where a source has trained it."""
     if task.own_head is None:
         return ""
