@@ -104,6 +104,7 @@ class TrainConfig(_Strict):
     lambda_q: float = Field(1e-5, ge=0, description="weight of the task bias's square, 1e-6 to 1e-4")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
     max_length: int = Field(64, ge=8, description="tokens")
+    bf16: bool = Field(False, description="train under bfloat16 autocast; parameters and scores stay float32")
     seed: int = Field(0, ge=0)
 
 

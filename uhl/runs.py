@@ -85,6 +85,7 @@ class Settings(_Strict):
     epochs: float = Field(2.0, gt=0)
     batch: int = Field(32, ge=1)
     max_length: int = Field(64, ge=8)
+    bf16: bool = Field(False, description="train under bfloat16 autocast; ports and scores stay float32")
     rate: float = Field(5e-3, gt=0, description="dictionary and router of a canonical adapter")
     dimension_rate: float = Field(1e-2, gt=0, description="dictionary, router and projector of a dimension adapter")
     mixer_rate: float = Field(1e-2, gt=0)

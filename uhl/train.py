@@ -169,7 +169,8 @@ class BudgetTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The classifier's own loss; :class:`DivergenceError` when it is NaN or infinite."""
-        out = model(**inputs)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self._train_config.bf16):
+            out = model(**inputs)
         if not torch.isfinite(out["loss"]):
             raise DivergenceError(
                 f"the loss is {out['loss'].item()} at step {self.state.global_step}; lower the learning rates "
