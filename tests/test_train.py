@@ -43,6 +43,24 @@ def test_the_adapter_learns_and_the_host_does_not(encoder, task, config, tmp_pat
     assert all(torch.equal(v, before[k]) for k, v in encoder.model.state_dict().items())
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_bf16_is_for_training_alone(encoder, task, config, tmp_path, bf16):
+    settings = TrainConfig(steps=40, batch=16, rate=2e-2, head_rate=2e-2, bf16=bf16)
+    adapter, attached, classifier = build(encoder, task, config, settings)
+    seen = {True: set(), False: set()}
+    some = encoder.model.get_submodule(find_slots(encoder.model)[-1].path).register_forward_hook(
+        lambda module, _, out: seen[classifier.training].add(out.dtype)
+    )
+    log = train.train(classifier, encoder, task, settings, tmp_path)
+    assert log.losses[-1][1] < 0.8 * log.losses[0][1]
+    found = predict(classifier, encoder, task, "dev")
+    some.remove()
+    assert seen == {True: {torch.bfloat16 if bf16 else torch.float32}, False: {torch.float32}}
+    assert {p.dtype for p in classifier.parameters()} == {torch.float32}
+    assert np.stack(found.logits).dtype == np.float32
+    attached.detach()
+
+
 class Stop(TrainerCallback):
     def __init__(self, step):
         self.step = step

@@ -100,7 +100,7 @@ def copies(options: argparse.Namespace) -> None:
 def pack(options: argparse.Namespace) -> None:
     """Write a profile's manifests and predictions into one archive, figures/<profile>.zip."""
     path = runs.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
-    print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes")
+    print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes, the labels of what was scored among them")
 
 
 def restore(options: argparse.Namespace) -> None:
