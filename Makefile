@@ -106,7 +106,7 @@ bench: $(STAMP)
 lab: $(STAMP)
 	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/notebooks
 
-# make table [PROFILE=offline-full] [PARTIAL=--partial]   figures anew from all results, then README.md and figures/
+# make table [PROFILE=offline-full] [PARTIAL=--partial]   figures anew from all results, then figures/ and a README
 RUNS = $(or $(UHL_RUNS),$(CURDIR)/runs)/$(PROFILE)
 table: PROFILE := $(if $(filter file,$(origin PROFILE)),offline-full,$(PROFILE))
 table: export UHL_BATCH = 1

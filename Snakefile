@@ -64,7 +64,7 @@ def task(w):
 
 def all_baselines(w):
     """Those of the settings in place of the target's own, where the grid has this cell as one of the targets' only once."""
-    if not GRID.only_once(w.target, int(w.seed)):
+    if not GRID.only_once(w.target, w.task, int(w.seed)):
         return ""
     return f" -y 'baselines: [{', '.join(Settings(**read_yaml(SETTINGS)).baselines)}]'"
 

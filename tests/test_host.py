@@ -4,7 +4,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel
 
 from uhl.errors import UHLError
-from uhl.host import find_slots
+from uhl.host import find_slots, stream_width
+from uhl.models import Encoder
 
 COMMON = dict(vocab_size=50)
 FAMILIES = {
@@ -42,6 +43,15 @@ def test_every_family_gives_six_weights_a_layer(model):
     for s in slots:
         assert s.writer == (s.type == "O" or (s.d_in, s.d_out) == (64, 32))
         assert isinstance(model.get_submodule(s.path), nn.Linear)
+
+
+def test_the_width_of_a_host_for_several_modalities_is_the_texts(tokenizer):
+    text = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, vocab_size=50)
+    vision = text | {"hidden_size": 16, "image_size": 8, "patch_size": 4}
+    config = AutoConfig.for_model("gemma3", text_config=text | {"head_dim": 12}, vision_config=vision)
+    model = AutoModel.from_config(config)
+    assert stream_width(model) == 24
+    assert Encoder("g", model, tokenizer, "").shape == "2 x 24"
 
 
 def test_attaches_to_every_family_and_leaves_it_bit_identical(model, config):

@@ -586,6 +586,21 @@ def test_texts_with_logits_alone_pin_down_what_the_head_reads(encoder, make_enco
     assert misses[0] < 0.8 * misses[1]
 
 
+def test_a_line_without_words_has_no_labels(encoder, make_encoder):
+    adapter, _ = trained(encoder, kind="token", coded=120, tuned=False)
+    target = make_encoder(layers=2, width=32, seed=0)
+    found = predict_texts(adapter, target, uhl.port(adapter, target), ["good film", " "])
+    assert [len(f["label"]) for f in found] == [2, 0]
+
+
+def test_a_host_with_encoder_and_decoder_is_refused(encoder, make_encoder):
+    adapter, _ = trained(encoder, coded=120, tuned=False)
+    target = make_encoder(layers=2, width=32, seed=0)
+    target.model.config.is_encoder_decoder = True
+    with pytest.raises(UHLError, match="no single stream of states to port to"):
+        uhl.port(adapter, target)
+
+
 @pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
 def test_a_file_gives_back_what_a_port_needs_and_agreement_is_what_happens(encoder, make_encoder, kind, tmp_path):
     adapter, frame = trained(encoder, kind=kind, coded=120, tuned=False)

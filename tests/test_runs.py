@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from uhl import claims, grid, report, runs, viz
+from uhl import claims, grid, report, runs, stats, viz
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
 from uhl.grid import PARAMS
@@ -97,7 +97,7 @@ def test_every_profile_is_whole(profile):
     folder = grid.PARAMS / profile
     each = 2 + 1 + 3 * len(made.targets) + 2 * len(made.ported)
     lent = 2 * len(made.seeds) * (len(made.trained) - len(made.tasks))
-    assert len(set(made.cells())) == len(made.seeds) * len(made.tasks) * each + len(made.tasks) * len(made.once) + lent
+    assert len(set(made.cells())) == len(made.seeds) * len(made.tasks) * each + sum(map(len, made.once.values())) + lent
     for name in made.hosts:
         path = folder / f"{name}.yaml"
         first = path.read_text().splitlines()[0]
@@ -123,25 +123,28 @@ def test_a_target_may_be_ported_to_and_not_tuned_on():
     assert "movies-s0/tune-minilm-l3" in cells
 
 
-def grid_with_mpnet_once(tmp_path, monkeypatch, once="mpnet-base"):
+def grid_with_mpnet_once(tmp_path, monkeypatch, once="mpnet-base", task="movies"):
     """The profile `offline` with two seeds, and `mpnet-base` tuned on with the first of them alone."""
     shutil.copytree(PARAMS / "offline", tmp_path / "offline")
     for module in (grid, report):
         monkeypatch.setattr(module, "PARAMS", tmp_path)
     file = tmp_path / "offline" / "grid.yaml"
     values = grid.Grid.read("offline").model_dump(mode="json")
-    file.write_text(yaml.safe_dump(values | {"seeds": [0, 1], "ported": ["mpnet-base"], "once": [once]}))
+    file.write_text(yaml.safe_dump(values | {"seeds": [0, 1], "ported": ["mpnet-base"], "once": {once: [task]}}))
     return grid.Grid.read("offline")
 
 
 def test_a_target_may_be_tuned_on_with_the_first_seed_alone(tmp_path, monkeypatch):
     made = grid_with_mpnet_once(tmp_path, monkeypatch)
     assert [c for c in made.cells() if "tune-mpnet" in c] == ["movies-s0/tune-mpnet-base"]
-    assert made.only_once("mpnet-base", 0)
-    assert not made.only_once("mpnet-base", 1)
-    assert not made.only_once("minilm-l3", 0)
+    assert made.only_once("mpnet-base", "movies", 0)
+    assert not made.only_once("mpnet-base", "movies", 1)
+    assert not made.only_once("mpnet-base", "amazon", 0)
+    assert not made.only_once("minilm-l3", "movies", 0)
     with pytest.raises(UHLError, match="'minilm-l3' in `once`; list it in `ported`"):
         grid_with_mpnet_once(tmp_path / "other", monkeypatch, "minilm-l3")
+    with pytest.raises(UHLError, match="'amazno' in `once`, and not in `tasks`"):
+        grid_with_mpnet_once(tmp_path / "task", monkeypatch, task="amazno")
 
 
 def test_what_a_grid_has_once_asks_nothing_of_other_seeds(tmp_path, monkeypatch):
@@ -155,6 +158,18 @@ def test_what_a_grid_has_once_asks_nothing_of_other_seeds(tmp_path, monkeypatch)
     wanted = [f"movies-s0/baselines-mpnet-base: {m} on test" for m in every if m not in {"head", "sat-lora"}]
     wanted += ["movies-s1/baselines-minilm-l3: sat-lora on test"]
     assert sorted(m for m in report.missing("offline") if " on " in m) == sorted(wanted)
+
+
+def test_cells_that_a_target_has_trained_otherwise_are_named(tmp_path, monkeypatch):
+    grid_with_mpnet_once(tmp_path, monkeypatch)
+    file = tmp_path / "offline" / "mpnet-base.yaml"
+    file.write_text(file.read_text() + "\nbf16: true\n")
+    for seed, bf16 in enumerate((True, False)):
+        one_finished_cell(Settings(profile="offline", seed=seed, target="mpnet-base", bf16=bf16))
+    runs.update_results("offline")
+    assert [m.split(";")[0] for m in report.missing("offline") if "trained" in m] == [
+        "movies-s1/baselines-mpnet-base: trained in float32, unlike what mpnet-base.yaml says"
+    ]
 
 
 def test_a_source_may_be_a_folder_or_of_an_organisation(tmp_path, monkeypatch):
@@ -269,6 +284,14 @@ def test_gap_recovered_where_there_is_a_gap():
     assert "no gap" in fig.axes[0].texts[0].get_text()
 
 
+@pytest.mark.parametrize(("n", "verdict"), [(100, "not decidable"), (400, "held")])
+def test_equal_decisions_on_few_examples_decide_no_claim(n, verdict):
+    same = {seed: stats.counts(np.ones(n, int), np.ones(n, int)) for seed in range(3)}
+    tables = {("movies", "x", "zero-shot", "anchor"): same, ("movies", "s", "source", "uhl-canonical"): same}
+    (found,) = (c for c in claims._zero_shot(tables) if c.arm == "anchor")
+    assert claims._judged(found, None, None)[-2] == verdict
+
+
 def test_one_seed_decides_nothing_alone():
     """A difference that its examples decide, of one seed; of three; and of one beside other cells that have three."""
     key = ("movies", "x")
@@ -326,7 +349,7 @@ def test_a_caption_names_what_a_target_lacks():
     rows += [("b", "zero-shot", "anchor")]
     table = pd.DataFrame(rows, columns=["target", "phase", "arm"])
     said = report._not_run(table, [("movies", "b", "zero-shot", "lineage")])
-    assert said == "Not run on b: zero-shot anchor, refreshed; all of tuned. "
+    assert said == "Not run on b: zero-shot “anchor, refreshed”; all of tuned. "
 
 
 def test_examples_that_stand_alone_have_mcnemars_p_however_they_are_marked():
@@ -359,37 +382,42 @@ def one_finished_cell(settings, methods=("head",)):
     np.savez(folder / "predictions.npz", **kept)
 
 
-def a_readme(folder, profile):
-    start, end = report.marks(profile)
-    readme = folder / "README.md"
-    readme.write_text(f"a\n{start}\nold\n{end}\nb\n")
-    return readme
-
-
 def test_predictions_of_a_users_own_task_stay_out_of_the_figures(tmp_path, monkeypatch):
     monkeypatch.setenv("UHL_DATA", str(tmp_path))
     for profile, task in (("offline", "movies"), ("local", str(tmp_path / "sst2"))):
         one_finished_cell(Settings(profile=profile, task=task))
-        a_readme(tmp_path, profile)
         report.update_readme(profile, tmp_path, partial=True)
     assert sorted(p.relative_to(tmp_path / "figures").as_posix() for p in (tmp_path / "figures").rglob("*.*")) == [
+        "local/README.md",
         "local/results.csv",
         "offline.zip",
+        "offline/README.md",
         "offline/results.csv",
     ]
-    with pytest.raises(UHLError, match=r"no place for the table of offline; expected the lines <!-- results of"):
+
+
+def test_the_first_profiles_results_stand_in_the_readme(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "FIRST", "offline")
+    one_finished_cell(Settings(profile="offline"))
+    readme, (start, end) = tmp_path / "README.md", report.MARKS
+    readme.write_text("a\nb\n")
+    with pytest.raises(UHLError, match="no place for the table; expected the lines <!-- results"):
         report.update_readme("offline", tmp_path, partial=True)
+    readme.write_text(f"a\n{start}\nold\n{end}\nb\n")
+    report.update_readme("offline", tmp_path, partial=True)
+    text = readme.read_text()
+    assert text.startswith(f"a\n{start}\n\n| model | phase")
+    assert text.endswith(f"{end}\nb\n")
+    assert "old" not in text.split("**Not complete")[0]
+    assert (tmp_path / "figures" / "results.csv").is_file()
 
 
 def test_a_table_with_missing_cells_says_so(tmp_path):
-    readme = a_readme(tmp_path, "offline")
     one_finished_cell(Settings(profile="offline"))
     with pytest.raises(UHLError, match="cells or rows are missing or old"):
         report.update_readme("offline", tmp_path)
     report.update_readme("offline", tmp_path, partial=True)
-    text = readme.read_text()
-    assert text.startswith("a\n")
-    assert text.endswith("b\n")
+    text = (tmp_path / "figures" / "offline" / "README.md").read_text()
     lacks = len(grid.Grid.read("offline").cells()) - 1 + 2 * 3 - 1  # two splits of three baselines, but the one row
     assert f"**Not complete: {lacks} cells or rows are missing or old, first movies-s0/pretrain-canonical.**" in text
     assert "movies-s0/baselines-minilm-l3: lora-r8 on test" in report.missing("offline")

@@ -631,6 +631,21 @@ def test_an_interrupted_cell_of_tuning_reads_back_the_arms_that_were_scored(tiny
     assert asked == list(stages.TUNED_ARMS)
 
 
+def test_what_was_kept_is_read_back_by_a_release_with_more_settings(tiny_world, monkeypatch):
+    stages.pretrain(tiny_world, "canonical")
+    few = tiny_world.model_copy(update={"arms": ("anchor",)})  # without a `dimension` adapter
+    shared = stages.observe_target(few)
+    assert list(stages.tuned(few, shared)) == ["anchor", "untrained"]
+    for file in runs.root().rglob("outcome.json"):
+        entry = json.loads(file.read_text())
+        del entry["about"]["bf16"]
+        file.write_text(json.dumps(entry))
+    monkeypatch.setattr(stages, "tune", lambda *_: pytest.fail("kept, and run again"))
+    assert list(stages.tuned(few, shared)) == ["anchor", "untrained"]
+    with pytest.raises(UHLError, match=r"pretrain-dimension/adapter\.safetensors does not exist; train one with"):
+        stages.tuned(tiny_world, shared)
+
+
 def test_the_untrained_control_keeps_nothing_of_the_dictionary_but_its_sizes(tiny_world):
     before = trained(tiny_world)
     after = store.load(stages.tune(tiny_world, "untrained").paths[0])
@@ -802,7 +817,7 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
     assert lent.task("mood").embedding.abs().max() > 0
     assert torch.equal(own.task("joy").embedding, lent.task("mood").embedding)
     outcomes = stages.tuned(borrower, stages.observe_target(borrower))
-    assert outcomes.keys() == {"dimension", "anchor", "zero-atoms", "random-p", "untrained"}
+    assert outcomes.keys() == {"dimension", "anchor", "zero-atoms", "untrained"}
     assert {outcome.details["head"] for outcome in outcomes.values()} == {"fitted"}
     found = store.load(outcomes["anchor"].paths[0])
     pack, whole = store.save_task(found, "joy", tmp_path / "joy"), stages.adapter_for(lender, "anchor")[0]

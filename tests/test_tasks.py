@@ -312,6 +312,14 @@ def test_what_is_set_aside_is_trained_on_nowhere_and_scored_nowhere(task):
         whole.set_aside(17)
 
 
+def test_a_text_of_test_is_not_set_aside_for_its_capitals_or_blanks(task):
+    rows = Dataset.from_dict({"text": ["A  Good film", "a dull plot"], "label": [1, 0], "group": [0, 1]})
+    scored = {split: Dataset.from_dict({"text": ["a good film"], "label": [1]}) for split in ("dev", "test")}
+    whole = replace(task, data=DatasetDict({"train": rows, **scored}))
+    with pytest.raises(UHLError, match="`unlabelled` is 1, and .* has 1 training texts"):
+        whole.set_aside(1)
+
+
 def test_words_and_pairs_can_be_set_aside(task):
     tokens = {"tokens": [["good", str(i)] for i in range(6)], "tags": [[0, 0]] * 6}
     pairs = {"text": ["why"] * 6, "text_pair": [str(i) for i in range(6)], "label": [0] * 6}

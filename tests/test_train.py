@@ -46,7 +46,7 @@ def test_the_adapter_learns_and_the_host_does_not(encoder, task, config, tmp_pat
 @pytest.mark.parametrize("bf16", [False, True])
 def test_bf16_is_for_training_alone(encoder, task, config, tmp_path, bf16):
     settings = TrainConfig(steps=40, batch=16, rate=2e-2, head_rate=2e-2, bf16=bf16)
-    adapter, attached, classifier = build(encoder, task, config, settings)
+    _, attached, classifier = build(encoder, task, config, settings)
     seen = {True: set(), False: set()}
     some = encoder.model.get_submodule(find_slots(encoder.model)[-1].path).register_forward_hook(
         lambda module, _, out: seen[classifier.training].add(out.dtype)

@@ -86,13 +86,13 @@ def test_scores_stand_beside_the_sources_and_a_retrained_loras(table):
 
 def test_arms_without_a_tuned_score_say_so(table):
     left, right = viz.slopes(table).axes
-    assert words(left) == ["not tuned", "not tuned", "none"]  # no adapter, embedding; untrained atoms, zero-shot
+    assert words(left) == ["not tuned", "not tuned", "no zero-shot"]  # no adapter, embedding; untrained atoms
     assert words(right) == ["not run", "not run", "not tuned", "not run"]
     absent = [("movies", "y", phase, "embedding") for phase in ("zero-shot", "tuned")]
     right = viz.slopes(table, absent).axes[1]
     assert words(right) == ["not run", "not defined", "not tuned", "not run"]
     left, _ = viz.slopes(table, [("movies", "x", "tuned", "embedding")]).axes
-    assert words(left) == ["not tuned", "not defined", "none"]
+    assert words(left) == ["not tuned", "not defined", "no zero-shot"]
     fills = [to_hex(box.lines[0].get_markerfacecolor()) for box in left.containers]
     assert fills == ["#ffffff", "#ffffff", "#ffffff", viz.OURS, viz.CONTROL]  # hollow without labels
 
@@ -143,7 +143,7 @@ def test_ports_are_drawn_about_the_diagonal():
     assert [line.get_xydata().tolist() for line in right.lines[1:]] == [[[0.7, 0.75]]]
     assert left.get_xlim() == left.get_ylim() == right.get_xlim() == pytest.approx((0.68, 0.92))
     assert len({line.get_marker() for line in left.lines[1:]}) == 2
-    told = table.assign(kappa=[0.3, 0.7, 0.8], doubtful=0.4, score=[60.0, 70.0, 81.0], **{"source score": 80.0})
+    told = table.assign(kappa=[0.3, 0.7, 0.8], score=[60.0, 70.0, 81.0], **{"warns below": 0.4, "source score": 80.0})
     panels = viz.foretold(told).axes
     assert [ax.get_title() for ax in panels] == ["x", "y"]
     points = [[line.get_xydata().tolist() for line in ax.lines[1:]] for ax in panels]

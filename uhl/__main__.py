@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from uhl import claims, report, runs, store, viz
-from uhl.config import ARMS
+from uhl.config import ARMS, TrainConfig
 from uhl.errors import UHLError
 from uhl.fileformat import Header, read_either
 from uhl.grid import PARAMS, Grid, target_of, task_file
@@ -58,14 +58,14 @@ def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise UHLError(f"{path} does not exist; give a file with a text a line")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UHLError(f"{path} is not UTF-8 ({error}); give a file with a text a line") from error
     return text.removesuffix("\n").split("\n") if text else []  # other marks of a new line are part of a text
 
 
 def table(options: argparse.Namespace) -> None:
-    """Print the results table and where everything lies; with ``--readme`` put it into the README."""
+    """Print the results table and where everything lies; with ``--readme`` put it into a README."""
     print(report.markdown(options.profile, options.target))
     left = report.missing(options.profile)
     if left and not options.target:
@@ -177,12 +177,19 @@ def search(options: argparse.Namespace) -> None:
         raise UHLError(f"uhl search needs Optuna ({error}); pip install -e '.[notebooks]' in the repository") from error
     grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
     own, target = task_file(options.profile, options.task), options.target or grid.targets[0]
+    theirs: dict[str, object] = {}
     if (PARAMS / options.profile / f"{target}.yaml").is_file():
+        values = read_yaml(PARAMS / options.profile / f"{target}.yaml")
         target = target_of(options.profile, target)
+        if options.host == "target":  # how it is trained there
+            theirs = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
     changes = {"seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
     changes |= {"source": grid.source, "target": target, "hosts": (options.host,)}
+    if options.trials is not None and options.trials < 1:
+        raise UHLError(f"--trials is {options.trials}; give 1 or more")
     settings = Settings(
         **read_yaml(file)
+        | theirs
         | {"task": options.task}
         | (read_yaml(own) if own else {})
         | ({"steps": None} if options.epochs else {})
@@ -222,7 +229,7 @@ def main() -> None:
     two = commands.add_parser("table", help=table.__doc__)
     two.add_argument("--profile", default="offline")
     two.add_argument("--target", help="only this target's rows")
-    two.add_argument("--readme", action="store_true", help="write the README's table and figures/")
+    two.add_argument("--readme", action="store_true", help="write the table into a README, and figures/")
     two.add_argument("--partial", action="store_true", help="also where cells are missing; the caption says so")
     two.set_defaults(run=table)
     command = commands.add_parser("attempts", help=attempts.__doc__)

@@ -30,7 +30,7 @@ from transformers import BatchEncoding
 from uhl.config import PAIR, Kind
 from uhl.errors import UHLError
 from uhl.frame import LAST
-from uhl.host import evaluating
+from uhl.host import evaluating, text_config
 from uhl.models import Encoder
 from uhl.progress import bar
 from uhl.quant import dequantise, quantise
@@ -261,7 +261,7 @@ def batches(
             f"the tokenizer of {encoder.name or 'the host'} has no padding token; give it one, for instance "
             "`tokenizer.pad_token = tokenizer.eos_token`"
         )
-    most = int(getattr(encoder.model.config, "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
+    most = int(getattr(text_config(encoder.model), "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
     length = min(probe.length, encoder.tokenizer.model_max_length, most)
     texts = probe.observed
     device = next(encoder.model.parameters()).device
@@ -279,6 +279,8 @@ def batches(
         cut: dict[str, Any] = {"truncation": True, "max_length": length, "return_tensors": "pt"}
         # on the right, too, where a decoder's tokenizer pads on the left: positions are counted from the left
         batch = encoder.tokenizer(*given, padding=True, padding_side="right", **cut)
+        if not batch["input_ids"].shape[1]:
+            raise UHLError(f"{len(chosen)} texts have no token at all; leave out blank ones")
         yield rows, batch.to(device)
 
 

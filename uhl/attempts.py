@@ -190,7 +190,9 @@ def measure(
 
     with TemporaryDirectory() as folder:
         own = sha256(store.save(adapter, Path(folder) / "adapter.safetensors"))
-    about = hashlib.sha256(json.dumps([settings.model_dump(exclude={"attempts"}), own], default=str).encode())
+    about = hashlib.sha256(
+        json.dumps([settings.model_dump(exclude={"attempts"}, exclude_defaults=True), own], default=str).encode()
+    )
     keys = [{"group": a.group, "attempt": a.name, "about": about.hexdigest()} for a in tried]
     return runs.resumed(one, keys, file)[["group", "attempt", *COLUMNS]]
 
@@ -245,6 +247,9 @@ def trained_otherwise(
         raise UHLError(f"nothing is trained on {settings.task_name}, which has the adapter of {settings.source_task}")
     how = f"by-turns-{runs.slug(second)}" if second else f"{labels}-labels" if labels else f"perturbed-{noise:g}"
     changes: dict[str, object] = {"train_size": labels} if labels else {}
+    base = runs.cell_dir(settings, "pretrain-canonical") / "manifest.json"
+    if base.is_file():  # the target may train otherwise than the source does
+        changes["bf16"] = runs.filled(runs.manifest(base)["parameters"])["bf16"]
     own = settings.model_copy(update=changes | {"profile": f"{settings.profile}-{how}", "splits": ("dev",)})
     cell = runs.cell_dir(own, "pretrain-canonical")
     unused = {*NOT_OF_THE_SOURCE, "hosts", "dimension_rate", *RATES.values()}

@@ -25,13 +25,13 @@ from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS
 from uhl.report import (
+    FIRST,
     Cells,
     Groups,
-    figures_of,
     gather,
     groups_of,
     own_source,
-    priors,
+    priors_apart,
     source_of,
     stack,
     summary,
@@ -44,6 +44,7 @@ WITHOUT = ("zero-atoms", "random-p")
 JUDGED = (*PORTED, *WITHOUT)
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
 NOT_RUN = "not run"
+ALIKE = 300.0  # examples x points: with n equal decisions a share of up to 3 / n may differ (the rule of three)
 COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "seeds", "n", "verdict", "reason"]
 
 
@@ -72,11 +73,11 @@ class Compared(NamedTuple):
 def judge(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.DataFrame:
     """A row a claim, arm, target and task, from :func:`uhl.report.summary` and :func:`uhl.report.gather`.
 
-    ``effect`` is in points for claims about scores, else in the unit that the claim names. How much seeds vary is taken
-    from all differences of a task that are judged.
+    ``effect`` is in points for claims about scores, else in the unit that the claim names. How much seeds vary is
+    :func:`uhl.report.priors_apart`'s to say.
     """
     zero_shot, tuned, narrow = (list(compared(tables)) for compared in (_zero_shot, _tuned, _narrow))
-    known = priors((c.task, stats.seeds_apart(*c.stacked)) for c in (*zero_shot, *tuned, *narrow) if c.seeds)
+    known = priors_apart(tables)
 
     def rows(compared: Iterable[Compared]) -> list[list[object]]:
         return [_judged(c, groups.get(c.task), known.get(c.task)) for c in compared]
@@ -98,6 +99,8 @@ def _judged(compared: Compared, group: np.ndarray | None, known: stats.Prior | N
     found = stats.verdict(made, bound)
     told = {"held": "all of the interval is above", "refuted": "none of the interval is above"}
     reason = f"{told.get(found, 'the interval holds')} {bound:+.1f}"
+    if np.array_equal(one, other) and one.shape[1] * abs(bound) < ALIKE:
+        found, reason = "not decidable", f"no difference on {one.shape[1]} examples, too few to exclude one"
     if len(one) == 1 and known is None:
         found, reason = "not decidable", "one seed does not show how much seeds vary"
     return [claim, arm, target, task, made.value, made.low, made.high, bound, len(one), one.shape[1], found, reason]
@@ -184,6 +187,14 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     return counts.reindex(columns=["held", "refuted", "not decidable", NOT_RUN], fill_value=0).reset_index()
 
 
+def _places(rows: Iterable[Mapping[Any, Any]]) -> str:
+    """Tasks and the targets of each, in words."""
+    targets: dict[str, list[str]] = {}
+    for row in rows:
+        targets.setdefault(row["task"], []).append(row["target"])
+    return "; ".join(f"{task} on {', '.join(names)}" for task, names in targets.items())
+
+
 UNITS = {"2 with": " %", "4 at most 1 MB": " bytes", "4 at most 10": " %", "4 at most two": " atoms"}
 
 
@@ -191,7 +202,7 @@ def markdown(profile: str) -> str:
     """The verdicts on a profile's runs, as Markdown: a row a claim and arm, the claims about budgets in one row each.
 
     The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms; the
-    effects are their range. Targets where it did not run are named; an arm that ran nowhere has no row.
+    effects are their range. Cells where it did not run are named; an arm that ran nowhere has no row.
     """
     tables = gather(profile)
     groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
@@ -201,7 +212,7 @@ def markdown(profile: str) -> str:
     judged["arm"] = judged["arm"].mask(nowhere, "every arm")
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
     judged = judged[nowhere | anywhere]
-    file = (figures_of(profile) / "claims.csv").as_posix()
+    file = "figures/claims.csv" if profile == FIRST else "claims.csv"  # seen from where the verdicts stand
     said = f"The claims of the hypothesis, over tasks and targets (intervals: [{file}]({file})):"
     lines = [said, "", "| claim | arm | effect | verdict |", "|---|---|---|---|"]
     arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
@@ -211,9 +222,9 @@ def markdown(profile: str) -> str:
         counts += f" of {len(rows)}" if len(rows) else NOT_RUN
         phase = "zero-shot" if str(claim).startswith("1") else "tuned"
         rest = found[found["verdict"] == NOT_RUN].to_dict("records")
-        left = dict.fromkeys(r["target"] for r in rest if (r["task"], r["target"], phase, arm) not in not_defined)
+        left = [r for r in rest if (r["task"], r["target"], phase, arm) not in not_defined]
         if len(rows) and left:
-            counts += f"; not run on {', '.join(left)}"
+            counts += f"; not run: {_places(left)}"
         arm = f"*{NAMES[str(arm)]}*" if arm in WITHOUT else arm
         unit = next((unit for start, unit in UNITS.items() if str(claim).startswith(start)), " points")
         known = rows["effect"].dropna()

@@ -98,18 +98,19 @@ def _score_head(settings: Settings, task: Task, copy: Encoder, outcome: Outcome)
 
 
 PORT = ("scale", "predicted", "kappa", "measured")
-COLUMNS = ("task", "copy", "part", "kept", "arm", *PORT, "doubtful", "score", "low", "high", "seeds", "n")
+COLUMNS = ("task", "copy", "part", "kept", "arm", *PORT, "warns below", "score", "low", "high", "seeds", "n")
 
 
 def described(copy: str, details: dict[str, Any], ports: Sequence[dict[str, Any]], metric: str) -> dict[str, object]:
     """Columns of a copy and an arm: the copy's name, the ``part`` that was cut (`several` where it is more than one;
     empty for the source itself), the share of the linear layers' weights ``kept``; and, of the arm's ports, the means
     of the atoms' ``scale``, of the share of decisions shared with the source that the port ``predicted`` and that was
-    ``measured`` on test, and of the predicted one's Cohen's ``kappa``; a port warns where that is below ``doubtful``.
+    ``measured`` on test, and of the predicted one's Cohen's ``kappa``; a port warns where that is less than
+    ``warns below``.
     """
     known = {name: [p[name] for p in ports if p.get(name) is not None] for name in PORT}
     means = {name: sum(values) / len(values) if values else None for name, values in known.items()}
-    return {"copy": copy, "part": details["part"], "kept": details["kept"], "doubtful": DOUBTFUL[metric]} | means
+    return {"copy": copy, "part": details["part"], "kept": details["kept"], "warns below": DOUBTFUL[metric]} | means
 
 
 def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:

@@ -44,8 +44,8 @@ class Grid(_Strict):
     """Targets x tasks x seeds; notebooks 00 and 01 need no batch.
 
     ``ported`` are further targets, not tuned on and with the baselines that their own files name; those of them that
-    are in ``once`` are treated like ``targets`` with the first seed. Where there is a ``source_task`` all tasks have
-    the adapter that is trained on that one.
+    are in ``once`` are treated like ``targets`` for the tasks named there, with the first seed. Where there is a
+    ``source_task`` all tasks have the adapter that is trained on that one.
     """
 
     profile: str
@@ -55,7 +55,7 @@ class Grid(_Strict):
     tasks: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     ported: tuple[str, ...] = ()
-    once: tuple[str, ...] = ()
+    once: dict[str, tuple[str, ...]] = Field({})
     projectors: tuple[ProjectorKind, ...] = ("canonical", "dimension")
 
     @classmethod
@@ -72,6 +72,8 @@ class Grid(_Strict):
                 raise UHLError(f"params/{profile}/grid.yaml names {name} {found!r}; its settings.yaml has {wanted!r}")
         if stray := set(grid.once) - set(grid.ported):
             raise UHLError(f"params/{profile}/grid.yaml has {sorted(stray)[0]!r} in `once`; list it in `ported`, too")
+        if strange := {task for tasks in grid.once.values() for task in tasks} - set(grid.tasks):
+            raise UHLError(f"params/{profile}/grid.yaml has {sorted(strange)[0]!r} in `once`, and not in `tasks`")
         for name in grid.hosts:
             target_of(profile, name)
         for name in grid.trained:
@@ -83,9 +85,9 @@ class Grid(_Strict):
         """All targets."""
         return (*self.targets, *self.ported)
 
-    def only_once(self, target: str, seed: int) -> bool:
-        """Whether a seed's cells of a target have more than its other seeds' have."""
-        return target in self.once and seed == self.seeds[0]
+    def only_once(self, target: str, task: str, seed: int) -> bool:
+        """Whether the cells of a target, task and seed have more than those of its other seeds have."""
+        return task in self.once.get(target, ()) and seed == self.seeds[0]
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -103,8 +105,8 @@ class Grid(_Strict):
         stages += [f"{stage}-{t}" for t in self.hosts for stage in ("port", "baselines")]
         cells = []
         for seed in self.seeds:
-            tuned = [f"tune-{t}" for t in self.hosts if t in self.targets or self.only_once(t, seed)]
             for task in self.trained:
+                tuned = [f"tune-{t}" for t in self.hosts if t in self.targets or self.only_once(t, task, seed)]
                 own = [*made, *stages, *tuned] if task in self.tasks else made
                 cells += [f"{task}-s{seed}/{stage}" for stage in own]
         return cells

@@ -134,9 +134,17 @@ def shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def text_config(model: nn.Module) -> Any:
+    """A host's configuration; of one for several modalities the text's, whose Transformer atoms work in. None of a
+    module without any.
+    """
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def stream_width(model: nn.Module) -> int | None:
     """D of the residual stream by the model's configuration; None where it does not say."""
-    config: Any = getattr(model, "config", None)
+    config: Any = text_config(model)
     for name in ("hidden_size", "d_model", "n_embd", "dim"):
         size = getattr(config, name, None)
         if isinstance(size, int):

@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertM
 from uhl import pruning, sources
 from uhl.errors import UHLError
 from uhl.files import build_folder, check_sha256, sha256, write_text
+from uhl.host import text_config
 from uhl.sources import REMEDY
 
 ASSETS = Path(__file__).parent / "assets"
@@ -60,12 +61,12 @@ class Encoder:
     @property
     def width(self) -> int:
         """Width ``D`` of the residual stream."""
-        return int(self.model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        return int(text_config(self.model).hidden_size)
 
     @property
     def layers(self) -> int:
         """Number ``L`` of Transformer layers."""
-        return int(self.model.config.num_hidden_layers)  # type: ignore[union-attr,arg-type]
+        return int(text_config(self.model).num_hidden_layers)
 
     @property
     def shape(self) -> str:
@@ -132,7 +133,8 @@ def resolve(name: str) -> tuple[str, str | None]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UHLError(f"{path} holds no config.json; give a folder written by save_pretrained()")
-        digests = [sha256(file) for file in sorted(path.glob("*.safetensors"))]
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        digests = [sha256(file) for file in files]
         if len(digests) > 1:  # shards
             digests = [hashlib.sha256("".join(digests).encode()).hexdigest()]
         return str(path), next(iter(digests), None)

@@ -93,14 +93,21 @@ class Outcome:
         rows = self.task.data[split]
         return np.array(rows["group"], dtype=np.int32) if "group" in rows.column_names else None
 
-    def table(self, split: str = "test") -> pd.DataFrame:
-        """The split's rows with the interval of each score, columns ``low`` and ``high``."""
+    @property
+    def split(self) -> str:
+        """The one to report: test, where it is scored."""
+        return "test" if "test" in self.settings.splits else self.settings.splits[-1]
+
+    def table(self, split: str | None = None) -> pd.DataFrame:
+        """A split's rows, by default :attr:`split`'s, with the interval of each score, columns ``low`` and ``high``."""
+        split = split or self.split
         rows = pd.DataFrame([row for row in self.rows if row["split"] == split])
         made = [stats.interval(self.counts(arm, split), self.groups(split)) for arm in rows["arm"]]
         return rows.assign(low=[i.low for i in made], high=[i.high for i in made])
 
-    def difference(self, first: str, second: str, split: str = "test") -> stats.Difference:
-        """Paired difference of two arms in points."""
+    def difference(self, first: str, second: str, split: str | None = None) -> stats.Difference:
+        """Paired difference of two arms in points, on the same split by default."""
+        split = split or self.split
         return stats.difference(self.counts(first, split), self.counts(second, split), self.groups(split))
 
     def finish(
@@ -136,7 +143,8 @@ class Outcome:
         """What :meth:`keep` wrote about the same run, for an interrupted cell to go on with; else None."""
         try:
             entry = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
-            if any(entry["about"].get(name) != value for name, value in json.loads(json.dumps(_dated(about))).items()):
+            told = runs.filled(entry["about"])
+            if any(told.get(name) != value for name, value in json.loads(json.dumps(_dated(about))).items()):
                 return None
             curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
             found = cls(settings, task, entry["rows"], curves=curves, commits={entry["commit"]})

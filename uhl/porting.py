@@ -132,6 +132,8 @@ class Shared:
 def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | None = None) -> str | None:
     """Why a cell is not defined, or None when it is."""
     one_of(arm, ARMS, "arm")
+    if getattr(getattr(target.model, "config", None), "is_encoder_decoder", False):
+        return "a model with encoder and decoder has no single stream of states to port to"
     if (arm == "dimension") != (adapter.config.projector == "dimension"):
         return f"arm {arm} is not defined for an adapter trained under the {adapter.config.projector} projector"
     if arm in {"lineage", "embedding"} and source is None:
@@ -299,8 +301,6 @@ def port_model(
     adapter, host = tuner.uhl_adapters[name], tuner.model
     assert isinstance(adapter, UHLAdapter)
     inner = getattr(host, "base_model", host)  # transformers' name for a model without its head
-    if getattr(getattr(host, "config", None), "is_encoder_decoder", False):
-        raise UHLError("a model with encoder and decoder has no single stream of states to port to")
     prefix = next(path for path, module in host.named_modules() if module is inner)
     with tuner.bare():
         target = Encoder(str(getattr(host.config, "_name_or_path", "")), inner, tokenizer, "unknown")
@@ -359,13 +359,16 @@ def predict_texts(
     probe = Probe(texts, part.kind, length=length, most=None)  # type: ignore[arg-type]
     with at_work(adapter, target, task, ported.frame, ported.scale), torch.no_grad():
         states = unit_states(target, probe, ported.frame.levels)
-        found = part.classify(ported.frame.codes(states).to(part.head.device)).softmax(-1).cpu()
+        codes = ported.frame.to(torch.device("cpu")).codes(states)
+        found = part.classify(codes.to(part.head.device)).softmax(-1).cpu()
     out: list[dict[str, object]] = []
     for text, rows in zip(texts, found.split(probe.units()), strict=True):
         best = rows.max(-1)
         label: object = [part.labels[i] for i in best.indices.tolist()]
         probability: object = [round(p, 4) for p in best.values.tolist()]
-        if part.kind != "token":
+        if part.kind == "token" and not text.strip():
+            label, probability = [], []
+        elif part.kind != "token":
             (label,), (probability,) = label, probability  # type: ignore[misc,has-type]
         out.append({"text": text, "label": label, "probability": probability})
     return out

@@ -101,11 +101,12 @@ def _free(spec: TaskSpec, table: pd.DataFrame, labelled: dict[str, pd.DataFrame]
 
 def _keys(rows: pd.DataFrame) -> pd.Series:
     """What tells texts apart, capitals and blanks aside: both parts of a pair."""
-    parts = [rows[key].map(_key) for key in TEXTS if key in rows]
+    parts = [rows[key].map(folded_text) for key in TEXTS if key in rows]
     return sum(("\t" + part for part in parts[1:]), parts[0])
 
 
-def _key(cell: Any) -> str:
+def folded_text(cell: Any) -> str:
+    """A text, or words, without regard to capitals and blanks."""
     text = cell if isinstance(cell, str) else " ".join(cell)
     return " ".join(text.lower().split())
 
@@ -302,7 +303,7 @@ def _whole_groups(rows: pd.DataFrame, most: int) -> np.ndarray:
     ``most``, or to stand in any split, as with questions on a single passage.
     """
     last = next(key for key in reversed(TEXTS) if key in rows)
-    for column in (rows[last].map(_key), _keys(rows)):
+    for column in (rows[last].map(folded_text), _keys(rows)):
         groups, names = pd.factorize(column)
         left, chosen = most, []
         sizes = np.bincount(groups, minlength=len(names))

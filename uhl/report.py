@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +30,7 @@ from uhl.viz import NAMES, ORDER, in_order
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
 FIRST = "offline-full"  # whose figures lie in figures/ itself, others' in a folder of their name there
+MARKS = ("<!-- results: made by make table -->", "<!-- end of results -->")  # in the README, around those of FIRST
 
 
 def _predictions(path: Path) -> dict[str, np.ndarray]:
@@ -36,8 +39,11 @@ def _predictions(path: Path) -> dict[str, np.ndarray]:
 
 @lru_cache(maxsize=256)
 def _read_predictions(path: Path, _changed: int) -> dict[str, np.ndarray]:
-    with np.load(path) as stored:
-        return {name: stored[name] for name in stored.files}
+    try:
+        with np.load(path) as stored:
+            return {name: stored[name] for name in stored.files}
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        raise UHLError(f"{path} is damaged ({error}); delete that folder and run the cell again") from error
 
 
 def _stored(cell: Path, arm: str, split: str) -> list[np.ndarray]:
@@ -152,7 +158,8 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
 
 
 def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
-    """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter) with its interval, from :func:`gather`.
+    """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter) with its interval, from :func:`gather`; to
+    compare, that of a head alone which is fitted to the labels there.
 
     ``pgr`` is the performance gap recovered of Burns et al. (2023), of hosts that are better than the source: the same
     with the source's own score in place of no adapter's. Over the ``seeds`` that all cells have; NaN as
@@ -164,7 +171,7 @@ def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
         floor = tables.get((task, target, "zero-shot", "no-adapter"), {})
         ceiling = tables.get((task, target, "retrained", "lora-r8"), {})
         seeds = set(cell) & set(floor) & set(ceiling)
-        if phase in {"zero-shot", "tuned"} and seeds:
+        if (phase in {"zero-shot", "tuned"} or (phase, arm) == ("retrained", "head")) and seeds:
             group, above = (groups or {}).get(task), stats.Interval(np.nan, np.nan, np.nan)
             ported, top = stack(cell, seeds), stack(ceiling, seeds)
             found = stats.recovered(ported, stack(floor, seeds), top, group)
@@ -191,7 +198,7 @@ def source_of(tables: Cells, task: str, arm: str) -> dict[int, np.ndarray]:
 def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     """How often a ported adapter decides as its source did: ``predicted`` when it was ported, from the anchors, and
     ``measured`` on a split's examples (a token task: its words); and the scores of both. Ports whose ``kappa`` is below
-    ``doubtful`` warn. A row a ported cell and arm whose source's cell is there.
+    ``warns below`` warn. A row a ported cell and arm whose source's cell is there.
     """
     frame = runs.load_results(profile)
     scores = frame[frame["split"] == split].set_index(["task", "target", "phase", "arm", "seed"])["score"]
@@ -212,7 +219,18 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
                 kappa = made.get("kappa", float("nan"))
                 told = made["agreement"], float(same.mean()), kappa, DOUBTFUL[row["metric"]]
                 rows.append((task, target, seed, arm, *told, own, ported))
-    columns = ["task", "target", "seed", "arm", "predicted", "measured", "kappa", "doubtful", "source score", "score"]
+    columns = [
+        "task",
+        "target",
+        "seed",
+        "arm",
+        "predicted",
+        "measured",
+        "kappa",
+        "warns below",
+        "source score",
+        "score",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -311,6 +329,13 @@ def _usual(arm: str) -> bool:
     return not arm.endswith("shuffled")
 
 
+def priors_apart(tables: Cells) -> dict[str, stats.Prior | None]:
+    """How much seeds vary in the paired differences of each task, by those of :data:`PAIRS`: for each table of
+    differences, so that one has the same interval in all of them.
+    """
+    return priors((key[0], stats.seeds_apart(one, other)) for key, one, other in _pairs(tables) if _usual(key[3]))
+
+
 def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     """Paired differences of :data:`PAIRS` over the seeds that both have, from :func:`gather`.
 
@@ -319,7 +344,7 @@ def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     mcnemar`` is the largest of the seeds', where the metric is an accuracy and examples stand alone.
     """
     rows = []
-    known = priors((key[0], stats.seeds_apart(one, other)) for key, one, other in _pairs(tables) if _usual(key[3]))
+    known = priors_apart(tables)
     for key, one, other in _pairs(tables):
         group = (groups or {}).get(key[0])
         alone = (group is None or len(np.unique(group)) == len(group)) and bool((one[..., 1:] == 1).all())
@@ -429,7 +454,9 @@ def missing(profile: str) -> list[str]:
     once = {
         cell
         for cell, asked in settings.items()
-        if grid and cell.name.startswith("baselines-") and grid.only_once(cell.name.partition("-")[2], asked.seed)
+        if grid
+        and cell.name.startswith("baselines-")
+        and grid.only_once(cell.name.partition("-")[2], asked.task_name, asked.seed)
     }
     if once:
         every = {"baselines": Settings(**runs.read_yaml(PARAMS / profile / "settings.yaml")).baselines}
@@ -440,15 +467,20 @@ def missing(profile: str) -> list[str]:
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
         rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
         wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
+    hosts = {name: runs.read_yaml(PARAMS / profile / f"{name}.yaml") for name in grid.hosts} if grid else {}
     for cell, entry in finished.items():
         asked, name = settings[cell], cell.relative_to(folder)
+        stage, _, host = cell.name.partition("-")
+        if stage in {"tune", "baselines"} and host in hosts and asked.bf16 != hosts[host].get("bf16", False):
+            how = "under bfloat16 autocast" if asked.bf16 else "in float32"
+            left.append(f"{name}: trained {how}, unlike what {host}.yaml says; delete the folder, and run it again")
         if entry.get("rules", RULES) != RULES:  # which earlier cells do not tell
             left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
-        for stage, digest in entry.get("adapters", {}).items():
-            made = finished.get(cell.parent / stage) or finished.get(folder / stage, {})  # of the task, or of another
+        for lent, digest in entry.get("adapters", {}).items():
+            made = finished.get(cell.parent / lent) or finished.get(folder / lent, {})  # of the task, or of another
             trained = made.get("artefacts", {}).get("adapter.safetensors", {})
             if trained.get("sha256", digest) != digest:
-                left.append(f"{name}: {stage} has another adapter now; delete this folder, and run it again")
+                left.append(f"{name}: {lent} has another adapter now; delete this folder, and run it again")
         left += [
             f"{name}: {arm} on {split}"
             for host, phase, arm, split in wanted[alike[cell]]
@@ -561,6 +593,9 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
         f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
         for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
     ]
+    trained_there = [m["parameters"] for m in finished if _phases(m) & {"tuned", "retrained"}]
+    if halved := {p["target"] for p in trained_there if p.get("bf16")}:
+        tuned += f" ({_list(sorted(halved))}: under bfloat16 autocast)"
     over = "seeds and test examples" if table["seeds"].max() > 1 else "test examples alone"
     left = missing(profile)
     alone = _not_run(table, undefined(profile))
@@ -590,7 +625,7 @@ def _not_run(table: pd.DataFrame, undefined: Sequence[tuple[str, str, str, str]]
             if left and not any(p == phase for p, _ in there):
                 parts.append(f"all of {phase}")
             elif left:
-                parts.append(f"{phase} {_list(NAMES.get(arm, arm) for arm in left)}")
+                parts.append(f"{phase} {_list(f'“{NAMES.get(arm, arm)}”' for arm in left)}")
         if parts:
             said += f"Not run on {target}: {'; '.join(parts)}. "
     return said
@@ -626,20 +661,16 @@ def _list(values: Iterable[object]) -> str:
     return ", ".join(map(str, dict.fromkeys(values)))
 
 
-def marks(profile: str) -> tuple[str, str]:
-    """The lines in the README between which a profile's results stand."""
-    return f"<!-- results of {profile}: made by make table -->", f"<!-- end of results of {profile} -->"
-
-
 def figures_of(profile: str) -> Path:
     """Where a profile's figures and their CSVs lie in the repository."""
     return Path("figures") if profile == FIRST else Path("figures", profile)
 
 
 def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool = False) -> None:
-    """Put the table and, below it, the ``verdicts`` on the claims into the README of the repository at ``place``,
-    between the profile's marks, and its figures with their CSVs into :func:`figures_of`. Its manifests and predictions
-    go there in one archive, unless a task is the user's own: predictions hold its labels.
+    """Put the table and, below it, the ``verdicts`` on the claims into a README of the repository at ``place``, and the
+    figures with their CSVs into :func:`figures_of`. The results of :data:`FIRST` stand in the README itself, between
+    its marks, those of another profile in one of their own, beside its figures. Manifests and predictions go into one
+    archive, unless a task is the user's own: predictions hold its labels.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -648,14 +679,17 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
         raise UHLError(
             f"profile {profile} is not complete, {len(left)} cells or rows are missing or old, first {left[0]}"
         )
-    readme, (start, end) = place / "README.md", marks(profile)
-    text = readme.read_text(encoding="utf-8")
-    if start not in text or end not in text:
-        raise UHLError(f"{readme.name} has no place for the table of {profile}; expected the lines {start} and {end}")
-    before, after = text.split(start)[0], text.split(end)[1]
-    write_text(readme, f"{before}{start}\n\n{markdown(profile)}\n{verdicts}\n\n{end}{after}")
-    into = place / figures_of(profile)
+    into, results = place / figures_of(profile), f"{markdown(profile)}\n{verdicts}\n"
     into.mkdir(parents=True, exist_ok=True)
+    if profile == FIRST:
+        readme, (start, end) = place / "README.md", MARKS
+        text = readme.read_text(encoding="utf-8")
+        if start not in text or end not in text:
+            raise UHLError(f"{readme.name} has no place for the table; expected the lines {start} and {end}")
+        before, after = text.split(start)[0], text.split(end)[1]
+        write_text(readme, f"{before}{start}\n\n{results}\n{end}{after}")
+    else:
+        write_text(into / "README.md", f"# Results of the profile `{profile}`\n\nMade by `make table`.\n\n{results}")
     for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
         if file.suffix in {".png", ".csv"}:
             _copy(file, into / file.name)

@@ -19,6 +19,7 @@ import subprocess
 import time
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -69,7 +70,7 @@ class Settings(_Strict):
     source_task: str | None = Field(
         None, description="task whose adapter is used, by its name in the same profile, and not trained; None: the task"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 32)
     train_size: int | None = Field(None, ge=8, description="labelled examples; None: all")
     unlabelled: int = Field(0, ge=0, description="training texts set aside without labels, for in-domain anchors")
     eval_size: int | None = Field(None, ge=8, description="most examples of dev and of test; None: all")
@@ -216,8 +217,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UHLError(f"parameter file {path} does not exist; see the folder params/")
     values = files.read_yaml(path) or {}
-    if not isinstance(values, dict):
-        raise UHLError(f"{path} must map settings to values")
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UHLError(f"{path} must map names of settings to values")
     Settings(**values)
     return values
 
@@ -359,10 +360,12 @@ MARKS = ("*-s*/*/manifest.json", "*-s*/compress/*/outcome.json")  # written last
 
 def pack(profile: str, path: str | Path) -> Path:
     """Write a profile's finished cells and pruned copies, what they say and predict, into one zip, the same bytes each
-    time.
+    time. Cells without predictions (notebooks 00 and 01) stay out.
     """
     folder = root() / profile
-    marks = [mark for pattern in MARKS for mark in sorted(folder.glob(pattern))]
+    marks = [
+        mark for pattern in MARKS for mark in sorted(folder.glob(pattern)) if (mark.parent / PREDICTIONS).is_file()
+    ]
     if not any(mark.name == "manifest.json" for mark in marks):
         raise UHLError(f"profile {profile} has no finished cell in {folder}; run it first: make run PROFILE={profile}")
 
@@ -395,7 +398,7 @@ def restore(path: str | Path) -> list[Path]:
         sane = not any(".." in n.parts or n.is_absolute() for n in files)
         if set(files) != expected or not sane or "/" in profile or ".." in profile:
             raise UHLError(f"{path} holds other files than cells' manifests and predictions; pack it again")
-    except (OSError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError) as error:
         if isinstance(error, UHLError):
             raise
         raise UHLError(f"{path} is not an archive of runs ({error}); make one with: python -m uhl pack") from error

@@ -311,7 +311,8 @@ def search(
     host = _host(settings)
     made = study(settings, one_of(method, methods_on(host), f"method to search on the {host}"), space, url)
     whole = grid(space)
-    wanted = trials or 12 if whole is None else min(trials or len(whole), len(whole))
+    most = 12 if whole is None else len(whole)
+    wanted = most if trials is None else trials if whole is None else min(trials, most)
     begun: dict[str, Start] = {}
 
     def objective(trial: Trial) -> float:

@@ -236,7 +236,7 @@ def pretrain(
             callbacks.append(ByTurns(classifier, *other))
         log = train(classifier, encoder, task, config, folder / "trainer", about, watch, callbacks)
     if projector == "canonical":
-        origin = f"{settings.anchor_text}, {task.licence}"
+        origin = f"{settings.anchor_text}, {tasks.LICENCE if settings.anchor_text == 'generic' else task.licence}"
         if settings.generic_anchors:
             origin += f"; {settings.generic_anchors} generic, {tasks.LICENCE}"
         adapter.anchors = anchored(origin)
@@ -416,16 +416,16 @@ def tune(
 
 
 def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
-    """:func:`tune` for every arm that is defined. Each is kept in a folder of its own as soon as it is scored, and a
-    cell that was interrupted reads it back.
+    """:func:`tune` for those of the settings' arms that are defined, and `untrained`. Each is kept in a folder of its
+    own as soon as it is scored, and a cell that was interrupted reads it back.
     """
     folder, task = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}"), load_data(settings)
     common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_TUNING}
     common |= {"data": digest(task), "rules": RULES}
     common["revisions"] = [_revision(name) for name in (settings.source, settings.target)]
     outcomes: dict[str, Outcome] = {}
-    for arm in TUNED_ARMS:
-        about = common | {"arm": arm, "adapter": sha256(adapter_path(settings, arm))}
+    for arm in (arm for arm in TUNED_ARMS if arm in {*settings.arms, "untrained"}):
+        about = common | {"arm": arm, "adapter": sha256(adapter_for(settings, arm)[1])}
         outcome = Outcome.kept(settings, task, folder / arm, about)
         if outcome is None and (outcome := tune(settings, arm, shared)) is not None:
             outcome.keep(folder / arm, about)

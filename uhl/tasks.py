@@ -33,7 +33,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from uhl import sources
 from uhl.config import METRICS, PAIR, Kind
 from uhl.errors import UHLError
-from uhl.readers import SPLIT_SEED, TaskSpec, read
+from uhl.readers import SPLIT_SEED, TaskSpec, folded_text, read
 from uhl.runs import root
 
 IGNORE = -100
@@ -65,15 +65,16 @@ class Task:
 
     def set_aside(self, count: int) -> Task:
         """The same task with ``count`` training texts less, which are ``unlabelled`` ones instead, the same for every
-        seed: none that dev or test hold as well, and each in all its copies, so that nothing is trained on that text.
-        (On parts of it there may be: SST-2's training split has phrases of its sentences.)
+        seed: none that dev or test hold as well, capitals and blanks aside, and each in all its copies, so that nothing
+        is trained on that text. (On parts of it there may be: SST-2's training split has phrases of its sentences.)
 
         Raises :class:`UHLError` where no more than ``count`` such texts are there.
         """
         if not count:
             return self
         rows, texts = self.data["train"], plain_text(self, "train")
-        there = sorted(set(texts).difference(*(plain_text(self, split) for split in ("dev", "test"))))
+        held = {folded_text(text) for split in ("dev", "test") for text in plain_text(self, split)}
+        there = sorted(text for text in set(texts) if folded_text(text) not in held)
         if count >= len(there):
             raise UHLError(f"`unlabelled` is {count:,}, and {self.name} has {len(there):,} training texts; lower it")
         chosen = set(random.Random(SPLIT_SEED).sample(there, count))

@@ -193,8 +193,8 @@ def foretold(trust: pd.DataFrame) -> Figure:
 def _warned(ax: Axes, shown: pd.DataFrame) -> None:
     """The bands of predictions at which ports warn, and the line at which nothing is lost."""
     low = min(0.0, float(shown["kappa"].min()))
-    for doubtful in shown["doubtful"].unique():
-        ax.axvspan(low, doubtful, color=CONTROL, alpha=0.25, linewidth=0, label="the port warns")
+    for bound in shown["warns below"].unique():
+        ax.axvspan(low, bound, color=CONTROL, alpha=0.25, linewidth=0, label="the port warns")
     ax.axhline(0, color="black", linewidth=0.8)
 
 

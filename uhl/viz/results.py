@@ -113,7 +113,9 @@ def gap_heat(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
         for text in ax.texts if bounds else ():
             i, j = (int(place) for place in reversed(text.get_position()))
             low, high = (rows[end].loc[(arms[phase][i], *places[j])] for end in ("low", "high"))
-            if low <= high:
+            if "seeds" in rows and rows["seeds"].loc[(arms[phase][i], *places[j])] == 1:
+                text.set_text(f"{text.get_text()}\n1 seed")  # an interval would leave out how much seeds vary
+            elif low <= high:
                 text.set_text(f"{text.get_text()}\n{low:.2f} to {high:.2f}")
             text.set_fontsize(8.5)
         for i, j in np.argwhere(gaps.isna()):
@@ -183,7 +185,7 @@ def slopes(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
                 continue
             for (phase, cell), at in zip(pair.iterrows(), heights, strict=True):
                 if np.isnan(cell["score"]):
-                    why = "not tuned" if phase == "tuned" else "none" if arm == "untrained" else "not run"
+                    why = "not tuned" if phase == "tuned" else "no zero-shot" if arm == "untrained" else "not run"
                     why = "not defined" if (task, host, phase, arm) in undefined else why
                     note(ax, why, middle, at, ax.transData, fontsize=8)
                 else:
