@@ -586,6 +586,16 @@ def test_texts_with_logits_alone_pin_down_what_the_head_reads(encoder, make_enco
     assert misses[0] < 0.8 * misses[1]
 
 
+def test_another_model_than_the_source_is_named(encoder, make_encoder, caplog):
+    adapter, _ = trained(encoder, coded=120, tuned=False)
+    adapter.info |= {"source": "first", "revision": "1"}
+    with caplog.at_level("WARNING", "uhl"):
+        for revision in ("1", "2"):
+            uhl.port(adapter, make_encoder(), arm="lineage", source=replace(encoder, name="second", revision=revision))
+    (told,) = (r.message for r in caplog.records if "other weights" in r.message)
+    assert told.startswith("the adapter was trained on first, and second has other weights")
+
+
 def test_a_line_without_words_has_no_labels(encoder, make_encoder):
     adapter, _ = trained(encoder, kind="token", coded=120, tuned=False)
     target = make_encoder(layers=2, width=32, seed=0)

@@ -209,3 +209,17 @@ def merge(outcomes: Iterable[Outcome]) -> Outcome:
         merged.hardware |= outcome.hardware
         merged.adapters |= outcome.adapters
     return merged
+
+
+def learning(outcomes: Mapping[Any, Outcome]) -> pd.DataFrame:
+    """Training loss of several outcomes, named by their keys: columns step, loss, run, as
+    :func:`uhl.viz.loss_curves` draws them.
+    """
+    names = {key: key if isinstance(key, str) else " ".join(key) for key in outcomes}
+    rows = [
+        (step, loss, names[key])
+        for key, outcome in outcomes.items()
+        for losses in outcome.curves.values()
+        for step, loss in losses
+    ]
+    return pd.DataFrame(rows, columns=["step", "loss", "run"])

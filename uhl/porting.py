@@ -200,6 +200,12 @@ def port(
             done = Port(arm, dimension_frame(adapter.projector, slots, target.width), 1.0)
     elif arm in {"lineage", "embedding"}:
         assert source is not None
+        trained_on = adapter.info.get("revision", "unknown")
+        if "unknown" not in {trained_on, source.revision} and trained_on != source.revision:
+            logger.warning(
+                "the adapter was trained on %s, and %s has other weights; arm %s needs the former as its source",
+                *(adapter.info.get("source"), source.name, arm),
+            )
         if shared.basis is None:
             shared.basis = source_basis(adapter, source)
             shared.basis_seconds = time.time() - begun
