@@ -268,6 +268,24 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
         stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor",)}))
 
 
+def test_a_damaged_archive_is_named_and_cells_without_predictions_stay_out(tmp_path):
+    import zipfile
+
+    cell = runs.root() / "t" / "mood-s0"
+    for name, files in {"port-a": ("manifest.json", "predictions.npz"), "quickstart": ("manifest.json",)}.items():
+        (cell / name).mkdir(parents=True)
+        for file in files:
+            (cell / name / file).write_text('{"parameters": {"profile": "t"}}' * (1 if "json" in file else 99))
+    archive = runs.pack("t", tmp_path / "t.zip")
+    assert zipfile.ZipFile(archive).namelist() == ["mood-s0/port-a/manifest.json", "mood-s0/port-a/predictions.npz"]
+    whole = bytearray(archive.read_bytes())
+    place = whole.index(b"manifest.json") + 20
+    whole[place] ^= 0xFF
+    archive.write_bytes(whole)
+    with pytest.raises(UHLError, match="is not an archive of runs"):
+        runs.restore(archive)
+
+
 @pytest.mark.parametrize(
     "name", ["../evil/x/manifest.json", "a-s0/x/run.sh", "/a-s0/x/manifest.json", "b/a-s0/x/manifest.json"]
 )
