@@ -163,13 +163,19 @@ def test_what_a_grid_has_once_asks_nothing_of_other_seeds(tmp_path, monkeypatch)
 def test_cells_that_a_target_has_trained_otherwise_are_named(tmp_path, monkeypatch):
     grid_with_mpnet_once(tmp_path, monkeypatch)
     file = tmp_path / "offline" / "mpnet-base.yaml"
-    file.write_text(file.read_text() + "\nbf16: true\n")
+    before = file.read_text()
+    file.write_text(before + "\nbf16: true\n")
     for seed, bf16 in enumerate((True, False)):
         one_finished_cell(Settings(profile="offline", seed=seed, target="mpnet-base", bf16=bf16))
     runs.update_results("offline")
-    assert [m.split(";")[0] for m in report.missing("offline") if "trained" in m] == [
+    named = [m for m in report.missing("offline") if "trained" in m]
+    assert [m.split(";")[0] for m in named] == [
         "movies-s1/baselines-mpnet-base: trained in float32, unlike what mpnet-base.yaml says"
     ]
+    file.write_text(before)  # and all of the profile so
+    shared = tmp_path / "offline" / "settings.yaml"
+    shared.write_text(shared.read_text() + "\nbf16: true\n")
+    assert [m for m in report.missing("offline") if "trained" in m] == named
 
 
 def test_a_source_may_be_a_folder_or_of_an_organisation(tmp_path, monkeypatch):

@@ -185,8 +185,6 @@ def search(options: argparse.Namespace) -> None:
             theirs = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
     changes = {"seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
     changes |= {"source": grid.source, "target": target, "hosts": (options.host,)}
-    if options.trials is not None and options.trials < 1:
-        raise UHLError(f"--trials is {options.trials}; give 1 or more")
     settings = Settings(
         **read_yaml(file)
         | theirs

@@ -25,7 +25,7 @@ from uhl.files import sha256, write_atomic, write_csv, write_text
 from uhl.grid import PARAMS, Grid, task_file
 from uhl.porting import DOUBTFUL, RULES
 from uhl.runs import Settings, manifests
-from uhl.stages import TUNED_ARMS
+from uhl.stages import tuned_arms
 from uhl.viz import NAMES, ORDER, in_order
 
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
@@ -219,18 +219,8 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
                 kappa = made.get("kappa", float("nan"))
                 told = made["agreement"], float(same.mean()), kappa, DOUBTFUL[row["metric"]]
                 rows.append((task, target, seed, arm, *told, own, ported))
-    columns = [
-        "task",
-        "target",
-        "seed",
-        "arm",
-        "predicted",
-        "measured",
-        "kappa",
-        "warns below",
-        "source score",
-        "score",
-    ]
+    columns = ["task", "target", "seed", "arm", "predicted", "measured"]
+    columns += ["kappa", "warns below", "source score", "score"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -458,8 +448,9 @@ def missing(profile: str) -> list[str]:
         and cell.name.startswith("baselines-")
         and grid.only_once(cell.name.partition("-")[2], asked.task_name, asked.seed)
     }
+    shared = runs.read_yaml(PARAMS / profile / "settings.yaml") if grid else {}
     if once:
-        every = {"baselines": Settings(**runs.read_yaml(PARAMS / profile / "settings.yaml")).baselines}
+        every = {"baselines": Settings(**shared).baselines}
         settings |= {cell: settings[cell].model_copy(update=every) for cell in once}
     alike = {cell: (asked.task_name, cell.name, cell in once) for cell, asked in settings.items()}  # less their seeds
     wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
@@ -467,7 +458,7 @@ def missing(profile: str) -> list[str]:
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
         rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
         wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
-    hosts = {name: runs.read_yaml(PARAMS / profile / f"{name}.yaml") for name in grid.hosts} if grid else {}
+    hosts = {name: shared | runs.read_yaml(PARAMS / profile / f"{name}.yaml") for name in grid.hosts} if grid else {}
     for cell, entry in finished.items():
         asked, name = settings[cell], cell.relative_to(folder)
         stage, _, host = cell.name.partition("-")
@@ -505,8 +496,8 @@ def _asked(
         host, phase = (settings.source, "source") if on_source else (settings.target, "retrained")
         yield from ((host, phase, method) for method in settings.baselines)
     elif stage in {"port", "tune"}:
-        tuned = [arm for arm in TUNED_ARMS if arm in {*ported, "untrained"}]
-        phase, arms = ("zero-shot", ["no-adapter", *ported]) if stage == "port" else ("tuned", tuned)
+        port_of = ("zero-shot", ["no-adapter", *ported])
+        phase, arms = port_of if stage == "port" else ("tuned", tuned_arms(ported))
         yield from ((settings.target, phase, arm) for arm in arms if arm not in undefined)
 
 
@@ -587,14 +578,14 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     lengths = _list(sorted({_length(m["parameters"]) for m in finished if _phases(m) & {"source"}}))
     if lent := {p["source_task"] for p in trained if p.get("source_task")}:
         lengths += f" (adapters: with the labels of {_list(sorted(lent))} alone; baselines: with each task's own)"
-    steps = sorted({m["parameters"]["tune_steps"] for m in finished if _phases(m) & {"tuned", "retrained"}})
+    on_targets = [m["parameters"] for m in finished if _phases(m) & {"tuned", "retrained"}]
+    steps = sorted({p["tune_steps"] for p in on_targets})
     tuned = f", then {_list(f'{n:,}' for n in steps)} steps on a target" if steps else ""
     groups = [
         f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
         for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
     ]
-    trained_there = [m["parameters"] for m in finished if _phases(m) & {"tuned", "retrained"}]
-    if halved := {p["target"] for p in trained_there if p.get("bf16")}:
+    if halved := {p["target"] for p in on_targets if p.get("bf16")}:
         tuned += f" ({_list(sorted(halved))}: under bfloat16 autocast)"
     over = "seeds and test examples" if table["seeds"].max() > 1 else "test examples alone"
     left = missing(profile)

@@ -308,11 +308,12 @@ def search(
     finite fails a trial and not the search; anything else ends the search, and the trial is run again by the next.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if trials is not None and trials < 1:
+        raise UHLError(f"{trials} trials wanted; give 1 or more")
     host = _host(settings)
     made = study(settings, one_of(method, methods_on(host), f"method to search on the {host}"), space, url)
     whole = grid(space)
-    most = 12 if whole is None else len(whole)
-    wanted = most if trials is None else trials if whole is None else min(trials, most)
+    wanted = trials or 12 if whole is None else min(trials or len(whole), len(whole))
     begun: dict[str, Start] = {}
 
     def objective(trial: Trial) -> float:

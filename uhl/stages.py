@@ -415,6 +415,11 @@ def tune(
     return outcome
 
 
+def tuned_arms(arms: Sequence[str]) -> list[str]:
+    """What is tuned where these arms are ported: those of them that have a tuning, and the control `untrained`."""
+    return [arm for arm in TUNED_ARMS if arm in {*arms, "untrained"}]
+
+
 def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
     """:func:`tune` for those of the settings' arms that are defined, and `untrained`. Each is kept in a folder of its
     own as soon as it is scored, and a cell that was interrupted reads it back.
@@ -424,7 +429,7 @@ def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
     common |= {"data": digest(task), "rules": RULES}
     common["revisions"] = [_revision(name) for name in (settings.source, settings.target)]
     outcomes: dict[str, Outcome] = {}
-    for arm in (arm for arm in TUNED_ARMS if arm in {*settings.arms, "untrained"}):
+    for arm in tuned_arms(settings.arms):
         about = common | {"arm": arm, "adapter": sha256(adapter_for(settings, arm)[1])}
         outcome = Outcome.kept(settings, task, folder / arm, about)
         if outcome is None and (outcome := tune(settings, arm, shared)) is not None:
