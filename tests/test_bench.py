@@ -1,6 +1,7 @@
 """The measuring itself: pairs, files that are gone on with, memory by process, and fits that find a known law."""
 
 import logging
+import math
 import time
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_a_measured_size_is_not_measured_again(tmp_path, monkeypatch):
         assert len(seen) == count
     assert (pd.read_csv(file, dtype=str)["commit"] == "0123456789-dirty").sum() == len(first)
     assert set(first["step"]) == {"bare", "LoRA r8", "VeRA r256", "VB-LoRA", "dense", "gather", "reference"}
+
+
+def test_a_ratio_to_lora_is_of_rows_alike():
+    rows = [("bare", 8, 1.0), ("LoRA r8", 8, 2.0), ("LoRA r8", 16, 5.0), ("UHL", 16, 4.0), ("UHL", 32, 9.0)]
+    found = pd.DataFrame(rows, columns=["step", "tokens", "seconds"], index=[7, 3, 5, 1, 9])
+    ratio = bench.to_lora(found, "seconds", ["tokens"])
+    assert ratio.drop(9).to_dict() == {7: 0.5, 3: 1.0, 5: 1.0, 1: 0.8}
+    assert math.isnan(ratio[9])  # LoRA was not measured there
 
 
 def test_power_law_finds_exponents():

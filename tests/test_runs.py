@@ -86,11 +86,6 @@ def test_names_that_look_like_numbers_are_names():
     assert (row["profile"], row["task"], row["target"]) == ("2024", "7", "null")
 
 
-def test_missing_manifest_names_the_cell():
-    with pytest.raises(UHLError, match="pretrain-canonical was not run for task movies, seed 0"):
-        runs.read_manifest(Settings(), "pretrain-canonical")
-
-
 @pytest.mark.parametrize("profile", ["offline", "offline-full", "offline-transfer", "paper", "paper-transfer", "demo"])
 def test_every_profile_is_whole(profile):
     made = grid.Grid.read(profile)

@@ -742,6 +742,10 @@ def test_an_exported_cell_is_a_peft_folder_with_its_scores(tiny_world, tmp_path)
     assert model.base_model.uhl_adapters["default"].anchors.texts == store.load(cell).anchors.texts
     with pytest.raises(UHLError, match="does not exist"):
         report.export("t", "mood", 1, "canonical", tmp_path / "none")
+    (file := tmp_path / "a file").write_text("not a folder")
+    with pytest.raises(UHLError, match="could not be written"):
+        report.export("t", "mood", 0, "canonical", file)
+    assert file.read_text() == "not a folder"
     assert not (tmp_path / "none").exists()
 
 

@@ -561,6 +561,13 @@ def peaks(
     return runs.resumed(measure, [{"method": method} | size for method in methods], file)
 
 
+def to_lora(found: pd.DataFrame, value: str, by: Sequence[str], named: str = "step") -> pd.Series:
+    """``value`` over rank-8 LoRA's in the rows that have the same entries in ``by``; methods stand in ``named``."""
+    lora = found[found[named] == "LoRA r8"].set_index(list(by))[value]
+    there = lora.reindex(pd.MultiIndex.from_frame(found[list(by)]))
+    return pd.Series(found[value].to_numpy() / there.to_numpy(), found.index)
+
+
 def power_law(found: pd.DataFrame, step: str, by: Sequence[str]) -> dict[str, float]:
     """Least squares of log(seconds over the bare weight's) on the logs of ``by``: exponents, ``seconds`` at 1, ``r2``.
 

@@ -142,6 +142,11 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether a host has two stacks, the second of which reads the first: its tokens have two streams of states."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
 def stream_width(model: nn.Module) -> int | None:
     """D of the residual stream by the model's configuration; None where it does not say."""
     config: Any = text_config(model)

@@ -23,7 +23,7 @@ from uhl.adapter import Folded, UHLAdapter
 from uhl.errors import UHLError
 from uhl.folding import Fold, Folds, PerThread, in_backward
 from uhl.frame import LAST, Frame, Times
-from uhl.host import Slot, first_layers, shape, weight
+from uhl.host import Slot, first_layers, is_encoder_decoder, shape, weight
 from uhl.router import Route, choose
 
 
@@ -64,7 +64,7 @@ def _calls(model: nn.Module) -> int:
 
 def _decoder_keys(model: nn.Module, slots: Sequence[Slot]) -> set[int | str]:
     """Layers and weights of the decoder, where a host has an encoder too: its tokens have a mask of their own."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if not is_encoder_decoder(model):
         return set()
     own = [slot for slot in slots if "decoder" in slot.path.split(".")]
     return {slot.layer for slot in own} | {slot.path for slot in own}

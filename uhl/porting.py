@@ -52,7 +52,7 @@ from uhl.config import ARMS, CONTROLS, METRICS, _Strict
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import digest
 from uhl.frame import LAST, Basis, Frame, canonical_basis, dimension_frame
-from uhl.host import Slot, find_slots
+from uhl.host import Slot, find_slots, is_encoder_decoder
 from uhl.layer import Attached
 from uhl.models import Encoder
 from uhl.peft_method import attach, tuner_of
@@ -132,7 +132,7 @@ class Shared:
 def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | None = None) -> str | None:
     """Why a cell is not defined, or None when it is."""
     one_of(arm, ARMS, "arm")
-    if getattr(getattr(target.model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(target.model):
         return "a model with encoder and decoder has no single stream of states to port to"
     if (arm == "dimension") != (adapter.config.projector == "dimension"):
         return f"arm {arm} is not defined for an adapter trained under the {adapter.config.projector} projector"

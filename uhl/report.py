@@ -625,7 +625,7 @@ def _not_run(table: pd.DataFrame, undefined: Sequence[tuple[str, str, str, str]]
 def export(profile: str, task: str, seed: int, projector: str, folder: Path) -> Path:
     """A trained cell's adapter as a PEFT folder: its file, the configuration, and a card with the profile's scores.
 
-    Raises :class:`UHLError` where the cell or its file is missing.
+    Raises :class:`UHLError` where the cell or its file is missing, or ``folder`` is none and cannot be made.
     """
     file = _cell(profile, task, seed, "source", "", f"uhl-{projector}") / "adapter.safetensors"
     adapter = store.load(file)
@@ -637,9 +637,8 @@ def export(profile: str, task: str, seed: int, projector: str, folder: Path) -> 
     arms = {f"uhl-{projector}"} | set(ARMS if projector == "canonical" else ("dimension",))
     rows = table[(table["task"] == task) & table["arm"].isin(arms) & table["phase"].isin(["source", "zero-shot"])]
     rows = rows[(rows["arm"] != "dimension") | (projector == "dimension")].rename(columns={"target": "host"})
-    folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
     store.save(adapter, folder / SAFETENSORS_WEIGHTS_NAME)
+    config.save_pretrained(folder)
     card.write(folder, rows.to_dict("records"))  # type: ignore[arg-type]
     return folder
 

@@ -284,14 +284,6 @@ def filled(parameters: Mapping[str, Any]) -> dict[str, Any]:
     return Settings().model_dump(mode="json") | dict(parameters)
 
 
-def read_manifest(settings: Settings, stage: str) -> dict[str, Any]:
-    """Manifest of a finished cell; :class:`UHLError` says which notebook makes it."""
-    path = cell_dir(settings, stage) / "manifest.json"
-    if not path.is_file():
-        raise UHLError(f"{stage} was not run for task {settings.task}, seed {settings.seed}: {path} is missing")
-    return manifest(path)
-
-
 def manifests(profile: str, older: bool = False) -> dict[Path, dict[str, Any]]:
     """Folder to manifest of the finished cells of a profile, in order; files that did not change are parsed once.
 
