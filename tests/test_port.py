@@ -125,7 +125,7 @@ def test_weighted_ridge_leaves_a_groups_rows_out_together(columns):
     y += 2 * x[:, :2]
     groups, weights = torch.randperm(90, generator=g) % 20, torch.ones(90).double()
     weights[30:] = 0.3
-    fit = ridge(x, y, rows=Rows(weights, groups))
+    fit, loose = (ridge(x, y, rows=Rows(weights, groups), one_se=one_se) for one_se in (False, True))
 
     def left_out(penalty, c):
         found = torch.empty(90).double()
@@ -151,6 +151,12 @@ def test_weighted_ridge_leaves_a_groups_rows_out_together(columns):
         model = Ridge(alpha=best).fit(x, y[:, c], weights)
         np.testing.assert_allclose(fit.matrix[:, c].numpy(), model.coef_, atol=1e-5)
         np.testing.assert_allclose(fit.shift[c].numpy(), model.intercept_, atol=1e-5)
+        squares = (y[judges, c] - theirs[best][judges]).pow(2)
+        limit = misses[best] + squares.std() / len(squares) ** 0.5
+        largest = max(p for p in tried if misses[p] <= limit)
+        assert largest > best
+        assert float(loose.penalty[c]) == pytest.approx(largest, rel=1e-5)
+        assert float(loose.columns[c]) == pytest.approx(1 - float(misses[largest] / spread), rel=1e-6)
 
 
 @pytest.mark.parametrize("each", [True, False])

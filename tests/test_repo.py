@@ -183,6 +183,29 @@ def test_baselines_have_the_searched_rates_in_every_profile_that_has_searched_on
         assert set(given) <= {*rates, "baselines"}
 
 
+def test_every_rate_in_use_is_the_best_of_as_many_trials():
+    """Each method's, of the first four values that the profile's search lists; what was tried beyond them was worse."""
+    params = ROOT / "params" / "offline-full"
+    space, used = {}, {}
+    for method, ranges in yaml.safe_load((params / "search.yaml").read_text()).items():
+        ((name, values),) = ranges.items()
+        assert values == sorted(values)
+        space[method] = name, values
+    for file in ("settings", "retrained", "source"):
+        used[file] = yaml.safe_load((params / f"{file}.yaml").read_text())
+    found = pd.read_csv(ROOT / "figures" / "search.csv").query("steps == 500 or state == 'pruned'")
+    found = found[found["train_size"].isna()]
+    assert set(found["method"]) == set(space)
+    for (method, target), trials in found.groupby(["method", found["target"].fillna("")]):
+        name, values = space[method]
+        file = "settings" if name in used["settings"] else "retrained" if target else "source"
+        tried = trials.assign(value=trials["settings"].str.removeprefix(f"{name} ").astype(float))
+        assert sorted(tried["value"]) == values
+        for some in (values[:4], values):
+            best = tried[tried["value"].isin(some) & (tried["state"] == "complete")]
+            assert used[file][name] in best.loc[best["score"] == best["score"].max(), "value"].tolist()
+
+
 def snakemake(runs, *arguments):
     """What Snakemake said, with ``runs`` as the folder of runs."""
     command = [Path(sys.executable).parent / "snakemake", *arguments]

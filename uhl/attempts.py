@@ -50,7 +50,7 @@ from uhl.train import Classifier, Prediction, predict
 
 CHOICES = ("random", "k-means", "leverage", "determinantal")
 GROUPS = (
-    *("head", "maps", "layers", "rank", "scale", "refresh", "perturbed", "turns", "taught", "data"),
+    *("head", "imitation", "maps", "layers", "rank", "scale", "refresh", "perturbed", "turns", "taught", "data"),
     *("texts", "dims", "bits", "choice"),
 )
 SECOND = ("minilm-4x312", "minilm-l3", "minilm-l6")  # to train on by turns with the source: the first other host
@@ -103,6 +103,11 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
     if anchors.cuts:
         yield Attempt("head", "head on three levels, without fragments", "zero-atoms", cuts=False)
     yield Attempt("head", "head on three levels, the coded texts alone", "zero-atoms", texts=anchors.coded, cuts=False)
+    if anchors.logits is not None:
+        loose = Way(imitation="one-se")
+        yield Attempt("imitation", "head as close as it can be, no atoms", "zero-atoms")
+        yield Attempt("imitation", "head within a standard error, no atoms", "zero-atoms", loose)
+        yield Attempt("imitation", "anchor, head within a standard error", way=loose)
     for maps in ("shared", "level"):
         yield Attempt("maps", f"{maps} maps, scale 1", way=Way(maps=maps, scales=(1.0,)))
     ways: dict[str, dict[str, str]] = {

@@ -96,6 +96,10 @@ class Way(_Strict):
     writer: Literal["states", "inverse"] = Field(
         "states", description="fitted to the states, or an inverse of the reader: what is written reads as it was"
     )
+    imitation: Literal["closest", "one-se"] = Field(
+        "closest",
+        description="of the source's logits by the head: as close as left-out texts allow, or within a standard error",
+    )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
     )
@@ -468,12 +472,12 @@ def _anchored(
 
     with untuned(adapter, task):
         read = {scale: states(scale, coded) for scale in scales}
-        tried = {scale: _head_fit(units, few, target.width) for scale, units in read.items()}
+        tried = {scale: _head_fit(units, few, target.width, way) for scale, units in read.items()}
         scale = max(tried, key=lambda s: tried[s].explained)
         best = tried[scale]
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
             rest = states(scale, whole, len(coded.texts))
-            best = _head_fit(torch.cat([read[scale], rest]), wanted, target.width)
+            best = _head_fit(torch.cat([read[scale], rest]), wanted, target.width, way)
     frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(slots)
     frame = _acting(frame, slots, way)
     report: dict[str, object] = {
@@ -576,7 +580,7 @@ class _HeadFit:
     logits: Float[Tensor, "n labels"] | None
 
 
-def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) -> _HeadFit:
+def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int, way: Way) -> _HeadFit:
     """A ridge regression from several levels' states, each brought to the same size, to the adapted source's codes.
 
     Coordinates are turned so that the first are those that the head reads: their penalties are then chosen for what the
@@ -597,7 +601,7 @@ def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int) 
     if wanted.logits is not None:
         known = wanted.logits.double()
         targets = (known - known.mean(1, keepdim=True)) @ left[:, :read] / strength[:read]
-        first = ridge(x, targets, rows=wanted.units)
+        first = ridge(x, targets, rows=wanted.units, one_se=way.imitation == "one-se")
         matrix[:, :read], shift[:read] = first.matrix.double(), first.shift.double()
     judges = slice(None) if wanted.logits is None else wanted.units.weights == 1
     share = targets[judges].var(0) * strength[:read].pow(2)

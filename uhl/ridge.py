@@ -49,6 +49,7 @@ def ridge(
     each: bool = True,
     held: bool = True,
     rows: Rows | None = None,
+    one_se: bool = False,
 ) -> Fit:
     """Ridge regression in float64; generalised cross-validation chooses each column's penalty (Golub et al. 1979).
 
@@ -58,7 +59,8 @@ def ridge(
     for their sum. ``centre`` adds an intercept, ``held`` wants ``left_out``. Penalties that leave fewer than
     :data:`FREE` of the rows as degrees of freedom are not considered: near interpolation GCV is 0 / 0. With ``rows``
     the regression is weighted, and the criterion is the error of each group of rows, predicted from all others, over
-    the rows that count. Raises :class:`UHLError` for fewer than 16 rows.
+    the rows that count; ``one_se`` then takes the largest penalty whose error is at most a standard error above the
+    least (Breiman et al. 1984). Raises :class:`UHLError` for fewer than 16 rows.
     """
     counts = [len(x)] if rows is None else [len(rows.groups.unique()), int((rows.weights == 1).sum())]
     _enough(min(counts))
@@ -85,7 +87,14 @@ def ridge(
         judges = rows.weights == 1
         error, spread = missed[:, judges].pow(2).mean(1), y[judges].var(0, correction=0)
     error[free < FREE * count] = torch.inf
-    best = (error if each else error.sum(1, keepdim=True).expand_as(error)).argmin(0)  # (C,)
+    criterion = error if each else error.sum(1, keepdim=True)
+    best = criterion.argmin(0)
+    if rows is not None and one_se:
+        squares = missed.gather(0, best.expand(1, *y.shape))[0][judges].pow(2)
+        squares = squares if each else squares.sum(1, keepdim=True)
+        limit = criterion.gather(0, best[None]) + squares.std(0) / len(squares) ** 0.5
+        best = len(penalties) - 1 - (criterion <= limit).flip(0).int().argmax(0)  # penalties grow
+    best = best.expand(y.shape[1])  # (C,)
     error = error.gather(0, best[None])[0]
     inverse = values[:, None] / (power[:, None] + penalties[best])  # (r, C)
     matrix = right.T @ (inverse * target)
