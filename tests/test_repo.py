@@ -219,7 +219,7 @@ def test_snakemake_plans_the_whole_grid_for_a_cluster(tmp_path):
     said = snakemake(tmp_path, "-n", "--workflow-profile", "profiles/slurm", "--config", "profile=offline-full")
     counts = dict(re.findall(r"^(\w+)\s+(\d+)$", said, re.M))
     assert counts["pretrain"] == "12"
-    assert (counts["port"], counts["tune"]) == ("18", "13")
+    assert (counts["port"], counts["tune"]) == ("18", "14")
     assert (counts["baselines"], counts["baselines_of_source"]) == ("18", "6")
     assert not {"attempts", "compress"} & set(counts)  # by `make attempts` and `make copies` alone
     assert "cpus_per_task=2" in said
