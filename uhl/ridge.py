@@ -60,7 +60,7 @@ def ridge(
     :data:`FREE` of the rows as degrees of freedom are not considered: near interpolation GCV is 0 / 0. With ``rows``
     the regression is weighted, and the criterion is the error of each group of rows, predicted from all others, over
     the rows that count; ``one_se`` then takes the largest penalty whose error is at most a standard error above the
-    least (Breiman et al. 1984). Raises :class:`UHLError` for fewer than 16 rows.
+    least, of rows taken as independent (Breiman et al. 1984). Raises :class:`UHLError` for fewer than 16 rows.
     """
     counts = [len(x)] if rows is None else [len(rows.groups.unique()), int((rows.weights == 1).sum())]
     _enough(min(counts))
