@@ -176,7 +176,7 @@ def search(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise UHLError(f"uhl search needs Optuna ({error}); pip install -e '.[notebooks]' in the repository") from error
     grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
-    own, target = task_file(options.profile, options.task), options.target or grid.targets[0]
+    own, target = task_file(options.profile, options.task), options.target or grid.hosts[0]
     theirs: dict[str, object] = {}
     if (PARAMS / options.profile / f"{target}.yaml").is_file():
         values = read_yaml(PARAMS / options.profile / f"{target}.yaml")

@@ -51,7 +51,7 @@ class Grid(_Strict):
     profile: str
     source: str
     source_task: str | None = None
-    targets: tuple[str, ...] = Field(min_length=1)
+    targets: tuple[str, ...] = ()
     tasks: tuple[str, ...] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     ported: tuple[str, ...] = ()
@@ -70,6 +70,8 @@ class Grid(_Strict):
         for name, wanted in (("profile", profile), ("source", settings.source), ("source_task", settings.source_task)):
             if (found := getattr(grid, name)) != wanted:
                 raise UHLError(f"params/{profile}/grid.yaml names {name} {found!r}; its settings.yaml has {wanted!r}")
+        if not grid.hosts:
+            raise UHLError(f"params/{profile}/grid.yaml has no model to port to; name some in `targets` or in `ported`")
         if stray := set(grid.once) - set(grid.ported):
             raise UHLError(f"params/{profile}/grid.yaml has {sorted(stray)[0]!r} in `once`; list it in `ported`, too")
         if strange := {task for tasks in grid.once.values() for task in tasks} - set(grid.tasks):
