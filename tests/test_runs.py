@@ -86,12 +86,18 @@ def test_names_that_look_like_numbers_are_names():
     assert (row["profile"], row["task"], row["target"]) == ("2024", "7", "null")
 
 
-@pytest.mark.parametrize("profile", ["offline", "offline-full", "offline-transfer", "paper", "paper-transfer", "demo"])
+WHOLE = sorted(
+    {path.parent.name for path in PARAMS.glob("*/grid.yaml")} - {"local", "local-transfer"}
+)  # data of one's own
+
+
+@pytest.mark.parametrize("profile", WHOLE)
 def test_every_profile_is_whole(profile):
     made = grid.Grid.read(profile)
     folder = grid.PARAMS / profile
-    each = 2 + 1 + 3 * len(made.targets) + 2 * len(made.ported)
-    lent = 2 * len(made.seeds) * (len(made.trained) - len(made.tasks))
+    adapters = len(made.projectors)
+    each = adapters + 1 + 3 * len(made.targets) + 2 * len(made.ported)
+    lent = adapters * len(made.seeds) * (len(made.trained) - len(made.tasks))
     assert len(set(made.cells())) == len(made.seeds) * len(made.tasks) * each + sum(map(len, made.once.values())) + lent
     for name in made.hosts:
         path = folder / f"{name}.yaml"
@@ -116,6 +122,45 @@ def test_a_target_may_be_ported_to_and_not_tuned_on():
     cells = grid.Grid(**values).cells()
     assert [c for c in cells if "mpnet" in c] == ["movies-s0/port-mpnet-base", "movies-s0/baselines-mpnet-base"]
     assert "movies-s0/tune-minilm-l3" in cells
+
+
+def test_a_grid_names_models_to_port_to_and_a_profile_that_there_is(tmp_path, monkeypatch):
+    shutil.copytree(PARAMS / "offline-eight", tmp_path / "offline-eight")
+    monkeypatch.setattr(grid, "PARAMS", tmp_path)
+    with pytest.raises(UHLError, match="`beside: offline-full`, and there is no such profile"):
+        grid.Grid.read("offline-eight")
+    values = yaml.safe_load((file := tmp_path / "offline-eight" / "grid.yaml").read_text())
+    file.write_text(yaml.safe_dump(values | {"beside": None, "ported": []}))
+    with pytest.raises(UHLError, match="no model to port to; name some in `targets` or in `ported`"):
+        grid.Grid.read("offline-eight")
+
+
+def test_a_profile_is_compared_with_the_one_that_its_grid_names():
+    """On the same examples and seeds, arm by arm, without baselines."""
+    archives = PARAMS.parent / "figures"
+    runs.restore(archives / "offline-transfer.zip")
+    wanted = "offline-full: nothing of it is here to compare with; uhl restore --profile offline-full"
+    assert report.missing("offline-transfer") == [wanted]
+    assert report.beside("offline-transfer").empty
+    runs.restore(archives / "offline-full.zip")
+    assert report.missing("offline-transfer") == []
+    assert report.beside("offline-full").empty
+    found = report.beside("offline-transfer").set_index(["task", "target", "phase", "arm"])
+    assert not {"no-adapter", "head", "lora-r8", "sat-lora"} & set(found.index.get_level_values("arm"))
+    scores = {
+        name: pd.read_csv(archives / folder / "summary.csv")
+        for name, folder in (("own", ""), ("lent", "offline-transfer"))
+    }
+    keyed = {name: table.set_index(list(found.index.names))["score"] for name, table in scores.items()}
+    for key, row in found.iterrows():
+        assert row["difference"] == pytest.approx(keyed["lent"][key] - keyed["own"][key])
+        assert row["low"] < row["difference"] < row["high"]
+    path = runs.root() / "offline-transfer" / "amazon-s0" / "tune-minilm-l3" / "predictions.npz"
+    with np.load(path) as stored:
+        turned = {name: x[::-1] for name, x in stored.items()}
+    np.savez(path, **turned)
+    with pytest.raises(UHLError, match="scored on other test examples"):
+        report.beside("offline-transfer")
 
 
 def grid_with_mpnet_once(tmp_path, monkeypatch, once="mpnet-base", task="movies"):

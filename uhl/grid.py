@@ -45,7 +45,8 @@ class Grid(_Strict):
 
     ``ported`` are further targets, not tuned on and with the baselines that their own files name; those of them that
     are in ``once`` are treated like ``targets`` for the tasks named there, with the first seed. Where there is a
-    ``source_task`` all tasks have the adapter that is trained on that one.
+    ``source_task`` all tasks have the adapter that is trained on that one. ``beside``: a profile of the same source and
+    tasks, whose cells differ by one setting, for :func:`uhl.report.beside`.
     """
 
     profile: str
@@ -57,6 +58,7 @@ class Grid(_Strict):
     ported: tuple[str, ...] = ()
     once: dict[str, tuple[str, ...]] = Field({})
     projectors: tuple[ProjectorKind, ...] = ("canonical", "dimension")
+    beside: str | None = None
 
     @classmethod
     def read(cls, profile: str) -> Grid:
@@ -76,6 +78,8 @@ class Grid(_Strict):
             raise UHLError(f"params/{profile}/grid.yaml has {sorted(stray)[0]!r} in `once`; list it in `ported`, too")
         if strange := {task for tasks in grid.once.values() for task in tasks} - set(grid.tasks):
             raise UHLError(f"params/{profile}/grid.yaml has {sorted(strange)[0]!r} in `once`, and not in `tasks`")
+        if grid.beside and not (PARAMS / grid.beside / "grid.yaml").is_file():
+            raise UHLError(f"params/{profile}/grid.yaml has `beside: {grid.beside}`, and there is no such profile")
         for name in grid.hosts:
             target_of(profile, name)
         for name in grid.trained:

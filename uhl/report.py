@@ -79,15 +79,19 @@ Cells = dict[tuple[str, str, str, str], dict[int, np.ndarray]]
 Groups = Mapping[str, np.ndarray | None]  # of each example of a task; None where examples stand alone
 
 
-def gather(profile: str, split: str = "test") -> Cells:
+Scored = dict[str, tuple[Path, np.ndarray, np.ndarray]]  # of each task a cell, its gold labels and their lengths
+
+
+def gather(profile: str, split: str = "test", first: Scored | None = None) -> Cells:
     """Counts (n, 3) of each seed by (task, target, phase, arm), from predictions.
 
-    Raises :class:`UHLError` where two cells of a task were scored on other examples, or on others' order.
+    Raises :class:`UHLError` where two cells of a task were scored on other examples, or on others' order; ``first``,
+    which is filled, lets several profiles be held to the same.
     """
     frame = runs.load_results(profile)
     frame = frame[frame["split"] == split]
     out: Cells = {}
-    first: dict[str, tuple[Path, np.ndarray, np.ndarray]] = {}
+    first = {} if first is None else first
     for key, rows in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
         cells = out[task, target, phase, arm] = {}
@@ -333,14 +337,47 @@ def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     table, and the verdict goes by it; a single seed decides nothing unless other cells show how much seeds vary. ``p
     mcnemar`` is the largest of the seeds', where the metric is an accuracy and examples stand alone.
     """
+    return _compared(_pairs(tables), ("first", "second"), priors_apart(tables), groups)
+
+
+def beside(profile: str) -> pd.DataFrame:
+    """Paired differences of a profile's adapters from those of the one that its grid names: each arm that both have,
+    on the source, without labels and tuned, over the seeds that both have, in the columns of :func:`paired`.
+
+    Empty where the grid names none, or where nothing of that is here, which :func:`missing` says.
+    """
+    other = _beside(profile)
+    if other is None or not manifests(other):
+        return _compared([], ("phase", "arm"), {})
+    scored: Scored = {}
+    own, others = gather(profile, first=scored), gather(other, first=scored)
+    pairs = []
+    for key in own:
+        seeds = set(own[key]) & set(others.get(key, {}))
+        if seeds and key[3] != "no-adapter" and (key[2] in {"zero-shot", "tuned"} or key[3].startswith("uhl-")):
+            pairs.append((key, stack(own[key], seeds), stack(others[key], seeds)))
+    known = priors((key[0], stats.seeds_apart(one, two)) for key, one, two in pairs if _usual(key[3]))
+    return _compared(pairs, ("phase", "arm"), known, {task: groups_of(profile, task) for task in scored})
+
+
+def _beside(profile: str) -> str | None:
+    return Grid.read(profile).beside if (PARAMS / profile).is_dir() else None
+
+
+def _compared(
+    pairs: Iterable[tuple[tuple[str, str, str, str], np.ndarray, np.ndarray]],
+    named: tuple[str, str],
+    known: Mapping[str, stats.Prior | None],
+    groups: Groups | None = None,
+) -> pd.DataFrame:
+    """A table of differences, of which ``named`` are the third and fourth column; see :func:`paired`."""
     rows = []
-    known = priors_apart(tables)
-    for key, one, other in _pairs(tables):
+    for key, one, other in pairs:
         group = (groups or {}).get(key[0])
         alone = (group is None or len(np.unique(group)) == len(group)) and bool((one[..., 1:] == 1).all())
         exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
         rows.append((*key, len(one), *stats.difference(one, other, group, known.get(key[0])), exact))
-    columns = ["task", "target", "first", "second", "seeds", "difference", "low", "high", "p", "p mcnemar"]
+    columns = ["task", "target", *named, "seeds", "difference", "low", "high", "p", "p mcnemar"]
     table = pd.DataFrame(rows, columns=columns)
     table.insert(9, "p holm", stats.holm(table["p"].tolist()))
     sign = np.where(table["difference"] > 0, "better", "worse")
@@ -426,7 +463,7 @@ def missing(profile: str) -> list[str]:
     """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
     the rows that their parameters, or those of another seed's cell (but what the grid has only once), ask for, as
     `<cell>: <arm> on <split>`; cells of an older protocol than others', and ports by other rules, or of an adapter that
-    was trained again since.
+    was trained again since; and the profile that it is compared with.
     """
     folder = runs.root() / profile
     grid = Grid.read(profile) if (PARAMS / profile).is_dir() else None  # none of a profile of one's own
@@ -477,6 +514,8 @@ def missing(profile: str) -> list[str]:
             for host, phase, arm, split in wanted[alike[cell]]
             if (asked.task_name, asked.seed, host, phase, arm, split) not in there
         ]
+    if grid and grid.beside and not manifests(grid.beside):
+        left.append(f"{grid.beside}: nothing of it is here to compare with; uhl restore --profile {grid.beside}")
     return left
 
 
