@@ -353,10 +353,11 @@ def beside(profile: str) -> pd.DataFrame:
     own, others = gather(profile, first=scored), gather(other, first=scored)
     pairs = []
     for key in own:
-        seeds = set(own[key]) & set(others.get(key, {}))
-        if seeds and key[3] != "no-adapter" and (key[2] in {"zero-shot", "tuned"} or key[3].startswith("uhl-")):
+        phase, arm = key[2:]
+        ours = arm.startswith("uhl-") or (phase in {"zero-shot", "tuned"} and arm != "no-adapter" and _usual(arm))
+        if ours and (seeds := set(own[key]) & set(others.get(key, {}))):
             pairs.append((key, stack(own[key], seeds), stack(others[key], seeds)))
-    known = priors((key[0], stats.seeds_apart(one, two)) for key, one, two in pairs if _usual(key[3]))
+    known = priors((key[0], stats.seeds_apart(one, two)) for key, one, two in pairs)
     return _compared(pairs, ("phase", "arm"), known, {task: groups_of(profile, task) for task in scored})
 
 
