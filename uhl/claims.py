@@ -25,13 +25,14 @@ from uhl import stats
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS
 from uhl.report import (
-    FIRST,
     Cells,
     Groups,
+    figures_of,
     gather,
     groups_of,
     own_source,
     priors_apart,
+    readme_of,
     source_of,
     stack,
     summary,
@@ -212,7 +213,7 @@ def markdown(profile: str) -> str:
     judged["arm"] = judged["arm"].mask(nowhere, "every arm")
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
     judged = judged[nowhere | anywhere]
-    file = "figures/claims.csv" if profile == FIRST else "claims.csv"  # seen from where the verdicts stand
+    file = (figures_of(profile) / "claims.csv").relative_to(readme_of(profile).parent).as_posix()
     said = f"The claims of the hypothesis, over tasks and targets (intervals: [{file}]({file})):"
     lines = [said, "", "| claim | arm | effect | verdict |", "|---|---|---|---|"]
     arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")

@@ -696,11 +696,17 @@ def figures_of(profile: str) -> Path:
     return Path("figures") if profile == FIRST else Path("figures", profile)
 
 
+def readme_of(profile: str) -> Path:
+    """Where in the repository a profile's results stand: those of :data:`FIRST` in the first README, between its marks,
+    others' in one of their own, beside their figures.
+    """
+    return Path("README.md") if profile == FIRST else figures_of(profile) / "README.md"
+
+
 def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool = False) -> None:
-    """Put the table and, below it, the ``verdicts`` on the claims into a README of the repository at ``place``, and the
-    figures with their CSVs into :func:`figures_of`. The results of :data:`FIRST` stand in the README itself, between
-    its marks, those of another profile in one of their own, beside its figures. Manifests and predictions go into one
-    archive, unless a task is the user's own: predictions hold its labels.
+    """Put the table and, below it, the ``verdicts`` on the claims into :func:`readme_of` the repository at ``place``,
+    and the figures with their CSVs into :func:`figures_of`. Manifests and predictions go into one archive, unless a
+    task is the user's own: predictions hold its labels.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -710,16 +716,17 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
             f"profile {profile} is not complete, {len(left)} cells or rows are missing or old, first {left[0]}"
         )
     into, results = place / figures_of(profile), f"{markdown(profile)}\n{verdicts}\n"
+    readme = place / readme_of(profile)
     into.mkdir(parents=True, exist_ok=True)
     if profile == FIRST:
-        readme, (start, end) = place / "README.md", MARKS
+        start, end = MARKS
         text = readme.read_text(encoding="utf-8")
         if start not in text or end not in text:
             raise UHLError(f"{readme.name} has no place for the table; expected the lines {start} and {end}")
         before, after = text.split(start)[0], text.split(end)[1]
         write_text(readme, f"{before}{start}\n\n{results}\n{end}{after}")
     else:
-        write_text(into / "README.md", f"# Results of the profile `{profile}`\n\nMade by `make table`.\n\n{results}")
+        write_text(readme, f"# Results of the profile `{profile}`\n\nMade by `make table`.\n\n{results}")
     for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
         if file.suffix in {".png", ".csv"}:
             _copy(file, into / file.name)
