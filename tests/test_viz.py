@@ -68,6 +68,17 @@ def test_rows_of_all_panels_agree(table):
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["ours", "control", "the adapter on its source"]
 
 
+def test_a_phase_that_was_not_run_is_said(table):
+    """A batch may only port, and a table of an unfinished one is looked at too."""
+    ported = table[table["phase"] == "zero-shot"]
+    for fig, said in (
+        (viz.panels(ported, ["tuned", "retrained"]), "nothing tuned or retrained was run"),
+        (viz.slopes(ported), "nothing was tuned"),
+    ):
+        (ax,) = fig.axes
+        assert words(ax) == [said]
+
+
 def test_scores_stand_beside_the_sources_and_a_retrained_loras(table):
     retrained = (
         table[table["phase"] == "source"].tail(1).assign(target="x", phase="retrained", arm="lora-r8", score=88.0)

@@ -76,6 +76,8 @@ def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[Place
     """
     others = table[~table["phase"].isin(phases)]
     table = table[table["phase"].isin(phases)]
+    if table.empty:
+        return empty_figure(f"nothing {' or '.join(phases)} was run")
     arms = list(dict.fromkeys(a for phase in phases for a in in_order(table["arm"][table["phase"] == phase])))
     fig, cells = task_grid(table, 2.4, max(0.27 * len(arms) + 0.4, 0.9), 2.2, "test score, %", sharex=True, sharey=True)
     families = {name: colour for name, (colour, _, members) in FAMILIES.items() if set(members) & set(arms)}
@@ -172,6 +174,8 @@ def slopes(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
     ``undefined`` as in :func:`panels`.
     """
     shown = table[table["phase"].isin(["zero-shot", "tuned"])]
+    if "tuned" not in set(shown["phase"]):
+        return empty_figure("nothing was tuned")
     arms = in_order(shown["arm"])
     fig, cells = task_grid(shown, 2.4, 0.3 * len(arms), 2.2, "test score, %", sharex=True, sharey=True)
     for ax, task, host, rows in cells:
