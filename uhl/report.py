@@ -346,7 +346,7 @@ def beside(profile: str) -> pd.DataFrame:
 
     Empty where the grid names none, or where nothing of that is here, which :func:`missing` says.
     """
-    other = _beside(profile)
+    other = grid.beside if (grid := _grid(profile)) else None
     if other is None or not manifests(other):
         return _compared([], ("phase", "arm"), {})
     scored: Scored = {}
@@ -361,8 +361,8 @@ def beside(profile: str) -> pd.DataFrame:
     return _compared(pairs, ("phase", "arm"), known, {task: groups_of(profile, task) for task in scored})
 
 
-def _beside(profile: str) -> str | None:
-    return Grid.read(profile).beside if (PARAMS / profile).is_dir() else None
+def _grid(profile: str) -> Grid | None:
+    return Grid.read(profile) if (PARAMS / profile).is_dir() else None  # none of a profile of one's own
 
 
 def _compared(
@@ -467,7 +467,7 @@ def missing(profile: str) -> list[str]:
     was trained again since; and the profile that it is compared with.
     """
     folder = runs.root() / profile
-    grid = Grid.read(profile) if (PARAMS / profile).is_dir() else None  # none of a profile of one's own
+    grid = _grid(profile)
     cells = grid.cells() if grid else []
     left = [c for c in cells if not (folder / c / "manifest.json").is_file()]
     if len(left) == len(cells) > 0:
