@@ -173,7 +173,7 @@ def test_the_adapter_that_lies_here_is_that_of_a_run(tmp_path, monkeypatch):
 def test_baselines_have_the_searched_rates_in_every_profile_that_has_searched_ones(file):
     full, local, *lent = (
         yaml.safe_load((ROOT / "params" / name / file).read_text())
-        for name in ("offline-full", "local", "offline-transfer", "local-transfer")
+        for name in ("offline-full", "local", "offline-transfer", "local-transfer", "offline-eight")
     )
     assert full == local
     for given in lent:
