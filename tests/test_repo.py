@@ -13,6 +13,8 @@ import pandas as pd
 import pytest
 import yaml
 
+from uhl.grid import profiles
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -104,7 +106,7 @@ def test_nbval_fails_on_a_changed_output(tmp_path):
     assert "1 failed, 1 passed" in done.stdout
 
 
-@pytest.mark.parametrize("profile", sorted({path.parent.name for path in ROOT.glob("params/*/grid.yaml")} - {"demo"}))
+@pytest.mark.parametrize("profile", [name for name in profiles() if name != "demo"])
 def test_profiles_override_every_stored_parameter(profile):
     """A notebook's stored parameters are those of a small demonstration; none may leak into a profile's run."""
     folder = ROOT / "params" / profile

@@ -86,10 +86,7 @@ def test_names_that_look_like_numbers_are_names():
     assert (row["profile"], row["task"], row["target"]) == ("2024", "7", "null")
 
 
-PROFILES = {path.parent.name for path in PARAMS.glob("*/grid.yaml")}
-
-
-@pytest.mark.parametrize("profile", sorted(PROFILES - {"local", "local-transfer"}))  # these need data of one's own
+@pytest.mark.parametrize("profile", sorted({*grid.profiles()} - {"local", "local-transfer"}))  # data of one's own
 def test_every_profile_is_whole(profile):
     made = grid.Grid.read(profile)
     folder = grid.PARAMS / profile
@@ -133,6 +130,15 @@ def test_a_grid_names_models_to_port_to_and_a_profile_that_there_is(tmp_path, mo
         grid.Grid.read("offline-eight")
 
 
+@pytest.mark.parametrize(("profile", "setting"), [("offline-eight", "top_k"), ("offline-transfer", "source_task")])
+def test_one_setting_sets_a_profile_apart_from_the_one_it_is_compared_with(profile, setting):
+    """Beside what is run: its arms and baselines."""
+    compared = (profile, grid.Grid.read(profile).beside)
+    own, other = (Settings(**runs.read_yaml(PARAMS / name / "settings.yaml")) for name in compared)
+    apart = {name for name, value in own if value != getattr(other, name)}
+    assert apart - {"arms", "baselines"} == {"profile", setting}
+
+
 def test_a_profile_is_compared_with_the_one_that_its_grid_names():
     """On the same examples and seeds, arm by arm, without baselines."""
     archives = PARAMS.parent / "figures"
@@ -145,13 +151,12 @@ def test_a_profile_is_compared_with_the_one_that_its_grid_names():
     assert report.beside("offline-full").empty
     found = report.beside("offline-transfer").set_index(["task", "target", "phase", "arm"])
     assert not {"no-adapter", "head", "lora-r8", "sat-lora"} & set(found.index.get_level_values("arm"))
-    scores = {
-        name: pd.read_csv(archives / folder / "summary.csv")
-        for name, folder in (("own", ""), ("lent", "offline-transfer"))
-    }
-    keyed = {name: table.set_index(list(found.index.names))["score"] for name, table in scores.items()}
+    own, lent = (
+        pd.read_csv(archives / folder / "summary.csv").set_index(found.index.names)["score"]
+        for folder in ("", "offline-transfer")
+    )
     for key, row in found.iterrows():
-        assert row["difference"] == pytest.approx(keyed["lent"][key] - keyed["own"][key])
+        assert row["difference"] == pytest.approx(lent[key] - own[key])
         assert row["low"] < row["difference"] < row["high"]
     path = runs.root() / "offline-transfer" / "amazon-s0" / "tune-minilm-l3" / "predictions.npz"
     with np.load(path) as stored:

@@ -14,6 +14,11 @@ from uhl.runs import Settings, read_yaml, slug
 PARAMS = Path(__file__).parent.parent / "params"
 
 
+def profiles() -> list[str]:
+    """Names of all profiles that have a grid."""
+    return sorted(path.parent.name for path in PARAMS.glob("*/grid.yaml"))
+
+
 def target_of(profile: str, name: str) -> str:
     """The model that ``params/<profile>/<name>.yaml`` names: cells are called after it, so the two must agree."""
     values = read_yaml(PARAMS / profile / f"{name}.yaml")
@@ -65,8 +70,7 @@ class Grid(_Strict):
         """The grid of a profile; its settings and its targets' files are checked too."""
         folder = PARAMS / profile
         if not (folder / "grid.yaml").is_file():
-            known = ", ".join(sorted(p.parent.name for p in PARAMS.glob("*/grid.yaml")))
-            raise UHLError(f"unknown profile {profile!r}; profiles: {known}")
+            raise UHLError(f"unknown profile {profile!r}; profiles: {', '.join(profiles())}")
         grid = cls(**(files.read_yaml(folder / "grid.yaml") or {}))
         settings = Settings(**read_yaml(folder / "settings.yaml"))
         for name, wanted in (("profile", profile), ("source", settings.source), ("source_task", settings.source_task)):
@@ -78,7 +82,7 @@ class Grid(_Strict):
             raise UHLError(f"params/{profile}/grid.yaml has {sorted(stray)[0]!r} in `once`; list it in `ported`, too")
         if strange := {task for tasks in grid.once.values() for task in tasks} - set(grid.tasks):
             raise UHLError(f"params/{profile}/grid.yaml has {sorted(strange)[0]!r} in `once`, and not in `tasks`")
-        if grid.beside and not (PARAMS / grid.beside / "grid.yaml").is_file():
+        if grid.beside and grid.beside not in profiles():
             raise UHLError(f"params/{profile}/grid.yaml has `beside: {grid.beside}`, and there is no such profile")
         for name in grid.hosts:
             target_of(profile, name)
