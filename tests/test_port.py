@@ -34,6 +34,7 @@ from uhl.porting import (
     basis_of,
     cka,
     port,
+    port_rules,
     predict_texts,
     upper_levels,
     why_not,
@@ -283,6 +284,32 @@ def test_an_anchored_port_to_the_source_itself_is_the_identity(encoder, arm):
     assert torch.equal(ported.frame.head, frame.head)
     for path in frame.slots:
         assert all(torch.equal(a, b) for a, b in zip(frame.slots[path], ported.frame.slots[path], strict=True))
+
+
+def test_on_a_host_larger_than_the_source_the_ported_head_imitates_less(encoder, make_encoder, caplog):
+    adapter, _ = trained(encoder, coded=40, tuned=False)
+    said = adapter.anchors.logits.table()
+    blurred = Codes.of(said + said.std() * torch.randn(said.shape, generator=torch.Generator().manual_seed(2)))
+    adapter.anchors.logits = blurred  # so that several penalties do almost as well as the best
+    shape = encoder.layers, encoder.width
+    larger, other = make_encoder(shape[0] + 1, shape[1], seed=3), make_encoder(4 * shape[0], shape[1] // 2, seed=3)
+    cases = [(larger, "one-se", "closest", porting.LARGER_RULES), (other, "closest", "one-se", porting.RULES)]
+    for host, own, unlike, rules in cases:  # the second is as large as the source
+        adapter.info = {"layers": shape[0]}
+        assert port_rules(adapter, host) == porting.RULES  # nothing says how wide the source was
+        adapter.info = {"layers": shape[0], "shape": encoder.shape}
+        assert port_rules(adapter, host) == rules
+        shared = Shared(observe(host, adapter.anchors.probe))
+        found, same, less = (port(adapter, host, shared=shared, way=Way(imitation=i)) for i in (None, own, unlike))
+        assert torch.equal(found.frame.head, same.frame.head)
+        assert not torch.equal(found.frame.head, less.frame.head)
+        others = porting.RULES + porting.LARGER_RULES - rules
+        for place, told, stale in ((host.name, rules, False), (host.name, others, True), ("x", others, False)):
+            caplog.clear()
+            adapter.info |= {"tuned_on": place, "port_rules": told}
+            with caplog.at_level("WARNING", "uhl"):
+                port(adapter, host, shared=replace(shared, ports={}))
+            assert ("behind another release's port" in caplog.text) == stale
 
 
 def test_a_host_that_differs_from_the_source_by_little_is_not_it(encoder):

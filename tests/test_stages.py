@@ -390,7 +390,7 @@ def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, 
     monkeypatch.setattr(stages, "tune", lambda *a, **k: calls.append(a) or tune(*a, **k))
     search.search(tiny_world, "tune-anchor", space)  # another adapter: another study, and its trials are run
     assert len(calls) == 2
-    monkeypatch.setattr(search, "RULES", search.RULES + 1)
+    monkeypatch.setattr(stages, "port_rules", lambda *_: report.RULES - 1)
     search.search(tiny_world, "tune-anchor", space)  # another way to port it
     assert len(calls) == 4
 
@@ -991,13 +991,20 @@ def test_ports_of_another_adapter_by_other_rules_or_with_fewer_arms_are_missed(t
         stages.zero_shot(settings).finish("port-small")
         tuned = stages.tune(settings, "dimension", stages.observe_target(settings))
         assert tuned.adapters.keys() == {"pretrain-dimension"}
-        assert tuned.rules == search.RULES
+        assert tuned.rules == report.RULES  # the target is smaller than the source
         assert tuned.details["head"] in {"ported", "fitted"}
     lacks = [f"mood-s0/port-small: zero-atoms on {split}" for split in ("dev", "test")]
     assert report.missing("t") == lacks
     with monkeypatch.context() as patch:
-        patch.setattr(report, "RULES", search.RULES + 1)
+        patch.setattr(report, "RULES", report.RULES - 1)  # all are by rules that this release does not have
+        patch.setattr(report, "LARGER_RULES", report.RULES)
         assert sum("ported by other rules" in line for line in report.missing("t")) == 2
+    path = runs.root() / "t" / "mood-s1" / "port-small" / "manifest.json"
+    kept = path.read_text()
+    path.write_text(json.dumps(json.loads(kept) | {"rules": report.LARGER_RULES}))
+    (found,) = set(report.missing("t")) - set(lacks)
+    assert found.startswith("mood-s0/port-small: ported by other rules")  # than the newer one to the same host
+    path.write_text(kept)
     retrained = settings.model_copy(update={"rate": 5e-4})
     stages.pretrain(retrained, "canonical")[1].finish("pretrain-canonical")
     (found,) = set(report.missing("t")) - set(lacks)

@@ -104,8 +104,8 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
         yield Attempt("head", "head on three levels, without fragments", "zero-atoms", cuts=False)
     yield Attempt("head", "head on three levels, the coded texts alone", "zero-atoms", texts=anchors.coded, cuts=False)
     if anchors.logits is not None:
-        loose = Way(imitation="one-se")
-        yield Attempt("imitation", "head as close as it can be, no atoms", "zero-atoms")
+        close, loose = Way(imitation="closest"), Way(imitation="one-se")
+        yield Attempt("imitation", "head as close as it can be, no atoms", "zero-atoms", close)
         yield Attempt("imitation", "head within a standard error, no atoms", "zero-atoms", loose)
         yield Attempt("imitation", "anchor, head within a standard error", way=loose)
     for maps in ("shared", "level"):

@@ -49,7 +49,7 @@ class Outcome:
     commits: set[str] = field(default_factory=set)  # of rows that an earlier process measured, and where it ran
     hardware: set[str] = field(default_factory=set)
     adapters: dict[str, str] = field(default_factory=dict)  # sha256 of the trained files in use, by their stage
-    rules: int | None = None  # of the ports that were scored, uhl.porting.RULES
+    rules: int | None = None  # of the ports that were scored, uhl.porting.port_rules
     details: dict[str, Any] = field(default_factory=dict)
 
     def score(self, classifier: Classifier, encoder: Encoder, **known: object) -> None:

@@ -16,12 +16,13 @@ The anchored port runs the target over the anchor texts once. The stream's reade
 min ||H M^T - Z||^2 + ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer
 N solves the reverse. The head's reader is the same regression from what a head reads (sentence means, or words) at
 several levels to the *adapted* source's codes, fitted with the atoms in place; the directions that the task's logits
-need are fitted on more texts than the others, and on fragments of texts. How much of the atoms to use is the scale in
-:data:`SCALES` at which the source's logits are reproduced best; 0 is allowed. How often the target will decide as the
-source did is predicted from the same texts, each left out of its own fit (``agreement`` in the report). ``change`` is
-how much the atoms move what the head reads: random directions at the same scale move it less. A head that no
-source has trained (``own_head`` of its task) reads the target's own principal coordinates of the file's anchor texts,
-by every arm, or where there are none what the arm gives.
+need are fitted on more texts than the others, and on fragments of texts. On a host larger than the source they imitate
+the source's logits to within a standard error of the closest fit, not more: what a larger host knows better would be
+unlearnt. How much of the atoms to use is the scale in :data:`SCALES` at which the source's logits are reproduced best;
+0 is allowed. How often the target will decide as the source did is predicted from the same texts, each left out of its
+own fit (``agreement`` in the report). ``change`` is how much the atoms move what the head reads: random directions at
+the same scale move it less. A head that no source has trained (``own_head`` of its task) reads the target's own
+principal coordinates of the file's anchor texts, by every arm, or where there are none what the arm gives.
 
 A target that is the source itself, known by what it makes of the anchors to within 8 bits (a copy at half precision is
 not), gets the source's own frame.
@@ -31,6 +32,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -63,6 +65,7 @@ logger = logging.getLogger("uhl")
 
 SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
 RULES = 4  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
+LARGER_RULES = 5  # the same, to a host larger than the source
 REFRESHED = {"refresh": "anchor", "refresh-random": "random-p"}  # arms that refresh, and the port that each starts from
 FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
@@ -96,9 +99,10 @@ class Way(_Strict):
     writer: Literal["states", "inverse"] = Field(
         "states", description="fitted to the states, or an inverse of the reader: what is written reads as it was"
     )
-    imitation: Literal["closest", "one-se"] = Field(
-        "closest",
-        description="of the source's logits by the head: as close as left-out texts allow, or within a standard error",
+    imitation: Literal["closest", "one-se"] | None = Field(
+        None,
+        description="of the source's logits by the head: as close as left-out texts allow, or within a standard error; "
+        "None: this where the host is larger than the source",
     )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
@@ -191,7 +195,7 @@ def port(
     key = (_mark(adapter), arm, task, seed, way)
     if key in shared.ports:
         return shared.ports[key]
-    if adapter.info.get("tuned_on") and adapter.info.get("port_rules") != RULES and arm not in FIXED:
+    if arm not in FIXED and _of_another_release(adapter, target):
         logger.warning(
             "tuned on %s behind another release's port, which may differ from this one; its scores may not repeat",
             adapter.info["tuned_on"],
@@ -439,6 +443,27 @@ def basis_of(seen: Observed, width: int, levels: tuple[int, ...] = LAST) -> Basi
     return replace(canonical_basis(seen.moment, seen.at(levels), width), levels=levels)
 
 
+def is_larger(adapter: UHLAdapter, target: Encoder) -> bool:
+    """Whether a host is larger than the adapter's source, in layers times the square of the width. Where the file does
+    not tell its source's shape, it is not.
+    """
+    shape = re.fullmatch(r"([0-9]{1,6}) x ([0-9]{1,6})", str(adapter.info.get("shape")))
+    return shape is not None and target.layers * target.width**2 > int(shape[1]) * int(shape[2]) ** 2
+
+
+def port_rules(adapter: UHLAdapter, target: Encoder) -> int:
+    """Rules of anchored ports to a host: :data:`RULES` or :data:`LARGER_RULES`."""
+    return LARGER_RULES if is_larger(adapter, target) else RULES
+
+
+def _of_another_release(adapter: UHLAdapter, target: Encoder) -> bool:
+    """Whether the head was tuned behind a port by rules that are not today's: on the target, or on any other host."""
+    there, rules = adapter.info.get("tuned_on"), adapter.info.get("port_rules")
+    return bool(there) and rules not in (
+        {port_rules(adapter, target)} if there == target.name else {RULES, LARGER_RULES}
+    )
+
+
 def _anchored(
     adapter: UHLAdapter,
     target: Encoder,
@@ -451,6 +476,8 @@ def _anchored(
 ) -> Port:
     anchors = adapter.anchors
     assert anchors is not None
+    if way.imitation is None:
+        way = way.model_copy(update={"imitation": "one-se" if is_larger(adapter, target) else "closest"})
     generator = torch.Generator().manual_seed(seed)
     wanted = _Wanted.of(anchors, generator if arm == "shuffled" else None)
     basis, fits = _stream_basis(anchors, seen, wanted.order, way, adapter.dictionary.v.detach().cpu())

@@ -23,7 +23,7 @@ from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
 from uhl.grid import PARAMS, Grid, task_file
-from uhl.porting import DOUBTFUL, RULES
+from uhl.porting import DOUBTFUL, LARGER_RULES, RULES
 from uhl.runs import Settings, manifests
 from uhl.stages import tuned_arms
 from uhl.viz import NAMES, ORDER, in_order
@@ -463,8 +463,9 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
 def missing(profile: str) -> list[str]:
     """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
     the rows that their parameters, or those of another seed's cell (but what the grid has only once), ask for, as
-    `<cell>: <arm> on <split>`; cells of an older protocol than others', and ports by other rules, or of an adapter that
-    was trained again since; and the profile that it is compared with.
+    `<cell>: <arm> on <split>`; cells of an older protocol than others'; ports by rules that no host has now, by older
+    ones than others to the same host, or of an adapter that was trained again since; and the profile that it is
+    compared with.
     """
     folder = runs.root() / profile
     grid = _grid(profile)
@@ -497,13 +498,18 @@ def missing(profile: str) -> list[str]:
         rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
         wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
     hosts = {name: shared | runs.read_yaml(PARAMS / profile / f"{name}.yaml") for name in grid.hosts} if grid else {}
+    rules: dict[str, int] = {}  # the newest of ports to each host; earlier cells do not tell theirs
+    for cell, entry in finished.items():
+        stage, _, host = cell.name.partition("-")
+        if stage in {"port", "tune"}:
+            rules[host] = max(rules.get(host, RULES), entry.get("rules", RULES))
     for cell, entry in finished.items():
         asked, name = settings[cell], cell.relative_to(folder)
         stage, _, host = cell.name.partition("-")
         if stage in {"tune", "baselines"} and host in hosts and asked.bf16 != hosts[host].get("bf16", False):
             how = "under bfloat16 autocast" if asked.bf16 else "in float32"
             left.append(f"{name}: trained {how}, unlike what {host}.yaml says; delete the folder, and run it again")
-        if entry.get("rules", RULES) != RULES:  # which earlier cells do not tell
+        if stage in {"port", "tune"} and entry.get("rules", rules[host]) not in {rules[host]} & {RULES, LARGER_RULES}:
             left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
         for lent, digest in entry.get("adapters", {}).items():
             made = finished.get(cell.parent / lent) or finished.get(folder / lent, {})  # of the task, or of another

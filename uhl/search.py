@@ -48,7 +48,6 @@ from uhl.errors import DivergenceError, UHLError, one_of
 from uhl.files import read_yaml, sha256, write_text
 from uhl.grid import PARAMS
 from uhl.outcome import Outcome
-from uhl.porting import RULES
 from uhl.runs import Settings
 from uhl.train import Watch
 
@@ -224,7 +223,7 @@ def _adapter(settings: Settings, method: str) -> str | None:
             f"PROFILE={settings.profile} TARGET={runs.slug(settings.target)} TASK={settings.task_name} "
             f"SEED={settings.seed}"
         )
-    return f"{sha256(path)}, port rules {RULES}"
+    return f"{sha256(path)}, port rules {stages.rules_of(settings)}"
 
 
 def _text(value: object) -> str:

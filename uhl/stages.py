@@ -36,13 +36,13 @@ from uhl.outcome import Outcome
 from uhl.peft_method import attach
 from uhl.porting import (
     REFRESHED,
-    RULES,
     Port,
     Shared,
     Way,
     at_work,
     basis_of,
     port,
+    port_rules,
     source_basis,
     upper_levels,
     why_not,
@@ -275,7 +275,7 @@ def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     adapter.info["source_task"] = theirs.task_name
     path = store.save(adapter, runs.cell_dir(settings, f"pretrain-{projector}") / "adapter.safetensors")
     found, arm = store.load(path), f"uhl-{projector}"
-    outcome = Outcome(settings, task, paths=[path], rules=RULES)
+    outcome = Outcome(settings, task, paths=[path])
     outcome.adapters[f"{trained.parent.name}/{trained.name}"] = sha256(file)
     outcome.details["undefined"] = {arm: reason} if (reason := not_taught(found, settings.task_name)) else {}
     if not reason:
@@ -310,12 +310,12 @@ def zero_shot(settings: Settings) -> Outcome:
     """Port the trained adapters to the target by the settings' arms, and score without any label of the target."""
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
-    outcome = Outcome(settings, task, rules=RULES, details={"reports": {}, "undefined": {}})
+    outcome = Outcome(settings, task, details={"reports": {}, "undefined": {}})
     outcome.score_majority(target)
     shared = Shared()
     for arm in settings.arms:
         adapter, path = adapter_for(settings, arm)
-        outcome.adapters[path.parent.name] = sha256(path)
+        outcome.adapters[path.parent.name], outcome.rules = sha256(path), port_rules(adapter, target)
         reason = why_not(adapter, target, arm, source) or not_taught(adapter, settings.task_name)
         if reason:
             outcome.details["undefined"][arm] = reason
@@ -359,6 +359,11 @@ def adapter_path(settings: Settings, arm: str) -> Path:
     """File of the trained adapter whose projector the arm needs."""
     projector = "dimension" if arm == "dimension" else "canonical"
     return runs.cell_dir(settings, f"pretrain-{projector}") / "adapter.safetensors"
+
+
+def rules_of(settings: Settings) -> int:
+    """Rules of the anchored port to the settings' target."""
+    return port_rules(adapter_for(settings, "anchor")[0], load_encoder(settings.target))
 
 
 def check_labels(adapter: UHLAdapter, name: str, task: Task) -> None:
@@ -409,7 +414,7 @@ def tune(
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
     details = {"scale": ported.scale, "head": "fitted" if head.fitted else "ported"}
     outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, details=details)
-    outcome.adapters, outcome.rules = used, RULES
+    outcome.adapters, outcome.rules = used, port_rules(adapter, target)
     found = store.load(path)
     outcome.score_adapter(found, path, target, ported.frame, ported.scale, arm=arm, phase="tuned", **log.costs())
     return outcome
@@ -426,7 +431,7 @@ def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
     """
     folder, task = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}"), load_data(settings)
     common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_TUNING}
-    common |= {"data": digest(task), "rules": RULES}
+    common |= {"data": digest(task), "rules": rules_of(settings)}
     common["revisions"] = [_revision(name) for name in (settings.source, settings.target)]
     outcomes: dict[str, Outcome] = {}
     for arm in tuned_arms(settings.arms):
@@ -442,7 +447,7 @@ def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
 def _say_where(settings: Settings, adapter: UHLAdapter, target: Encoder, ported: Port) -> None:
     """Note in the adapter where and how it was ported before its task's parts were changed there."""
     adapter.info |= {"tuned_on": target.name, "arm": ported.arm, "scale": ported.scale, "port_seed": settings.seed}
-    adapter.info["port_rules"] = RULES
+    adapter.info["port_rules"] = port_rules(adapter, target)
 
 
 def observe_target(settings: Settings) -> Shared:
@@ -479,7 +484,8 @@ def tune_task(
     with at_work(adapter, target, settings.task_name, ported.frame, ported.scale, learning) as attached:
         classifier = Classifier(target.model, part, ported.frame, attached, config)
         head = fit_head(classifier, target, task, config.max_length, only_if_better=part.own_head is None)
-        about = f"{settings.model_dump_json()}, port rules {RULES}, scale {ported.scale}"
+        rules = port_rules(adapter, target)
+        about = f"{settings.model_dump_json()}, port rules {rules}, scale {ported.scale}"
         return head, train(classifier, target, task, config, folder, about, watch)
 
 
