@@ -156,19 +156,20 @@ def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path
     assert (made["arm"] == kept["arm"]).all()
 
 
-def test_the_adapter_that_lies_here_is_that_of_a_run(tmp_path, monkeypatch):
+def test_the_adapters_that_lie_here_are_those_of_their_runs_and_are_put_back(tmp_path, monkeypatch):
     from uhl import runs, store
-    from uhl.files import sha256
 
     monkeypatch.setenv("UHL_RUNS", str(tmp_path))
-    runs.restore(ROOT / "figures" / "offline-full.zip")
-    file = ROOT / "uhl" / "assets" / "movies.safetensors"
-    told = json.loads((tmp_path / "offline-full" / "movies-s0" / "pretrain-canonical" / "manifest.json").read_text())
-    assert told["artefacts"]["adapter.safetensors"] == {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    assert told["protocol"] == runs.PROTOCOL
-    assert file.stat().st_size < 1_000_000
-    assert store.load(file).info["source"] == "minilm-l6"
-    assert {entry["protocol"] for entry in runs.manifests("offline-full").values()} == {runs.PROTOCOL}
+    files = sorted(ROOT.glob("adapters/*/*.safetensors"))
+    assert ROOT / "adapters" / "offline-full" / "movies-s0-canonical.safetensors" in files
+    for folder in {file.parent for file in files}:
+        runs.restore(ROOT / "figures" / f"{folder.name}.zip", folder)  # which compares hashes
+    back = sorted(tmp_path.glob("*/*-s*/pretrain-*/adapter.safetensors"))
+    assert sorted(file.read_bytes() for file in files) == sorted(file.read_bytes() for file in back)
+    for file in files:
+        assert file.stat().st_size < 1_000_000
+        assert store.load(file).info["source"] == "minilm-l6"
+        assert {entry["protocol"] for entry in runs.manifests(file.parent.name).values()} == {runs.PROTOCOL}
 
 
 @pytest.mark.parametrize("file", ["retrained.yaml", "source.yaml"])

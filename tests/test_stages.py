@@ -254,6 +254,10 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
         _, outcome = stages.pretrain(tiny_world, kind)
         outcome.finish(f"pretrain-{kind}")
     before = report.summary("t")
+    folder = tmp_path / "adapters"
+    assert [f.name for f in runs.keep_adapters("t", folder)] == [
+        f"mood-s0-{k}.safetensors" for k in ("canonical", "dimension")
+    ]
     archive = runs.pack("t", tmp_path / "t.zip")
     assert runs.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
     assert runs.restore(archive) == []  # what is there stays
@@ -264,8 +268,21 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     assert sorted(p.name for p in files) == ["manifest.json", "manifest.json", "predictions.npz", "predictions.npz"]
     assert len({p.stat().st_mtime_ns for p in files}) == 1  # else a batch would make one again
     assert report.summary("t").equals(before)
-    with pytest.raises(UHLError, match="a cell restored from an archive has none"):
-        stages.zero_shot(tiny_world.model_copy(update={"arms": ("anchor",)}))
+    ported = tiny_world.model_copy(update={"arms": ("anchor",)})
+    with pytest.raises(UHLError, match="a cell restored from an archive may have none"):
+        stages.zero_shot(ported)
+    monkeypatch.setenv("UHL_RUNS", str(tmp_path / "with"))
+    (folder / "mood-s0-dimension.safetensors").unlink()  # one may lack
+    runs.restore(archive, folder)
+    assert [f.parent.name for f in runs.root().glob("t/*/*/adapter.safetensors")] == ["pretrain-canonical"]
+    stages.zero_shot(ported)
+    monkeypatch.setenv("UHL_RUNS", str(tmp_path / "none"))
+    with pytest.raises(UHLError, match="no trained adapter here"):
+        runs.keep_adapters("t", folder)
+    shutil.copy(files[0], folder / "mood-s0-canonical.safetensors")
+    with pytest.raises(UHLError, match=r"mood-s0-canonical.safetensors is corrupt.*trained another"):
+        runs.restore(archive, folder)
+    assert not runs.root().exists()
 
 
 def test_a_damaged_archive_is_named_and_cells_without_predictions_stay_out(tmp_path):

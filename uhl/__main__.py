@@ -98,15 +98,29 @@ def copies(options: argparse.Namespace) -> None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip."""
+    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip; with --adapters copy the
+    adapters that it trained into adapters/<profile>.
+    """
     path = runs.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
     print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes, the labels of what was scored among them")
+    for file in runs.keep_adapters(options.profile, adapters_of(options.profile)) if options.adapters else ():
+        print(f"{file.relative_to(HERE)}: {file.stat().st_size:,} bytes")
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Put the cells of an archive back into the runs folder, so that tables and figures can be made without a run."""
-    made = runs.restore(options.archive or HERE / "figures" / f"{options.profile}.zip")
+    """Put the cells of an archive back into the runs folder, so that tables and figures can be made without a run, and
+    with them the trained adapters that adapters/<profile> has.
+    """
+    if options.archive:
+        made = runs.restore(options.archive)
+    else:
+        made = runs.restore(HERE / "figures" / f"{options.profile}.zip", adapters_of(options.profile))
     print(f"{len(made)} cells restored into {runs.root()}")
+
+
+def adapters_of(profile: str) -> Path:
+    """Where the adapters of a profile lie in the repository, if they do."""
+    return HERE / "adapters" / profile
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -240,6 +254,10 @@ def main() -> None:
         command = commands.add_parser(name, help=does.__doc__)
         command.add_argument("--profile", default="offline-full")
         command.set_defaults(run=does, archive=None)
+        if does is pack:
+            command.add_argument(
+                "--adapters", action="store_true", help="and copy the adapters into adapters/<profile>"
+            )
     command.add_argument("archive", nargs="?", type=Path, help="instead of figures/<profile>.zip")
     for name, does in (("inspect", inspect), ("verify", verify)):
         command = commands.add_parser(name, help=does.__doc__)

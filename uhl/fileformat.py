@@ -301,7 +301,7 @@ def _read_once(path: Path, check: Callable[[Path, Any, dict[str, Spec]], H]) -> 
     if not path.is_file():
         raise UHLError(
             f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb "
-            f"(a cell restored from an archive has none: delete its folder and run it again)"
+            f"(a cell restored from an archive may have none: delete its folder and run it again)"
         )
     try:
         _check_sizes(path)

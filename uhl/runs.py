@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 import warnings
@@ -22,7 +23,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeVar
@@ -36,7 +37,7 @@ from uhl import files, pruning
 from uhl.adapter import check_task_name
 from uhl.config import ARMS, Arm, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
-from uhl.files import sha256, write_atomic, write_csv, write_text
+from uhl.files import check_sha256, sha256, write_atomic, write_csv, write_text
 from uhl.progress import batch as batch
 from uhl.readers import TaskSpec
 
@@ -344,9 +345,9 @@ def load_results(profile: str) -> pd.DataFrame:
     return frame
 
 
-# --- archives: a profile's evidence in one file, without its adapters ------------------------------------------------
+# --- archives: a profile's evidence in one file, its adapters in a folder ---------------------------------------------
 
-PREDICTIONS = "predictions.npz"
+PREDICTIONS, ADAPTER = "predictions.npz", "adapter.safetensors"
 MARKS = ("*-s*/*/manifest.json", "*-s*/compress/*/outcome.json")  # written last, when what lies beside them is whole
 
 
@@ -371,12 +372,26 @@ def pack(profile: str, path: str | Path) -> Path:
     return write_atomic(path, write)
 
 
-def restore(path: str | Path) -> list[Path]:
+def keep_adapters(profile: str, folder: Path) -> list[Path]:
+    """Copy the adapters that a profile's cells have trained into a folder, for :func:`restore`; returns the copies."""
+    trained = sorted((root() / profile).glob(f"*-s*/pretrain-*/{ADAPTER}"))
+    if not trained:
+        raise UHLError(f"profile {profile} has no trained adapter here; run it first: make run PROFILE={profile}")
+    return [write_atomic(_kept(folder, file.parent), partial(shutil.copyfile, file)) for file in trained]
+
+
+def _kept(folder: Path, cell: Path | PurePosixPath) -> Path:
+    """Where :func:`keep_adapters` puts a cell's adapter: ``movies-s0-canonical.safetensors``."""
+    return folder / f"{cell.parent.name}-{cell.name.removeprefix('pretrain-')}.safetensors"
+
+
+def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
     """Put back under :func:`root` what :func:`pack` wrote and return the folders; cells that are there already stay.
 
     Tables and figures can then be made again. In a folder without cells a batch goes on with those that are missing, as
     all files have one time and no cell looks older than what it was made from; but a port or tuning needs its trained
-    adapter, which no archive has. Raises :class:`UHLError` for a file that is no such archive, before anything is
+    adapter, which is put back where ``adapters``, the folder of :func:`keep_adapters`, has it. Raises
+    :class:`UHLError` for a file that is no such archive, or an adapter that is not its cell's, before anything is
     written.
     """
     path = Path(path)
@@ -394,14 +409,19 @@ def restore(path: str | Path) -> list[Path]:
         if isinstance(error, UHLError):
             raise
         raise UHLError(f"{path} is not an archive of runs ({error}); make one with: python -m uhl pack") from error
+    for mark in marks:
+        trained = told[mark].get("artefacts", {}).get(ADAPTER)
+        if adapters and trained and (file := _kept(adapters, mark.parent)).is_file():
+            check_sha256(file, trained["sha256"], f"the cell of {path.name} trained another; restore it, or remove it")
+            files[mark.parent / ADAPTER] = file.read_bytes()
     made, now = [], time.time()
     for mark in sorted(marks):
         target = root() / profile / mark
         if not target.is_file():
-            for name in (mark.parent / PREDICTIONS, mark):
-                data = files[name]
-                write_atomic(root() / profile / name, lambda tmp, data=data: tmp.write_bytes(data))  # type: ignore[misc]
-                os.utime(root() / profile / name, (now, now))
+            for name in (mark.parent / PREDICTIONS, mark.parent / ADAPTER, mark):
+                if (data := files.get(name)) is not None:
+                    write_atomic(root() / profile / name, lambda tmp, data=data: tmp.write_bytes(data))  # type: ignore[misc]
+                    os.utime(root() / profile / name, (now, now))
             made.append(target.parent)
     update_results(profile)
     return made
