@@ -666,6 +666,40 @@ def test_an_interrupted_cell_of_tuning_reads_back_the_arms_that_were_scored(tiny
     assert asked == list(stages.TUNED_ARMS)
 
 
+def test_an_interrupted_cell_of_ports_reads_back_the_arms_that_were_scored(tiny_world, monkeypatch):
+    for projector in ("canonical", "dimension"):
+        stages.pretrain(tiny_world, projector)
+    asked, port = [], stages.port
+    monkeypatch.setattr(
+        stages, "port", lambda adapter, target, task, arm, *a: asked.append(arm) or port(adapter, target, task, arm, *a)
+    )
+    arms = ("dimension", "lineage", "anchor", "refresh")
+    settings = tiny_world.model_copy(update={"arms": arms})
+    score = Outcome.score_adapter
+    with monkeypatch.context() as patch:
+        patch.setattr(Outcome, "score_adapter", lambda *a, **k: score(*a, **k) if k["arm"] != "refresh" else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            stages.zero_shot(settings)
+    ran = [arm for arm in arms if arm in asked]
+    assert ran == asked
+    assert {"dimension", "anchor", "refresh"} <= {*ran}
+    asked.clear()
+    whole = stages.zero_shot(settings)
+    assert asked == ["refresh"]
+    again = stages.zero_shot(settings)
+    assert asked == ["refresh"]
+    assert again.rows == json.loads(json.dumps(whole.rows))
+    assert (again.paths, again.adapters, again.rules) == (whole.paths, whole.adapters, whole.rules)
+    assert again.details == json.loads(json.dumps(whole.details))
+    assert whole.details["reports"].keys() == {*ran}
+    for arm in ran:
+        assert np.array_equal(again.counts(arm), whole.counts(arm))
+    stages.zero_shot(settings.model_copy(update={"tune_rate": 0.5 * tiny_world.tune_rate}))
+    assert asked == ["refresh"]
+    stages.zero_shot(settings.model_copy(update={"max_length": 8}))
+    assert asked == ["refresh", *ran]
+
+
 def test_what_was_kept_is_read_back_by_a_release_with_more_settings(tiny_world, monkeypatch):
     stages.pretrain(tiny_world, "canonical")
     few = tiny_world.model_copy(update={"arms": ("anchor",)})  # without a `dimension` adapter

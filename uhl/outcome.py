@@ -208,6 +208,7 @@ def merge(outcomes: Iterable[Outcome]) -> Outcome:
         merged.commits |= outcome.commits
         merged.hardware |= outcome.hardware
         merged.adapters |= outcome.adapters
+        merged.rules = outcome.rules if merged.rules is None else merged.rules
     return merged
 
 

@@ -498,18 +498,23 @@ def missing(profile: str) -> list[str]:
         rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
         wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
     hosts = {name: shared | runs.read_yaml(PARAMS / profile / f"{name}.yaml") for name in grid.hosts} if grid else {}
-    rules: dict[str, int] = {}  # the newest of ports to each host; earlier cells do not tell theirs
+    rules: dict[
+        str, int
+    ] = {}  # the newest of ports to each host; earlier cells do not tell theirs, nor does one without a port
     for cell, entry in finished.items():
         stage, _, host = cell.name.partition("-")
         if stage in {"port", "tune"}:
-            rules[host] = max(rules.get(host, RULES), entry.get("rules", RULES))
+            rules[host] = max(rules.get(host, RULES), entry.get("rules") or RULES)
     for cell, entry in finished.items():
         asked, name = settings[cell], cell.relative_to(folder)
         stage, _, host = cell.name.partition("-")
         if stage in {"tune", "baselines"} and host in hosts and asked.bf16 != hosts[host].get("bf16", False):
             how = "under bfloat16 autocast" if asked.bf16 else "in float32"
             left.append(f"{name}: trained {how}, unlike what {host}.yaml says; delete the folder, and run it again")
-        if stage in {"port", "tune"} and entry.get("rules", rules[host]) not in {rules[host]} & {RULES, LARGER_RULES}:
+        if stage in {"port", "tune"} and (entry.get("rules") or rules[host]) not in {rules[host]} & {
+            RULES,
+            LARGER_RULES,
+        }:
             left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
         for lent, digest in entry.get("adapters", {}).items():
             made = finished.get(cell.parent / lent) or finished.get(folder / lent, {})  # of the task, or of another

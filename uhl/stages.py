@@ -32,7 +32,7 @@ from uhl.head import HeadFit, fit_head
 from uhl.host import find_slots
 from uhl.layer import Attached
 from uhl.models import Encoder, load_encoder
-from uhl.outcome import Outcome
+from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
 from uhl.porting import (
     REFRESHED,
@@ -61,6 +61,10 @@ NOT_OF_THE_SOURCE = {
     *("target", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
     *("tune_steps", "tune_batch", "tune_rate"),
 }  # settings that nothing trained on the source depends on
+NOT_OF_PORTING = {
+    *("hosts", "projectors", "baselines", "arms", "attempts", "copies", *RATES.values()),
+    *("tune_steps", "tune_batch", "tune_rate"),
+}  # settings that no port depends on; those of training its adapter's hash tells
 NOT_OF_TUNING = {*("hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"), *RATES.values()}
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
@@ -307,32 +311,59 @@ def _second_host(name: str, source: Encoder, adapter: UHLAdapter, task: str) -> 
 
 
 def zero_shot(settings: Settings) -> Outcome:
-    """Port the trained adapters to the target by the settings' arms, and score without any label of the target."""
+    """Port the trained adapters to the target by the settings' arms, and score without any label of the target. Each
+    arm is kept in a folder of its own as soon as it is scored, and a cell that was interrupted reads it back.
+    """
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
-    outcome = Outcome(settings, task, details={"reports": {}, "undefined": {}})
+    folder, shared = runs.cell_dir(settings, f"port-{runs.slug(settings.target)}"), Shared()
+    common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_PORTING}
+    common |= {"data": digest(task), "revisions": [source.revision, target.revision]}
+    outcome = Outcome(settings, task)
     outcome.score_majority(target)
-    shared = Shared()
+    outcomes, used, reports, undefined = [outcome], dict[str, str](), {}, {}
     for arm in settings.arms:
         adapter, path = adapter_for(settings, arm)
-        outcome.adapters[path.parent.name], outcome.rules = sha256(path), port_rules(adapter, target)
-        reason = why_not(adapter, target, arm, source) or not_taught(adapter, settings.task_name)
-        if reason:
-            outcome.details["undefined"][arm] = reason
+        used[path.parent.name] = sha256(path)
+        if reason := why_not(adapter, target, arm, source) or not_taught(adapter, settings.task_name):
+            undefined[arm] = reason
             continue
         check_labels(adapter, settings.task_name, task)
-        way = Way(refresh_steps=settings.refresh_steps)
-        ported = port(adapter, target, settings.task_name, arm, source, settings.seed, shared, way)
-        outcome.details["reports"][arm] = ported.report
-        if arm in REFRESHED:
-            _say_where(settings, adapter, target, ported)
-            folder = runs.cell_dir(settings, f"port-{runs.slug(settings.target)}")
-            path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
-            outcome.paths.append(path)
-            adapter = store.load(path)
-        trained = adapter.task(settings.task_name).bias.numel() if arm in REFRESHED else 0
-        known = {"arm": arm, "phase": "zero-shot", "trainable_params": trained, "seconds": ported.report["seconds"]}
-        outcome.score_adapter(adapter, path, target, ported.frame, ported.scale, **known)
+        about = common | {"arm": arm, "adapter": used[path.parent.name], "rules": port_rules(adapter, target)}
+        found = Outcome.kept(settings, task, folder / arm, about)
+        if found is None:
+            found = _zero_shot(settings, task, arm, adapter, path, target, source, shared)
+            found.keep(folder / arm, about)
+        reports[arm] = found.details["report"]
+        outcomes.append(found)
+    merged = merge(outcomes)
+    merged.adapters, merged.details = used, {"reports": reports, "undefined": undefined}
+    return merged
+
+
+def _zero_shot(
+    settings: Settings,
+    task: Task,
+    arm: str,
+    adapter: UHLAdapter,
+    path: Path,
+    target: Encoder,
+    source: Encoder,
+    shared: Shared,
+) -> Outcome:
+    """One arm's port, scored; of one that refreshes the file that it wrote."""
+    way = Way(refresh_steps=settings.refresh_steps)
+    ported = port(adapter, target, settings.task_name, arm, source, settings.seed, shared, way)
+    outcome = Outcome(settings, task, rules=port_rules(adapter, target), details={"report": ported.report})
+    if arm in REFRESHED:
+        _say_where(settings, adapter, target, ported)
+        folder = runs.cell_dir(settings, f"port-{runs.slug(settings.target)}")
+        path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
+        outcome.paths.append(path)
+        adapter = store.load(path)
+    trained = adapter.task(settings.task_name).bias.numel() if arm in REFRESHED else 0
+    known = {"arm": arm, "phase": "zero-shot", "trainable_params": trained, "seconds": ported.report["seconds"]}
+    outcome.score_adapter(adapter, path, target, ported.frame, ported.scale, **known)
     return outcome
 
 
