@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -170,6 +171,25 @@ def test_the_adapters_that_lie_here_are_those_of_their_runs_and_are_put_back(tmp
         assert file.stat().st_size < 1_000_000
         assert store.load(file).info["source"] == "minilm-l6"
         assert {entry["protocol"] for entry in runs.manifests(file.parent.name).values()} == {runs.PROTOCOL}
+
+
+def test_every_interval_in_the_readme_is_one_of_a_table_of_figures():
+    """``1.8 [0.7, 2.8]`` in a sentence: a value and its interval, of either sign, as some row has them."""
+    known = []
+    for file in ROOT.glob("figures/**/*.csv"):
+        table = pd.read_csv(file).select_dtypes("number")
+        for low in (c for c in table if "low" in c and c.replace("low", "high") in table):
+            ends = table[[low, low.replace("low", "high")]]
+            known += [ends.assign(value=table[c])[["value", *ends]].dropna().to_numpy() for c in table]
+    rows = np.concatenate(known)
+    rows = np.concatenate([rows, -rows[:, [0, 2, 1]]])
+    text = " ".join(line for line in (ROOT / "README.md").read_text().splitlines() if not line.startswith("|"))
+    number = r"(-?\d+\.\d+)"
+    said = re.findall(rf"{number}\s+\[{number},\s+{number}\]", text)
+    assert len(said) > 50
+    for told in said:
+        half = 0.5 * 10.0 ** -len(told[0].partition(".")[2]) + 1e-9
+        assert (np.abs(rows - [float(x) for x in told]) <= half).all(1).any(), "{} [{}, {}]".format(*told)
 
 
 @pytest.mark.parametrize("file", ["retrained.yaml", "source.yaml"])
