@@ -103,24 +103,21 @@ def pack(options: argparse.Namespace) -> None:
     """
     path = runs.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
     print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes, the labels of what was scored among them")
-    for file in runs.keep_adapters(options.profile, adapters_of(options.profile)) if options.adapters else ():
-        print(f"{file.relative_to(HERE)}: {file.stat().st_size:,} bytes")
+    if options.adapters:
+        copies = runs.keep_adapters(options.profile, HERE / report.adapters_of(options.profile))
+        if not copies:
+            raise UHLError(f"no trained adapter of {options.profile} is here; make run PROFILE={options.profile}")
+        for file in copies:
+            print(f"{file.relative_to(HERE)}: {file.stat().st_size:,} bytes")
 
 
 def restore(options: argparse.Namespace) -> None:
     """Put the cells of an archive back into the runs folder, so that tables and figures can be made without a run, and
     with them the trained adapters that adapters/<profile> has.
     """
-    if options.archive:
-        made = runs.restore(options.archive)
-    else:
-        made = runs.restore(HERE / "figures" / f"{options.profile}.zip", adapters_of(options.profile))
+    archive = options.archive or HERE / "figures" / f"{options.profile}.zip"
+    made = runs.restore(archive, HERE / report.adapters_of(archive.stem))
     print(f"{len(made)} cells restored into {runs.root()}")
-
-
-def adapters_of(profile: str) -> Path:
-    """Where the adapters of a profile lie in the repository, if they do."""
-    return HERE / "adapters" / profile
 
 
 def inspect(options: argparse.Namespace) -> None:

@@ -107,6 +107,7 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
         close, loose = Way(imitation="closest"), Way(imitation="one-se")
         yield Attempt("imitation", "head as close as it can be, no atoms", "zero-atoms", close)
         yield Attempt("imitation", "head within a standard error, no atoms", "zero-atoms", loose)
+        yield Attempt("imitation", "anchor, head as close as it can be", way=close)
         yield Attempt("imitation", "anchor, head within a standard error", way=loose)
     for maps in ("shared", "level"):
         yield Attempt("maps", f"{maps} maps, scale 1", way=Way(maps=maps, scales=(1.0,)))

@@ -49,7 +49,7 @@ class Outcome:
     commits: set[str] = field(default_factory=set)  # of rows that an earlier process measured, and where it ran
     hardware: set[str] = field(default_factory=set)
     adapters: dict[str, str] = field(default_factory=dict)  # sha256 of the trained files in use, by their stage
-    rules: int | None = None  # of the ports that were scored, uhl.porting.port_rules
+    rules: int | None = None  # of the anchored ports that were scored, uhl.porting.port_rules; None where none was
     details: dict[str, Any] = field(default_factory=dict)
 
     def score(self, classifier: Classifier, encoder: Encoder, **known: object) -> None:
@@ -199,7 +199,7 @@ def merge(outcomes: Iterable[Outcome]) -> Outcome:
     first, *rest = outcomes
     merged = Outcome(first.settings, first.task, list(first.rows), dict(first.predictions), list(first.paths))
     merged.curves, merged.commits, merged.hardware = dict(first.curves), set(first.commits), set(first.hardware)
-    merged.adapters, merged.rules = dict(first.adapters), first.rules
+    merged.adapters = dict(first.adapters)
     for outcome in rest:
         merged.rows += outcome.rows
         merged.predictions |= outcome.predictions
@@ -208,7 +208,7 @@ def merge(outcomes: Iterable[Outcome]) -> Outcome:
         merged.commits |= outcome.commits
         merged.hardware |= outcome.hardware
         merged.adapters |= outcome.adapters
-        merged.rules = outcome.rules if merged.rules is None else merged.rules
+    merged.rules = max((outcome.rules for outcome in (first, *rest) if outcome.rules), default=None)
     return merged
 
 

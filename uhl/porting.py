@@ -16,9 +16,9 @@ The anchored port runs the target over the anchor texts once. The stream's reade
 min ||H M^T - Z||^2 + ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer
 N solves the reverse. The head's reader is the same regression from what a head reads (sentence means, or words) at
 several levels to the *adapted* source's codes, fitted with the atoms in place; the directions that the task's logits
-need are fitted on more texts than the others, and on fragments of texts. On a host larger than the source they imitate
+need are fitted on more texts than the others, and on fragments of texts. On a host larger than the source these imitate
 the source's logits to within a standard error of the closest fit, not more: what a larger host knows better would be
-unlearnt. How much of the atoms to use is the scale in :data:`SCALES` at which the source's logits are reproduced best;
+unlearnt (:func:`port_rules`). How much of the atoms to use is the scale in :data:`SCALES` at which the source's logits are reproduced best;
 0 is allowed. How often the target will decide as the source did is predicted from the same texts, each left out of its
 own fit (``agreement`` in the report). ``change`` is how much the atoms move what the head reads: random directions at
 the same scale move it less. A head that no source has trained (``own_head`` of its task) reads the target's own
@@ -102,7 +102,7 @@ class Way(_Strict):
     imitation: Literal["closest", "one-se"] | None = Field(
         None,
         description="of the source's logits by the head: as close as left-out texts allow, or within a standard error; "
-        "None: this where the host is larger than the source",
+        "None: the latter where the host is larger than the source, else the former",
     )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
@@ -452,16 +452,22 @@ def is_larger(adapter: UHLAdapter, target: Encoder) -> bool:
 
 
 def port_rules(adapter: UHLAdapter, target: Encoder) -> int:
-    """Rules of anchored ports to a host: :data:`RULES` or :data:`LARGER_RULES`."""
-    return LARGER_RULES if is_larger(adapter, target) else RULES
+    """Rules of anchored ports to a host: :data:`RULES`, or :data:`LARGER_RULES` where the host is larger than the
+    source and the anchors hold logits of more texts than have codes. Not for a token task: its units are words, and
+    those of one text are not independent, as a standard error would have them.
+    """
+    anchors = adapter.anchors
+    apply = anchors is not None and anchors.logits is not None and anchors.kind != "token"
+    return LARGER_RULES if apply and is_larger(adapter, target) else RULES
 
 
 def _of_another_release(adapter: UHLAdapter, target: Encoder) -> bool:
     """Whether the head was tuned behind a port by rules that are not today's: on the target, or on any other host."""
     there, rules = adapter.info.get("tuned_on"), adapter.info.get("port_rules")
-    return bool(there) and rules not in (
-        {port_rules(adapter, target)} if there == target.name else {RULES, LARGER_RULES}
-    )
+    if not there:
+        return False
+    here = Path(str(there)).name == Path(target.name).name  # the folder may be another
+    return rules != port_rules(adapter, target) if here else rules not in (RULES, LARGER_RULES)
 
 
 def _anchored(
@@ -476,8 +482,6 @@ def _anchored(
 ) -> Port:
     anchors = adapter.anchors
     assert anchors is not None
-    if way.imitation is None:
-        way = way.model_copy(update={"imitation": "one-se" if is_larger(adapter, target) else "closest"})
     generator = torch.Generator().manual_seed(seed)
     wanted = _Wanted.of(anchors, generator if arm == "shuffled" else None)
     basis, fits = _stream_basis(anchors, seen, wanted.order, way, adapter.dictionary.v.detach().cpu())
@@ -499,12 +503,13 @@ def _anchored(
 
     with untuned(adapter, task):
         read = {scale: states(scale, coded) for scale in scales}
-        tried = {scale: _head_fit(units, few, target.width, way) for scale, units in read.items()}
+        tried = {scale: _head_fit(units, few, target.width) for scale, units in read.items()}
         scale = max(tried, key=lambda s: tried[s].explained)
         best = tried[scale]
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
             rest = states(scale, whole, len(coded.texts))
-            best = _head_fit(torch.cat([read[scale], rest]), wanted, target.width, way)
+            loose = port_rules(adapter, target) == LARGER_RULES if way.imitation is None else way.imitation == "one-se"
+            best = _head_fit(torch.cat([read[scale], rest]), wanted, target.width, loose)
     frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(slots)
     frame = _acting(frame, slots, way)
     report: dict[str, object] = {
@@ -607,11 +612,11 @@ class _HeadFit:
     logits: Float[Tensor, "n labels"] | None
 
 
-def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int, way: Way) -> _HeadFit:
+def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int, loose: bool = False) -> _HeadFit:
     """A ridge regression from several levels' states, each brought to the same size, to the adapted source's codes.
 
     Coordinates are turned so that the first are those that the head reads: their penalties are then chosen for what the
-    task needs, and they are fitted on all units whose logits are known.
+    task needs, and they are fitted on all units whose logits are known; ``loose``: to within a standard error.
     """
     sizes = states.reshape(len(states), -1, width).double().pow(2).mean((0, 2)).sqrt().clamp_min(1e-12)
     sizes = sizes.repeat_interleave(width).float()
@@ -628,7 +633,7 @@ def _head_fit(states: Float[Tensor, "U D_levels"], wanted: _Wanted, width: int, 
     if wanted.logits is not None:
         known = wanted.logits.double()
         targets = (known - known.mean(1, keepdim=True)) @ left[:, :read] / strength[:read]
-        first = ridge(x, targets, rows=wanted.units, one_se=way.imitation == "one-se")
+        first = ridge(x, targets, rows=wanted.units, one_se=loose)
         matrix[:, :read], shift[:read] = first.matrix.double(), first.shift.double()
     judges = slice(None) if wanted.logits is None else wanted.units.weights == 1
     share = targets[judges].var(0) * strength[:read].pow(2)

@@ -498,23 +498,14 @@ def missing(profile: str) -> list[str]:
         rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
         wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
     hosts = {name: shared | runs.read_yaml(PARAMS / profile / f"{name}.yaml") for name in grid.hosts} if grid else {}
-    rules: dict[
-        str, int
-    ] = {}  # the newest of ports to each host; earlier cells do not tell theirs, nor does one without a port
-    for cell, entry in finished.items():
-        stage, _, host = cell.name.partition("-")
-        if stage in {"port", "tune"}:
-            rules[host] = max(rules.get(host, RULES), entry.get("rules") or RULES)
+    outdated = _outdated(finished)
     for cell, entry in finished.items():
         asked, name = settings[cell], cell.relative_to(folder)
         stage, _, host = cell.name.partition("-")
         if stage in {"tune", "baselines"} and host in hosts and asked.bf16 != hosts[host].get("bf16", False):
             how = "under bfloat16 autocast" if asked.bf16 else "in float32"
             left.append(f"{name}: trained {how}, unlike what {host}.yaml says; delete the folder, and run it again")
-        if stage in {"port", "tune"} and (entry.get("rules") or rules[host]) not in {rules[host]} & {
-            RULES,
-            LARGER_RULES,
-        }:
+        if cell in outdated:
             left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
         for lent, digest in entry.get("adapters", {}).items():
             made = finished.get(cell.parent / lent) or finished.get(folder / lent, {})  # of the task, or of another
@@ -529,6 +520,23 @@ def missing(profile: str) -> list[str]:
     if grid and grid.beside and not manifests(grid.beside):
         left.append(f"{grid.beside}: nothing of it is here to compare with; uhl restore --profile {grid.beside}")
     return left
+
+
+def _outdated(finished: Mapping[Path, Mapping[str, Any]]) -> set[Path]:
+    """Cells that were ported by rules that no host has now, or by older ones than another cell to the same host.
+
+    Cells of earlier releases do not tell theirs; those of a cell with no anchored port are None.
+    """
+    rules = {c: e.get("rules", RULES) for c, e in finished.items() if c.name.startswith(("port-", "tune-"))}
+    newest: dict[str, int] = {}
+    for cell, made in rules.items():
+        host = cell.name.partition("-")[2]
+        newest[host] = max(newest.get(host, 0), made or 0)
+    return {
+        cell
+        for cell, made in rules.items()
+        if made and (made not in (RULES, LARGER_RULES) or made < newest[cell.name.partition("-")[2]])
+    }
 
 
 def _asked(
@@ -714,10 +722,15 @@ def readme_of(profile: str) -> Path:
     return Path("README.md") if profile == FIRST else figures_of(profile) / "README.md"
 
 
+def adapters_of(profile: str) -> Path:
+    """Where in the repository a profile's trained adapters lie, if they do."""
+    return Path("adapters", profile)
+
+
 def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool = False) -> None:
     """Put the table and, below it, the ``verdicts`` on the claims into :func:`readme_of` the repository at ``place``,
     and the figures with their CSVs into :func:`figures_of`. Manifests and predictions go into one archive, unless a
-    task is the user's own: predictions hold its labels.
+    task is the user's own: predictions hold its labels. Where :func:`adapters_of` is there, adapters go into it.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -744,3 +757,5 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
     _copy(runs.root() / profile / "results.csv", into / "results.csv")
     if not any(task_file(profile, task) for task in Grid.read(profile).trained):
         runs.pack(profile, place / "figures" / f"{profile}.zip")
+    if (folder := place / adapters_of(profile)).is_dir():
+        runs.keep_adapters(profile, folder)

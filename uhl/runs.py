@@ -373,11 +373,13 @@ def pack(profile: str, path: str | Path) -> Path:
 
 
 def keep_adapters(profile: str, folder: Path) -> list[Path]:
-    """Copy the adapters that a profile's cells have trained into a folder, for :func:`restore`; returns the copies."""
-    trained = sorted((root() / profile).glob(f"*-s*/pretrain-*/{ADAPTER}"))
-    if not trained:
-        raise UHLError(f"profile {profile} has no trained adapter here; run it first: make run PROFILE={profile}")
-    return [write_atomic(_kept(folder, file.parent), partial(shutil.copyfile, file)) for file in trained]
+    """Copy the adapters of a profile's finished cells into a folder, for :func:`restore`; returns the copies."""
+    copies = []
+    for cell, entry in manifests(profile).items():
+        trained, file = entry.get("artefacts", {}).get(ADAPTER), cell / ADAPTER
+        if trained and file.is_file() and sha256(file) == trained["sha256"]:
+            copies.append(write_atomic(_kept(folder, cell), partial(shutil.copyfile, file)))
+    return copies
 
 
 def _kept(folder: Path, cell: Path | PurePosixPath) -> Path:
@@ -409,20 +411,22 @@ def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
         if isinstance(error, UHLError):
             raise
         raise UHLError(f"{path} is not an archive of runs ({error}); make one with: python -m uhl pack") from error
-    for mark in marks:
-        trained = told[mark].get("artefacts", {}).get(ADAPTER)
-        if adapters and trained and (file := _kept(adapters, mark.parent)).is_file():
-            check_sha256(file, trained["sha256"], f"the cell of {path.name} trained another; restore it, or remove it")
-            files[mark.parent / ADAPTER] = file.read_bytes()
-    made, now = [], time.time()
+    made, back, now = [], dict[PurePosixPath, bytes](), time.time()
     for mark in sorted(marks):
-        target = root() / profile / mark
-        if not target.is_file():
-            for name in (mark.parent / PREDICTIONS, mark.parent / ADAPTER, mark):
-                if (data := files.get(name)) is not None:
-                    write_atomic(root() / profile / name, lambda tmp, data=data: tmp.write_bytes(data))  # type: ignore[misc]
-                    os.utime(root() / profile / name, (now, now))
-            made.append(target.parent)
+        place = root() / profile / mark.parent
+        new = not (place / mark.name).is_file()
+        trained = (told[mark] if new else manifest(place / mark.name)).get("artefacts", {}).get(ADAPTER)
+        if adapters and trained and not (place / ADAPTER).is_file():
+            file = _kept(adapters, mark.parent)
+            if file.is_file():
+                check_sha256(file, trained["sha256"], f"{place} trained another; restore the file, or remove it")
+                back[mark.parent / ADAPTER] = file.read_bytes()
+        if new:
+            back |= {name: files[name] for name in (mark.parent / PREDICTIONS, mark)}
+            made.append(place)
+    for name, data in back.items():  # of each cell what says that it is whole last
+        write_atomic(root() / profile / name, lambda tmp, data=data: tmp.write_bytes(data))  # type: ignore[misc]
+        os.utime(root() / profile / name, (now, now))
     update_results(profile)
     return made
 

@@ -35,6 +35,7 @@ from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
 from uhl.porting import (
+    FIXED,
     REFRESHED,
     Port,
     Shared,
@@ -61,11 +62,8 @@ NOT_OF_THE_SOURCE = {
     *("target", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
     *("tune_steps", "tune_batch", "tune_rate"),
 }  # settings that nothing trained on the source depends on
-NOT_OF_PORTING = {
-    *("hosts", "projectors", "baselines", "arms", "attempts", "copies", *RATES.values()),
-    *("tune_steps", "tune_batch", "tune_rate"),
-}  # settings that no port depends on; those of training its adapter's hash tells
 NOT_OF_TUNING = {*("hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"), *RATES.values()}
+NOT_OF_PORTING = NOT_OF_TUNING - {"refresh_steps"} | {"tune_steps", "tune_batch", "tune_rate"}
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
 
@@ -329,7 +327,7 @@ def zero_shot(settings: Settings) -> Outcome:
             undefined[arm] = reason
             continue
         check_labels(adapter, settings.task_name, task)
-        about = common | {"arm": arm, "adapter": used[path.parent.name], "rules": port_rules(adapter, target)}
+        about = common | {"arm": arm, "adapter": used[path.parent.name], "rules": _rules(arm, adapter, target)}
         found = Outcome.kept(settings, task, folder / arm, about)
         if found is None:
             found = _zero_shot(settings, task, arm, adapter, path, target, source, shared)
@@ -354,7 +352,7 @@ def _zero_shot(
     """One arm's port, scored; of one that refreshes the file that it wrote."""
     way = Way(refresh_steps=settings.refresh_steps)
     ported = port(adapter, target, settings.task_name, arm, source, settings.seed, shared, way)
-    outcome = Outcome(settings, task, rules=port_rules(adapter, target), details={"report": ported.report})
+    outcome = Outcome(settings, task, rules=_rules(arm, adapter, target), details={"report": ported.report})
     if arm in REFRESHED:
         _say_where(settings, adapter, target, ported)
         folder = runs.cell_dir(settings, f"port-{runs.slug(settings.target)}")
@@ -395,6 +393,11 @@ def adapter_path(settings: Settings, arm: str) -> Path:
 def rules_of(settings: Settings) -> int:
     """Rules of the anchored port to the settings' target."""
     return port_rules(adapter_for(settings, "anchor")[0], load_encoder(settings.target))
+
+
+def _rules(arm: str, adapter: UHLAdapter, target: Encoder) -> int | None:
+    """Rules of an arm's port; None of one that no anchor has a part in."""
+    return None if arm in FIXED else port_rules(adapter, target)
 
 
 def check_labels(adapter: UHLAdapter, name: str, task: Task) -> None:
@@ -445,7 +448,7 @@ def tune(
     path = store.save(adapter, folder / f"adapter-{arm}.safetensors")
     details = {"scale": ported.scale, "head": "fitted" if head.fitted else "ported"}
     outcome = Outcome(settings, task, paths=[path], curves={arm: log.losses}, details=details)
-    outcome.adapters, outcome.rules = used, port_rules(adapter, target)
+    outcome.adapters, outcome.rules = used, _rules(arm, adapter, target)
     found = store.load(path)
     outcome.score_adapter(found, path, target, ported.frame, ported.scale, arm=arm, phase="tuned", **log.costs())
     return outcome
@@ -462,11 +465,13 @@ def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
     """
     folder, task = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}"), load_data(settings)
     common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_TUNING}
-    common |= {"data": digest(task), "rules": rules_of(settings)}
+    target = load_encoder(settings.target)
+    common["data"] = digest(task)
     common["revisions"] = [_revision(name) for name in (settings.source, settings.target)]
     outcomes: dict[str, Outcome] = {}
     for arm in tuned_arms(settings.arms):
-        about = common | {"arm": arm, "adapter": sha256(adapter_for(settings, arm)[1])}
+        adapter, path = adapter_for(settings, arm)
+        about = common | {"arm": arm, "adapter": sha256(path), "rules": _rules(arm, adapter, target)}
         outcome = Outcome.kept(settings, task, folder / arm, about)
         if outcome is None and (outcome := tune(settings, arm, shared)) is not None:
             outcome.keep(folder / arm, about)
