@@ -12,17 +12,17 @@
 | `shuffled`   | control: `anchor` with the anchors' codes permuted                 | the file's anchors       |
 | `refresh-random` | control: `refresh` with atoms behind a random orthogonal P     | the file's anchors       |
 
-The anchored port runs the target over the anchor texts once. The stream's reader M solves
-min ||H M^T - Z||^2 + ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer
-N solves the reverse. The head's reader is the same regression from what a head reads (sentence means, or words) at
-several levels to the *adapted* source's codes, fitted with the atoms in place; the directions that the task's logits
-need are fitted on more texts than the others, and on fragments of texts. On a host larger than the source these imitate
-the source's logits to within a standard error of the closest fit, not more: what a larger host knows better would be
-unlearnt (:func:`port_rules`). How much of the atoms to use is the scale in :data:`SCALES` at which the source's logits are reproduced best;
-0 is allowed. How often the target will decide as the source did is predicted from the same texts, each left out of its
-own fit (``agreement`` in the report). ``change`` is how much the atoms move what the head reads: random directions at
-the same scale move it less. A head that no source has trained (``own_head`` of its task) reads the target's own
-principal coordinates of the file's anchor texts, by every arm, or where there are none what the arm gives.
+The anchored port runs the target over the anchor texts once. The stream's reader M solves min ||H M^T - Z||^2 +
+||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer N solves the reverse.
+The head's reader is the same regression from what a head reads (sentence means, or words) at several levels to the
+*adapted* source's codes, fitted with the atoms in place; the directions that the task's logits need are fitted on more
+texts than the others, and on fragments of texts. On a host larger than the source these imitate the source's logits to
+within a standard error of the closest fit, not more: what a larger host knows better would be unlearnt
+(:func:`port_rules`). How much of the atoms to use is the scale in :data:`SCALES` at which the source's logits are
+reproduced best; 0 is allowed. How often the target will decide as the source did is predicted from the same texts, each
+left out of its own fit (``agreement`` in the report). ``change`` is how much the atoms move what the head reads: random
+directions at the same scale move it less. A head that no source has trained (``own_head`` of its task) reads the
+target's own principal coordinates of the file's anchor texts, by every arm, or where there are none what the arm gives.
 
 A target that is the source itself, known by what it makes of the anchors to within 8 bits (a copy at half precision is
 not), gets the source's own frame.
