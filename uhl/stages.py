@@ -465,13 +465,12 @@ def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
     """
     folder, task = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}"), load_data(settings)
     common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_TUNING}
-    target = load_encoder(settings.target)
-    common["data"] = digest(task)
+    common["data"], rules = digest(task), rules_of(settings)
     common["revisions"] = [_revision(name) for name in (settings.source, settings.target)]
     outcomes: dict[str, Outcome] = {}
     for arm in tuned_arms(settings.arms):
-        adapter, path = adapter_for(settings, arm)
-        about = common | {"arm": arm, "adapter": sha256(path), "rules": _rules(arm, adapter, target)}
+        about = common | {"arm": arm, "adapter": sha256(adapter_for(settings, arm)[1])}
+        about["rules"] = None if arm in FIXED else rules
         outcome = Outcome.kept(settings, task, folder / arm, about)
         if outcome is None and (outcome := tune(settings, arm, shared)) is not None:
             outcome.keep(folder / arm, about)
