@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from uhl import compression, report, runs, stages, viz
+from uhl import compression, evidence, report, runs, stages, viz
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import load_encoder, revision
@@ -217,9 +217,9 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     with pytest.raises(UHLError, match="measured otherwise than the others"):
         report.compressed("t")
     compression.measure(settings)
-    archive = runs.pack("t", tmp_path / "t.zip")
+    archive = evidence.pack("t", tmp_path / "t.zip")
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
-    assert [f.name for f in runs.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]
+    assert [f.name for f in evidence.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]
     assert report.compressed("t").equals(table)
     path = runs.cell_dir(settings, "pretrain-canonical") / "adapter.safetensors"
     path.write_bytes(b"of another training")

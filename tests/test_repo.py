@@ -146,11 +146,11 @@ def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
 @pytest.mark.parametrize("profile", sorted(path.stem for path in ROOT.glob("figures/*.zip")))
 def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path, monkeypatch, profile):
     """What README says that `uhl restore` and `make table` do, without the figures."""
-    from uhl import report, runs
+    from uhl import evidence, report, runs
 
     monkeypatch.setenv("UHL_RUNS", str(tmp_path))
     for name in {profile, report.FIRST}:  # others are compared with that
-        runs.restore(ROOT / "figures" / f"{name}.zip")
+        evidence.restore(ROOT / "figures" / f"{name}.zip")
     assert report.missing(profile) == []
     made, kept = runs.load_results(profile), pd.read_csv(ROOT / report.figures_of(profile) / "results.csv")
     assert made["score"].tolist() == pytest.approx(kept["score"].tolist())
@@ -158,13 +158,13 @@ def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path
 
 
 def test_the_adapters_that_lie_here_are_those_of_their_runs_and_are_put_back(tmp_path, monkeypatch):
-    from uhl import runs, store
+    from uhl import evidence, runs, store
 
     monkeypatch.setenv("UHL_RUNS", str(tmp_path))
     files = sorted(ROOT.glob("adapters/*/*.safetensors"))
     assert ROOT / "adapters" / "offline-full" / "movies-s0-canonical.safetensors" in files
     for folder in {file.parent for file in files}:
-        runs.restore(ROOT / "figures" / f"{folder.name}.zip", folder)  # which compares hashes
+        evidence.restore(ROOT / "figures" / f"{folder.name}.zip", folder)  # which compares hashes
     back = sorted(tmp_path.glob("*/*-s*/pretrain-*/adapter.safetensors"))
     assert sorted(file.read_bytes() for file in files) == sorted(file.read_bytes() for file in back)
     for file in files:
@@ -196,7 +196,7 @@ def test_every_interval_in_the_readme_is_one_of_a_table_of_figures():
 def test_baselines_have_the_searched_rates_in_every_profile_that_has_searched_ones(file):
     full, local, *lent = (
         yaml.safe_load((ROOT / "params" / name / file).read_text())
-        for name in ("offline-full", "local", "offline-transfer", "local-transfer", "offline-eight")
+        for name in ("offline-full", "local", "offline-transfer", "local-transfer", "offline-eight", "local-boolq")
     )
     assert full == local
     for given in lent:

@@ -17,7 +17,7 @@ from optuna.storages._heartbeat import HeartbeatThread
 from transformers import TrainerState
 from world import sentences
 
-from uhl import attempts, budget, compression, report, runs, search, stages, store, viz
+from uhl import attempts, budget, compression, evidence, report, runs, search, stages, store, viz
 from uhl.adapter import UHLAdapter
 from uhl.anchors import observe
 from uhl.augment import ByTurns, Perturbed
@@ -255,14 +255,14 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
         outcome.finish(f"pretrain-{kind}")
     before = report.summary("t")
     folder = tmp_path / "adapters"
-    assert [f.name for f in runs.keep_adapters("t", folder)] == [
+    assert [f.name for f in evidence.keep_adapters("t", folder)] == [
         f"mood-s0-{k}.safetensors" for k in ("canonical", "dimension")
     ]
-    archive = runs.pack("t", tmp_path / "t.zip")
-    assert runs.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
-    assert runs.restore(archive) == []  # what is there stays
+    archive = evidence.pack("t", tmp_path / "t.zip")
+    assert evidence.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
+    assert evidence.restore(archive) == []  # what is there stays
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
-    cells = runs.restore(archive)
+    cells = evidence.restore(archive)
     assert [cell.name for cell in cells] == ["pretrain-canonical", "pretrain-dimension"]
     files = [p for cell in cells for p in cell.iterdir()]
     assert sorted(p.name for p in files) == ["manifest.json", "manifest.json", "predictions.npz", "predictions.npz"]
@@ -272,57 +272,20 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     with pytest.raises(UHLError, match="a cell restored from an archive may have none"):
         stages.zero_shot(ported)
     (folder / "mood-s0-dimension.safetensors").unlink()  # one may lack
-    assert runs.restore(archive, folder) == []  # into the cells that are there
+    assert evidence.restore(archive, folder) == []  # into the cells that are there
     assert [f.parent.name for f in runs.root().glob("t/*/*/adapter.safetensors")] == ["pretrain-canonical"]
     stages.zero_shot(ported)
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "with"))
-    assert len(runs.restore(archive, folder)) == 2
+    assert len(evidence.restore(archive, folder)) == 2
     assert [f.parent.name for f in runs.root().glob("t/*/*/adapter.safetensors")] == ["pretrain-canonical"]
-    assert [f.name for f in runs.keep_adapters("t", folder)] == ["mood-s0-canonical.safetensors"]
+    assert [f.name for f in evidence.keep_adapters("t", folder)] == ["mood-s0-canonical.safetensors"]
     (path,) = runs.root().glob("t/*/*/adapter.safetensors")
     path.write_bytes(b"of a training that was interrupted before its manifest")
-    assert runs.keep_adapters("t", folder) == []
+    assert evidence.keep_adapters("t", folder) == []
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "none"))
     shutil.copy(files[0], folder / "mood-s0-canonical.safetensors")
     with pytest.raises(UHLError, match=r"mood-s0-canonical.safetensors is corrupt.*trained another"):
-        runs.restore(archive, folder)
-    assert not runs.root().exists()
-
-
-def test_a_damaged_archive_is_named_and_cells_without_predictions_stay_out(tmp_path):
-    import zipfile
-
-    cell = runs.root() / "t" / "mood-s0"
-    for name, files in {"port-a": ("manifest.json", "predictions.npz"), "quickstart": ("manifest.json",)}.items():
-        (cell / name).mkdir(parents=True)
-        for file in files:
-            (cell / name / file).write_text('{"parameters": {"profile": "t"}}' * (1 if "json" in file else 99))
-    archive = runs.pack("t", tmp_path / "t.zip")
-    assert zipfile.ZipFile(archive).namelist() == ["mood-s0/port-a/manifest.json", "mood-s0/port-a/predictions.npz"]
-    whole = bytearray(archive.read_bytes())
-    place = whole.index(b"manifest.json") + 20
-    whole[place] ^= 0xFF
-    archive.write_bytes(whole)
-    with pytest.raises(UHLError, match="is not an archive of runs"):
-        runs.restore(archive)
-
-
-@pytest.mark.parametrize(
-    "name", ["../evil/x/manifest.json", "a-s0/x/run.sh", "/a-s0/x/manifest.json", "b/a-s0/x/manifest.json"]
-)
-def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
-    import zipfile
-
-    path = tmp_path / "a.zip"
-    path.write_bytes(b"no zip")
-    with pytest.raises(UHLError, match="is not an archive of runs"):
-        runs.restore(path)
-    with zipfile.ZipFile(path, "w") as archive:
-        manifest = '{"parameters": {"profile": "p"}, "rows": []}'
-        for entry in ("a-s0/x/manifest.json", "a-s0/x/predictions.npz", name):
-            archive.writestr(entry, manifest)
-    with pytest.raises(UHLError, match="holds other files"):
-        runs.restore(path)
+        evidence.restore(archive, folder)
     assert not runs.root().exists()
 
 
@@ -485,6 +448,27 @@ def test_poor_trials_are_pruned_and_diverged_ones_fail(tiny_world, monkeypatch):
     assert not (runs.root() / "t-search" / "full-full_rate-0.1" / "mood-s0").exists()
     assert search.table([study])["score"].tolist()[:5] == [1, 2, 3, 4, 0.5]
     assert search.best([study]) == {"full_rate": 0.8}
+
+
+def test_no_trial_is_taken_by_two_workers(tiny_world):
+    space, fork = {"full_rate": [0.001 * n for n in range(1, 61)]}, multiprocessing.get_context("fork")
+    begun, taken = fork.Barrier(2), runs.root() / "taken"
+    search.study(tiny_world, "full", space)
+
+    def work():
+        own = search.study(tiny_world, "full", space)
+        begun.wait()
+        while (trial := own._pop_waiting_trial_id()) is not None:
+            with runs.locked(taken.with_suffix(".lock")), open(taken, "a") as file:
+                file.write(f"{trial}\n")
+
+    workers = [fork.Process(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+        assert worker.exitcode == 0
+    assert len(set(trials := taken.read_text().split())) == len(trials) == 60
 
 
 def test_two_workers_share_a_grid(tiny_world, task, monkeypatch):

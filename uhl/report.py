@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from uhl import card, compression, runs, stats, store, viz
+from uhl import card, compression, evidence, runs, stats, store, viz
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
-from uhl.grid import PARAMS, Grid, task_file
+from uhl.grid import PARAMS, Grid
 from uhl.porting import DOUBTFUL, LARGER_RULES, RULES
 from uhl.runs import Settings, manifests
 from uhl.stages import tuned_arms
@@ -31,41 +28,6 @@ from uhl.viz import NAMES, ORDER, in_order
 STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
 FIRST = "offline-full"  # whose figures lie in figures/ itself, others' in a folder of their name there
 MARKS = ("<!-- results: made by make table -->", "<!-- end of results -->")  # in the README, around those of FIRST
-
-
-def _predictions(path: Path) -> dict[str, np.ndarray]:
-    return _read_predictions(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _read_predictions(path: Path, _changed: int) -> dict[str, np.ndarray]:
-    try:
-        with np.load(path) as stored:
-            return {name: stored[name] for name in stored.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        raise UHLError(f"{path} is damaged ({error}); delete that folder and run the cell again") from error
-
-
-def _stored(cell: Path, arm: str, split: str) -> list[np.ndarray]:
-    """Labels, gold labels and lengths of one arm from a cell's predictions."""
-    path = cell / "predictions.npz"
-    names = [f"{arm}/{split}/{part}" for part in ("labels", "gold", "length")]
-    if not path.is_file() or not set(names) <= set(found := _predictions(path)):
-        raise UHLError(f"{path} lacks {split} predictions of {arm}; delete that folder and run the cell again")
-    return [found[name] for name in names]
-
-
-def cell_counts(cell: Path, arm: str, split: str, metric: str) -> np.ndarray:
-    """Counts (n, 3) of one arm from a cell's predictions; see :mod:`uhl.stats`."""
-    labels, gold, length = _stored(cell, arm, split)
-    if metric != "f1":
-        return stats.counts(labels, gold)
-    if (path := cell / "manifest.json").is_file():
-        names = runs.manifest(path)["labels"]
-    else:  # a pruned copy's
-        names = json.loads((cell / "outcome.json").read_text())["about"]["labels"]
-    cuts = np.cumsum(length)[:-1]
-    return stats.counts(np.split(labels, cuts), np.split(gold, cuts), names)
 
 
 def _cell(profile: str, task: str, seed: int, phase: str, target: str, arm: str) -> Path:
@@ -79,7 +41,7 @@ Cells = dict[tuple[str, str, str, str], dict[int, np.ndarray]]
 Groups = Mapping[str, np.ndarray | None]  # of each example of a task; None where examples stand alone
 
 
-Scored = dict[str, tuple[Path, np.ndarray, np.ndarray]]  # of each task a cell, its gold labels and their lengths
+Scored = dict[str, tuple[Path, bytes]]  # of each task a cell, and what it was scored on
 
 
 def gather(profile: str, split: str = "test", first: Scored | None = None) -> Cells:
@@ -97,14 +59,13 @@ def gather(profile: str, split: str = "test", first: Scored | None = None) -> Ce
         cells = out[task, target, phase, arm] = {}
         for seed, metric in zip(rows["seed"], rows["metric"], strict=True):
             cell = _cell(profile, task, int(seed), phase, target, arm)
-            _, gold, length = _stored(cell, arm, split)
-            other, *known = first.setdefault(task, (cell, gold, length))
-            if not all(map(np.array_equal, known, (gold, length))):
+            other, known = first.setdefault(task, (cell, evidence.examples(cell, arm, split)))
+            if known != evidence.examples(cell, arm, split):
                 raise UHLError(
                     f"{cell} and {other} were scored on other {split} examples, so they cannot be compared; delete the "
                     "older of the two folders and run its cell again"
                 )
-            cells[int(seed)] = cell_counts(cell, arm, split, str(metric))
+            cells[int(seed)] = evidence.counts(cell, arm, split, str(metric))
     return out
 
 
@@ -112,8 +73,8 @@ def groups_of(profile: str, task: str, split: str = "test") -> np.ndarray | None
     """Group of each example of a task's split, as the cells' predictions hold them; None where examples stand alone."""
     for path in sorted((runs.root() / profile).glob(f"{task}-s*/*/predictions.npz")):
         own = re.fullmatch(rf"{re.escape(task)}-s\d+", path.parent.parent.name)  # `movies` is not `movies-short`
-        if own and f"{split}/group" in (stored := _predictions(path)):
-            return stored[f"{split}/group"]
+        if own and (found := evidence.groups(path.parent, split)) is not None:
+            return found
     return None
 
 
@@ -211,17 +172,16 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
         if not cell.name.startswith("port-") or cell.parent / "pretrain-canonical" not in finished:
             continue  # `missing` names the latter
         row = entry["rows"][0]
-        said = _predictions(cell.parent / "pretrain-canonical" / "predictions.npz").get(f"uhl-canonical/{split}/labels")
-        if said is None:
-            continue  # the adapter of another task, with other labels
         for arm, made in entry.get("reports", {}).items():
             if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
-                same = said == _predictions(cell / "predictions.npz")[f"{arm}/{split}/labels"]
+                same = evidence.alike(cell, arm, split)
+                if same is None:
+                    continue  # the adapter of another task, with other labels
                 task, target, seed = row["task"], row["target"], row["seed"]
                 own = float(scores[task, row["source"], "source", "uhl-canonical", seed])
                 ported = float(scores[task, target, "zero-shot", arm, seed])
                 kappa = made.get("kappa", float("nan"))
-                told = made["agreement"], float(same.mean()), kappa, DOUBTFUL[row["metric"]]
+                told = made["agreement"], same, kappa, DOUBTFUL[row["metric"]]
                 rows.append((task, target, seed, arm, *told, own, ported))
     columns = ["task", "target", "seed", "arm", "predicted", "measured"]
     columns += ["kappa", "warns below", "source score", "score"]
@@ -250,7 +210,7 @@ def compressed(profile: str) -> pd.DataFrame:
             raise UHLError(f"{path.parent} was measured otherwise than the others, or with another adapter; {remedy}")
         for row in entry["rows"]:
             key, details = (row["task"], row["target"], row["arm"]), entry["details"]
-            counted = cell_counts(path.parent, row["arm"], row["split"], row["metric"])
+            counted = evidence.counts(path.parent, row["arm"], row["split"], row["metric"])
             tables.setdefault(key, {})[int(row["seed"])] = counted
             ports.setdefault(key, []).append(details["ports"].get(row["arm"], {}))
             about[row["target"]] = details
@@ -729,8 +689,8 @@ def adapters_of(profile: str) -> Path:
 
 def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool = False) -> None:
     """Put the table and, below it, the ``verdicts`` on the claims into :func:`readme_of` the repository at ``place``,
-    and the figures with their CSVs into :func:`figures_of`. Manifests and predictions go into one archive, unless a
-    task is the user's own: predictions hold its labels. Where :func:`adapters_of` is there, adapters go into it.
+    and the figures with their CSVs into :func:`figures_of`. Manifests and predictions (of a task of the user's own its
+    outcomes, without labels) go into one archive; where :func:`adapters_of` is there, adapters go into it.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -755,7 +715,6 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
         if file.suffix in {".png", ".csv"}:
             _copy(file, into / file.name)
     _copy(runs.root() / profile / "results.csv", into / "results.csv")
-    if not any(task_file(profile, task) for task in Grid.read(profile).trained):
-        runs.pack(profile, place / "figures" / f"{profile}.zip")
+    evidence.pack(profile, place / "figures" / f"{profile}.zip")
     if (folder := place / adapters_of(profile)).is_dir():
-        runs.keep_adapters(profile, folder)
+        evidence.keep_adapters(profile, folder)

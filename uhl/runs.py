@@ -15,17 +15,13 @@ import logging
 import os
 import platform
 import re
-import shutil
 import subprocess
-import time
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import pandas as pd
@@ -37,7 +33,7 @@ from uhl import files, pruning
 from uhl.adapter import check_task_name
 from uhl.config import ARMS, Arm, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
-from uhl.files import check_sha256, sha256, write_atomic, write_csv, write_text
+from uhl.files import sha256, write_csv, write_text
 from uhl.progress import batch as batch
 from uhl.readers import TaskSpec
 
@@ -343,92 +339,6 @@ def load_results(profile: str) -> pd.DataFrame:
             "their folders"
         )
     return frame
-
-
-# --- archives: a profile's evidence in one file, its adapters in a folder ---------------------------------------------
-
-PREDICTIONS, ADAPTER = "predictions.npz", "adapter.safetensors"
-MARKS = ("*-s*/*/manifest.json", "*-s*/compress/*/outcome.json")  # written last, when what lies beside them is whole
-
-
-def pack(profile: str, path: str | Path) -> Path:
-    """Write a profile's finished cells and pruned copies, what they say and predict, into one zip, the same bytes each
-    time. Cells without predictions (notebooks 00 and 01) stay out.
-    """
-    folder = root() / profile
-    marks = [
-        mark for pattern in MARKS for mark in sorted(folder.glob(pattern)) if (mark.parent / PREDICTIONS).is_file()
-    ]
-    if not any(mark.name == "manifest.json" for mark in marks):
-        raise UHLError(f"profile {profile} has no finished cell in {folder}; run it first: make run PROFILE={profile}")
-
-    def write(tmp: Path) -> None:
-        with zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-            for file in (file for mark in marks for file in (mark, mark.parent / PREDICTIONS)):
-                entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                archive.writestr(entry, file.read_bytes())
-
-    return write_atomic(path, write)
-
-
-def keep_adapters(profile: str, folder: Path) -> list[Path]:
-    """Copy the adapters of a profile's finished cells into a folder, for :func:`restore`; returns the copies."""
-    copies = []
-    for cell, entry in manifests(profile).items():
-        trained, file = entry.get("artefacts", {}).get(ADAPTER), cell / ADAPTER
-        if trained and file.is_file() and sha256(file) == trained["sha256"]:
-            copies.append(write_atomic(_kept(folder, cell), partial(shutil.copyfile, file)))
-    return copies
-
-
-def _kept(folder: Path, cell: Path | PurePosixPath) -> Path:
-    """Where :func:`keep_adapters` puts a cell's adapter: ``movies-s0-canonical.safetensors``."""
-    return folder / f"{cell.parent.name}-{cell.name.removeprefix('pretrain-')}.safetensors"
-
-
-def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
-    """Put back under :func:`root` what :func:`pack` wrote and return the folders; cells that are there already stay.
-
-    Tables and figures can then be made again. In a folder without cells a batch goes on with those that are missing, as
-    all files have one time and no cell looks older than what it was made from; but a port or tuning needs its trained
-    adapter, which is put back where ``adapters``, the folder of :func:`keep_adapters`, has it. Raises
-    :class:`UHLError` for a file that is no such archive, or an adapter that is not its cell's, before anything is
-    written.
-    """
-    path = Path(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = {PurePosixPath(name): archive.read(name) for name in archive.namelist()}
-        marks = [n for n in files if any(n.match(p) and len(n.parts) == p.count("/") + 1 for p in MARKS)]
-        told = {n: json.loads(files[n]) for n in marks}
-        (profile,) = {entry["parameters"]["profile"] for n, entry in told.items() if n.name == "manifest.json"}
-        expected = {file for mark in marks for file in (mark, mark.parent / PREDICTIONS)}
-        sane = not any(".." in n.parts or n.is_absolute() for n in files)
-        if set(files) != expected or not sane or "/" in profile or ".." in profile:
-            raise UHLError(f"{path} holds other files than cells' manifests and predictions; pack it again")
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UHLError):
-            raise
-        raise UHLError(f"{path} is not an archive of runs ({error}); make one with: python -m uhl pack") from error
-    made, back, now = [], dict[PurePosixPath, bytes](), time.time()
-    for mark in sorted(marks):
-        place = root() / profile / mark.parent
-        new = not (place / mark.name).is_file()
-        trained = (told[mark] if new else manifest(place / mark.name)).get("artefacts", {}).get(ADAPTER)
-        if adapters and trained and not (place / ADAPTER).is_file():
-            file = _kept(adapters, mark.parent)
-            if file.is_file():
-                check_sha256(file, trained["sha256"], f"{place} trained another; restore the file, or remove it")
-                back[mark.parent / ADAPTER] = file.read_bytes()
-        if new:
-            back |= {name: files[name] for name in (mark.parent / PREDICTIONS, mark)}
-            made.append(place)
-    for name, data in back.items():  # of each cell what says that it is whole last
-        write_atomic(root() / profile / name, lambda tmp, data=data: tmp.write_bytes(data))  # type: ignore[misc]
-        os.utime(root() / profile / name, (now, now))
-    update_results(profile)
-    return made
 
 
 @contextmanager
