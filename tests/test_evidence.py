@@ -36,6 +36,12 @@ def test_a_strange_archive_is_refused_and_writes_nothing(tmp_path, name):
     path.write_bytes(b"no zip")
     with pytest.raises(UHLError, match="is not an archive of runs"):
         evidence.restore(path)
+    for odd in ('{"parameters": {"profile": "p"}, "artefacts": []}', "[]", '{"parameters": 1}'):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a-s0/x/manifest.json", odd)
+            archive.writestr("a-s0/x/predictions.npz", "")
+        with pytest.raises(UHLError, match="is not an archive of runs"):
+            evidence.restore(path)
     with zipfile.ZipFile(path, "w") as archive:
         manifest = '{"parameters": {"profile": "p"}, "rows": []}'
         for entry in ("a-s0/x/manifest.json", "a-s0/x/predictions.npz", name):

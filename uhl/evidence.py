@@ -18,8 +18,10 @@ import shutil
 import time
 import zipfile
 import zlib
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +32,7 @@ from uhl.runs import manifest, manifests, root, update_results
 from uhl.tasks import OFFLINE
 
 PREDICTIONS, ADAPTER = "predictions.npz", "adapter.safetensors"
+UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 MARKS = ("*-s*/*/manifest.json", "*-s*/compress/*/outcome.json")  # written last, when what lies beside them is whole
 
 
@@ -44,7 +47,7 @@ def _read(path: Path, _changed: int) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as stored:
             return {name: stored[name] for name in stored.files}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise UHLError(f"{path} is damaged ({error}); delete that folder and run the cell again") from error
 
 
@@ -178,8 +181,8 @@ def keep_adapters(profile: str, folder: Path) -> list[Path]:
     """Copy the adapters of a profile's finished cells into a folder, for :func:`restore`; returns the copies."""
     copies = []
     for cell, entry in manifests(profile).items():
-        trained, file = entry.get("artefacts", {}).get(ADAPTER), cell / ADAPTER
-        if trained and file.is_file() and sha256(file) == trained["sha256"]:
+        trained, file = _trained(entry), cell / ADAPTER
+        if trained and file.is_file() and sha256(file) == trained:
             copies.append(write_atomic(_kept(folder, cell), partial(shutil.copyfile, file)))
     return copies
 
@@ -187,6 +190,11 @@ def keep_adapters(profile: str, folder: Path) -> list[Path]:
 def _kept(folder: Path, cell: Path | PurePosixPath) -> Path:
     """Where :func:`keep_adapters` puts a cell's adapter: ``movies-s0-canonical.safetensors``."""
     return folder / f"{cell.parent.name}-{cell.name.removeprefix('pretrain-')}.safetensors"
+
+
+def _trained(entry: Mapping[str, Any]) -> str | None:
+    """Hash of the adapter that a cell trained, by its manifest."""
+    return entry.get("artefacts", {}).get(ADAPTER, {}).get("sha256")  # type: ignore[no-any-return]
 
 
 def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
@@ -204,12 +212,13 @@ def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
             files = {PurePosixPath(name): archive.read(name) for name in archive.namelist()}
         marks = [n for n in files if any(n.match(p) and len(n.parts) == p.count("/") + 1 for p in MARKS)]
         told = {n: json.loads(files[n]) for n in marks}
+        hashes = {n: _trained(entry) for n, entry in told.items()}
         (profile,) = {entry["parameters"]["profile"] for n, entry in told.items() if n.name == "manifest.json"}
         expected = {file for mark in marks for file in (mark, mark.parent / PREDICTIONS)}
         sane = not any(".." in n.parts or n.is_absolute() for n in files)
         if set(files) != expected or not sane or "/" in profile or ".." in profile:
             raise UHLError(f"{path} holds other files than cells' manifests and predictions; pack it again")
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (*UNREADABLE, LookupError, TypeError, AttributeError) as error:
         if isinstance(error, UHLError):
             raise
         raise UHLError(f"{path} is not an archive of runs ({error}); make one with: python -m uhl pack") from error
@@ -217,11 +226,11 @@ def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
     for mark in sorted(marks):
         place = root() / profile / mark.parent
         new = not (place / mark.name).is_file()
-        trained = (told[mark] if new else manifest(place / mark.name)).get("artefacts", {}).get(ADAPTER)
+        trained = hashes[mark] if new else _trained(manifest(place / mark.name))
         if adapters and trained and not (place / ADAPTER).is_file():
             file = _kept(adapters, mark.parent)
             if file.is_file():
-                check_sha256(file, trained["sha256"], f"{place} trained another; restore the file, or remove it")
+                check_sha256(file, trained, f"{place} trained another; restore the file, or remove it")
                 back[mark.parent / ADAPTER] = file.read_bytes()
         if new:
             back |= {name: files[name] for name in (mark.parent / PREDICTIONS, mark)}
