@@ -452,7 +452,7 @@ def test_poor_trials_are_pruned_and_diverged_ones_fail(tiny_world, monkeypatch):
 
 def test_no_trial_is_taken_by_two_workers(tiny_world):
     space, fork = {"full_rate": [0.001 * n for n in range(1, 61)]}, multiprocessing.get_context("fork")
-    begun, taken = fork.Barrier(2), runs.root() / "taken"
+    begun, taken = fork.Barrier(2, timeout=60), runs.root() / "taken"
     search.study(tiny_world, "full", space)
 
     def work():
@@ -462,7 +462,7 @@ def test_no_trial_is_taken_by_two_workers(tiny_world):
             with runs.locked(taken.with_suffix(".lock")), open(taken, "a") as file:
                 file.write(f"{trial}\n")
 
-    workers = [fork.Process(target=work) for _ in range(2)]
+    workers = [fork.Process(target=work, daemon=True) for _ in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -98,12 +98,11 @@ def copies(options: argparse.Namespace) -> None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a profile's manifests and predictions, of tasks of your own outcomes without labels, into one archive,
-    figures/<profile>.zip; with --adapters copy the adapters that it trained, and the texts in them, into
-    adapters/<profile>.
+    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip; with --adapters copy the
+    adapters that it trained, and the texts in them, into adapters/<profile>.
     """
     path = evidence.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
-    print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes")
+    print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes, the labels of what was scored among them")
     if options.adapters:
         copies = evidence.keep_adapters(options.profile, HERE / report.adapters_of(options.profile))
         if not copies:

@@ -1,17 +1,11 @@
 """What finished cells keep of each example, and archives of it, from which tables are made again without a model.
 
 A cell's predictions.npz has, of each arm and split, the `labels` that it said, the `gold` ones and the `length` of each
-example in them (1, or a sentence's words). Gold labels are the data's own annotation, so an archive has them of the
-offline tasks alone, and of any other task outcomes: `counts` (see :mod:`uhl.stats`), a hash of the `examples`, and of a
-port in how many decisions it was `alike` its source. What always says the same is right where its label is, so outcomes
-are in an order of their own, that of :func:`order`, which cannot be undone without the labels; so are, here, the
-predictions of these tasks, so that both can be compared.
+example in them (1, or a sentence's words), and where a split's examples come in groups the `group` of each.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import shutil
@@ -29,7 +23,6 @@ from uhl import stats
 from uhl.errors import UHLError
 from uhl.files import check_sha256, sha256, write_atomic
 from uhl.runs import manifest, manifests, root, update_results
-from uhl.tasks import OFFLINE
 
 PREDICTIONS, ADAPTER = "predictions.npz", "adapter.safetensors"
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
@@ -51,86 +44,40 @@ def _read(path: Path, _changed: int) -> dict[str, np.ndarray]:
         raise UHLError(f"{path} is damaged ({error}); delete that folder and run the cell again") from error
 
 
-def _of(cell: Path, arm: str, split: str) -> dict[str, np.ndarray]:
-    """One arm's arrays by their part: labels, gold and length, or outcomes."""
-    prefix = f"{arm}/{split}/"
-    found = {name.removeprefix(prefix): x for name, x in predictions(cell).items() if name.startswith(prefix)}
-    if not ({"labels", "gold", "length"} <= set(found) or {"counts", "examples"} <= set(found)):
+def _of(cell: Path, arm: str, split: str) -> list[np.ndarray]:
+    """Labels, gold labels and lengths of one arm."""
+    names, found = [f"{arm}/{split}/{part}" for part in ("labels", "gold", "length")], predictions(cell)
+    if not set(names) <= set(found):
         path = cell / PREDICTIONS
         raise UHLError(f"{path} lacks {split} predictions of {arm}; delete that folder and run the cell again")
-    return found
+    return [found[name] for name in names]
 
 
 def counts(cell: Path, arm: str, split: str, metric: str) -> np.ndarray:
-    """Counts (n, 3) of one arm on a split's examples, see :mod:`uhl.stats`; tasks that are not offline have
-    :func:`order`'s order.
-    """
-    found = _of(cell, arm, split)
-    if "counts" in found:
-        return found["counts"].astype(float)
+    """Counts (n, 3) of one arm on a split's examples; see :mod:`uhl.stats`."""
+    labels, gold, length = _of(cell, arm, split)
     if metric != "f1":
-        made = stats.counts(found["labels"], found["gold"])
-    else:
-        if (path := cell / "manifest.json").is_file():
-            names = manifest(path)["labels"]
-        else:  # a pruned copy's
-            names = json.loads((cell / "outcome.json").read_text())["about"]["labels"]
-        cuts = np.cumsum(found["length"])[:-1]
-        made = stats.counts(np.split(found["labels"], cuts), np.split(found["gold"], cuts), names)
-    return made if _offline(cell) else made[order(found["gold"], found["length"])]
-
-
-def groups(cell: Path, split: str) -> np.ndarray | None:
-    """Group of each example of a split, in the order of :func:`counts`; None where examples stand alone."""
-    known = predictions(cell)
-    if (made := known.get(f"{split}/group")) is None or _offline(cell):
-        return made
-    arm = next(name.split("/")[0] for name in known if name.endswith((f"/{split}/gold", f"/{split}/counts")))
-    found = _of(cell, arm, split)
-    return made if "counts" in found else made[order(found["gold"], found["length"])]
+        return stats.counts(labels, gold)
+    if (path := cell / "manifest.json").is_file():
+        names = manifest(path)["labels"]
+    else:  # a pruned copy's
+        names = json.loads((cell / "outcome.json").read_text())["about"]["labels"]
+    cuts = np.cumsum(length)[:-1]
+    return stats.counts(np.split(labels, cuts), np.split(gold, cuts), names)
 
 
 def examples(cell: Path, arm: str, split: str) -> bytes:
-    """Which examples an arm was scored on, and their order, as a hash of their gold labels."""
-    found = _of(cell, arm, split)
-    if "examples" in found:
-        return found["examples"].tobytes()
-    return hashlib.sha256(_bytes(found["gold"], found["length"])).digest()
+    """Which examples an arm was scored on, and their order, as their gold labels tell."""
+    _, gold, length = _of(cell, arm, split)
+    return gold.tobytes() + length.tobytes()
 
 
 def alike(cell: Path, arm: str, split: str) -> float | None:
     """In which share of its decisions (of a token task: words) a port says what its source does; None where the source
     has no such labels, as the adapter is that of another task.
     """
-    made = _alike(cell, arm, split)
-    return None if made is None else float(made[0] / made[1])
-
-
-def _alike(cell: Path, arm: str, split: str) -> np.ndarray | None:
-    """The same as two numbers: decisions that are alike, all of them."""
-    found = _of(cell, arm, split)
-    if "counts" in found:
-        return found.get("alike")
-    source = cell.parent / "pretrain-canonical"
-    if f"uhl-canonical/{split}/counts" in (said := predictions(source)):
-        raise UHLError(f"{source} was restored without labels, which {cell.name} is compared with; run it again")
-    own = said.get(f"uhl-canonical/{split}/labels")
-    return None if own is None else np.array([(own == found["labels"]).sum(), own.size])
-
-
-def _offline(cell: Path) -> bool:
-    parts = cell.relative_to(root()).parts  # <profile>/<task>-s<seed>/...
-    return parts[1].rpartition("-s")[0] in OFFLINE
-
-
-def order(gold: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """A permutation of examples, by their labels, the same in all cells: only who has the labels can find it."""
-    seed = hashlib.sha256(b"order" + _bytes(gold, length)).digest()
-    return np.random.default_rng(int.from_bytes(seed)).permutation(len(length))
-
-
-def _bytes(gold: np.ndarray, length: np.ndarray) -> bytes:
-    return gold.astype("<i2").tobytes() + length.astype("<i4").tobytes()
+    said = predictions(cell.parent / "pretrain-canonical").get(f"uhl-canonical/{split}/labels")
+    return None if said is None else float((said == _of(cell, arm, split)[0]).mean())
 
 
 # --- archives: a profile's evidence in one file, its adapters in a folder ---------------------------------------------
@@ -138,8 +85,7 @@ def _bytes(gold: np.ndarray, length: np.ndarray) -> bytes:
 
 def pack(profile: str, path: str | Path) -> Path:
     """Write a profile's finished cells and pruned copies, what they say and predict, into one zip, the same bytes each
-    time; of tasks that are not :data:`uhl.tasks.OFFLINE` outcomes in place of predictions. Cells without predictions
-    (notebooks 00 and 01) stay out.
+    time. Cells without predictions (notebooks 00 and 01) stay out.
     """
     folder = root() / profile
     marks = [
@@ -150,31 +96,12 @@ def pack(profile: str, path: str | Path) -> Path:
 
     def write(tmp: Path) -> None:
         with zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-            for mark in marks:
-                for file in (mark, mark.parent / PREDICTIONS):
-                    entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
-                    entry.compress_type = zipfile.ZIP_DEFLATED
-                    archive.writestr(entry, file.read_bytes() if file == mark else _shown(mark))
+            for file in (file for mark in marks for file in (mark, mark.parent / PREDICTIONS)):
+                entry = zipfile.ZipInfo(file.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
+                entry.compress_type = zipfile.ZIP_DEFLATED
+                archive.writestr(entry, file.read_bytes())
 
     return write_atomic(path, write)
-
-
-def _shown(mark: Path) -> bytes:
-    """What an archive has of the predictions beside a mark."""
-    cell = mark.parent
-    if _offline(cell):
-        return (cell / PREDICTIONS).read_bytes()
-    arrays = {}
-    for row in json.loads(mark.read_bytes())["rows"]:
-        arm, split = row["arm"], row["split"]
-        arrays[f"{arm}/{split}/counts"] = counts(cell, arm, split, row["metric"]).astype(np.uint16)
-        arrays[f"{arm}/{split}/examples"] = np.frombuffer(examples(cell, arm, split), dtype=np.uint8)
-        if cell.name.startswith("port-") and (same := _alike(cell, arm, split)) is not None:
-            arrays[f"{arm}/{split}/alike"] = same
-        if (of := groups(cell, split)) is not None:
-            arrays[f"{split}/group"] = of
-    np.savez_compressed(made := io.BytesIO(), **arrays)  # type: ignore[arg-type]
-    return made.getvalue()
 
 
 def keep_adapters(profile: str, folder: Path) -> list[Path]:

@@ -19,7 +19,7 @@ from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
-from uhl.grid import PARAMS, Grid
+from uhl.grid import PARAMS, Grid, task_file
 from uhl.porting import DOUBTFUL, LARGER_RULES, RULES
 from uhl.runs import Settings, manifests
 from uhl.stages import tuned_arms
@@ -59,8 +59,9 @@ def gather(profile: str, split: str = "test", first: Scored | None = None) -> Ce
         cells = out[task, target, phase, arm] = {}
         for seed, metric in zip(rows["seed"], rows["metric"], strict=True):
             cell = _cell(profile, task, int(seed), phase, target, arm)
-            other, known = first.setdefault(task, (cell, evidence.examples(cell, arm, split)))
-            if known != evidence.examples(cell, arm, split):
+            scored = evidence.examples(cell, arm, split)
+            other, known = first.setdefault(task, (cell, scored))
+            if known != scored:
                 raise UHLError(
                     f"{cell} and {other} were scored on other {split} examples, so they cannot be compared; delete the "
                     "older of the two folders and run its cell again"
@@ -73,8 +74,8 @@ def groups_of(profile: str, task: str, split: str = "test") -> np.ndarray | None
     """Group of each example of a task's split, as the cells' predictions hold them; None where examples stand alone."""
     for path in sorted((runs.root() / profile).glob(f"{task}-s*/*/predictions.npz")):
         own = re.fullmatch(rf"{re.escape(task)}-s\d+", path.parent.parent.name)  # `movies` is not `movies-short`
-        if own and (found := evidence.groups(path.parent, split)) is not None:
-            return found
+        if own and f"{split}/group" in (stored := evidence.predictions(path.parent)):
+            return stored[f"{split}/group"]
     return None
 
 
@@ -689,8 +690,8 @@ def adapters_of(profile: str) -> Path:
 
 def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool = False) -> None:
     """Put the table and, below it, the ``verdicts`` on the claims into :func:`readme_of` the repository at ``place``,
-    and the figures with their CSVs into :func:`figures_of`. Manifests and predictions (of a task of the user's own its
-    outcomes, without labels) go into one archive; where :func:`adapters_of` is there, adapters go into it.
+    and the figures with their CSVs into :func:`figures_of`. Manifests and predictions go into one archive, unless a
+    task is the user's own: predictions hold its labels. Where :func:`adapters_of` is there, adapters go into it.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -715,6 +716,7 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
         if file.suffix in {".png", ".csv"}:
             _copy(file, into / file.name)
     _copy(runs.root() / profile / "results.csv", into / "results.csv")
-    evidence.pack(profile, place / "figures" / f"{profile}.zip")
+    if not any(task_file(profile, task) for task in Grid.read(profile).trained):
+        evidence.pack(profile, place / "figures" / f"{profile}.zip")
     if (folder := place / adapters_of(profile)).is_dir():
         evidence.keep_adapters(profile, folder)

@@ -238,31 +238,30 @@ def _without(parameters: dict[str, object], names: set[str]) -> dict[str, object
 
 
 class _Storage(RDBStorage):
-    """A database in which one worker of this machine at a time takes a trial: SQLite locks no rows, and two that look
-    at once would both take the same.
+    """A database of which one worker at a time takes a trial: SQLite locks no rows, so that two that look at once would
+    both take the same.
     """
 
-    def __init__(self, url: str, lock: Path) -> None:
-        """``lock``: a file that all workers of the machine have."""
-        again = RetryHeartbeatStaleTrialCallback(max_retry=3)
-        super().__init__(url, heartbeat_interval=BEAT, heartbeat_stale_trial_callback=again)
-        self._lock = lock
-
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """Under the lock; False where another worker has taken the trial."""
-        with runs.locked(self._lock):
+        """Under a lock beside a SQLite file; False where another worker has taken the trial."""
+        file = self.engine.url.database
+        if self.engine.name != "sqlite" or not file:
+            return super().set_trial_state_values(trial_id, state, values)
+        with runs.locked(Path(f"{file}.lock")):
             return super().set_trial_state_values(trial_id, state, values)
 
 
 def storage(settings: Settings, url: str | None = None) -> BaseStorage:
     """The database of a profile's studies: ``url`` as SQLAlchemy writes them, by default SQLite beside the trials."""
-    folder = runs.root() / f"{settings.profile}-search"
-    folder.mkdir(parents=True, exist_ok=True)
-    url = url or f"sqlite:///{folder / 'optuna.db'}"
+    if url is None:
+        folder = runs.root() / f"{settings.profile}-search"
+        folder.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{folder / 'optuna.db'}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
-            return _Storage(url, folder / ".trial.lock")
+            again = RetryHeartbeatStaleTrialCallback(max_retry=3)
+            return _Storage(url, heartbeat_interval=BEAT, heartbeat_stale_trial_callback=again)
     except Exception as error:  # of SQLAlchemy, of a driver, of Alembic
         raise UHLError(
             f"the database {url} cannot be used ({type(error).__name__}: {error}); give a URL such as "
