@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from uhl import models, runs, store, tasks
+from uhl import evidence, models, runs, store, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_states
 from uhl.augment import ByTurns, Perturbed
@@ -367,11 +367,11 @@ def _zero_shot(
 
 def agreement(settings: Settings, found: Prediction, split: str = "test") -> float:
     """Share of a split's decisions that a prediction shares with the source's own adapter, as that cell stored them."""
-    path = runs.cell_dir(settings, "pretrain-canonical") / "predictions.npz"
+    cell = runs.cell_dir(settings, "pretrain-canonical")
+    path = cell / evidence.PREDICTIONS
     if not path.is_file():
         raise UHLError(f"{path} is missing; run notebook 02 for the same profile, task and seed")
-    with np.load(path) as stored:
-        said = stored.get(f"uhl-canonical/{split}/labels", np.empty(0))
+    said = evidence.predictions(cell).get(f"uhl-canonical/{split}/labels", np.empty(0))
     labels = np.concatenate([np.atleast_1d(x) for x in found.labels])
     if len(labels) != len(said):
         raise UHLError(f"{path} has {len(said)} {split} decisions, {len(labels)} are needed; run notebook 02 likewise")
