@@ -12,12 +12,12 @@ from uhl.adapter import Folded, UHLAdapter
 from uhl.anchors import Probe, observe
 from uhl.config import Sizes
 from uhl.errors import UHLError
+from uhl.fits import basis_of
 from uhl.frame import Basis, dimension_frame
 from uhl.host import find_slots, weight
 from uhl.layer import Attached
 from uhl.mixer import type_features
 from uhl.peft_method import attach
-from uhl.porting import basis_of
 from uhl.router import route
 
 IDS = torch.randint(5, 20, (2, 6), generator=torch.Generator().manual_seed(3))

@@ -21,24 +21,12 @@ from uhl.adapter import UHLAdapter
 from uhl.anchors import Codes, Probe, batches, final_means, fragments, observe, pieces_of, unit_states
 from uhl.config import ARMS, Sizes
 from uhl.errors import UHLError
+from uhl.fits import Way, _map_pair, basis_of, cka, stream_basis, upper_levels
 from uhl.frame import LAST
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
-from uhl.porting import (
-    Port,
-    Shared,
-    Way,
-    _map_pair,
-    _stream_basis,
-    basis_of,
-    cka,
-    port,
-    port_rules,
-    predict_texts,
-    upper_levels,
-    why_not,
-)
+from uhl.porting import Port, Shared, port, port_rules, predict_texts, why_not
 from uhl.refresh import refresh
 from uhl.ridge import FOLDS, PENALTIES, Rows, ridge, ridge_of_groups
 from uhl.stages import make_anchors
@@ -464,7 +452,7 @@ def test_levels_are_matched_by_what_they_hold(encoder, make_encoder):
     given = replace(anchors, stream=[Codes.of(own[i]) for i in order], depths=(0.0, 0.5, 1.0))
     for way, wanted in (("relative", order), ("cka", [0, 1, 2])):
         asked = Way(depths=way, maps="level")
-        basis, _ = _stream_basis(given, seen, torch.arange(anchors.coded), asked, adapter.dictionary.v.detach())
+        basis, _ = stream_basis(given, seen, torch.arange(anchors.coded), asked, adapter.dictionary.v.detach())
         told = [level @ read.T for level, read in zip(states, basis.read, strict=True)]
         assert [int(((t - own) ** 2).sum((1, 2)).argmin()) for t in told] == wanted, way
 

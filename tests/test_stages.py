@@ -23,10 +23,11 @@ from uhl.anchors import observe
 from uhl.augment import ByTurns, Perturbed
 from uhl.config import ARMS, METHODS
 from uhl.errors import DivergenceError, UHLError
+from uhl.fits import basis_of, upper_levels
 from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
-from uhl.porting import at_work, basis_of, port, predict_texts, upper_levels
+from uhl.porting import at_work, port, predict_texts
 from uhl.runs import Settings
 from uhl.tasks import load_task
 from uhl.train import Classifier, predict, train

@@ -30,9 +30,10 @@ from uhl.baselines import RATES, run_baseline, start
 from uhl.config import PAIR, Method
 from uhl.errors import UHLError, one_of
 from uhl.files import sha256
+from uhl.fits import Way, upper_levels
 from uhl.host import find_slots
 from uhl.models import Encoder
-from uhl.porting import Shared, Way, at_work, port, source_basis, upper_levels
+from uhl.porting import Shared, at_work, port, source_basis
 from uhl.runs import Settings
 from uhl.stages import (
     NOT_OF_THE_SOURCE,

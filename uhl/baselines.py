@@ -31,12 +31,12 @@ from uhl.adapter import TaskPart
 from uhl.anchors import Probe, observe
 from uhl.config import METHODS, Sizes, TrainConfig
 from uhl.errors import one_of
+from uhl.fits import basis_of
 from uhl.frame import LAST, Frame
 from uhl.head import fit_head
 from uhl.host import Slot, find_slots
 from uhl.models import Encoder
 from uhl.peft_method import attach
-from uhl.porting import basis_of
 from uhl.quant import quantise
 from uhl.sat import SATAdapter
 from uhl.tasks import Task

@@ -51,10 +51,11 @@ from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Probe
 from uhl.config import Sizes, UHLConfig, _Strict
 from uhl.errors import UHLError
+from uhl.fits import Way
 from uhl.frame import Basis, Frame, dimension_frame
 from uhl.host import Slot, find_slots
 from uhl.peft_method import LOG, attach
-from uhl.porting import Way, port
+from uhl.porting import port
 from uhl.router import Route
 
 SHAPES = {

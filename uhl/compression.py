@@ -17,11 +17,12 @@ from uhl.adapter import UHLAdapter
 from uhl.config import Arm
 from uhl.errors import UHLError
 from uhl.files import sha256
+from uhl.fits import Way
 from uhl.frame import Basis
 from uhl.host import find_slots
 from uhl.models import Encoder
 from uhl.outcome import Outcome
-from uhl.porting import DOUBTFUL, RULES, Port, Shared, Way, port, source_basis
+from uhl.porting import DOUBTFUL, RULES, Port, Shared, port, source_basis
 from uhl.runs import Settings
 from uhl.tasks import Task
 

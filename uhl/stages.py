@@ -27,6 +27,7 @@ from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import MAX_TEXTS, MAX_UNITS
 from uhl.files import sha256
+from uhl.fits import Way, basis_of, upper_levels
 from uhl.frame import LAST, Basis, Frame
 from uhl.head import HeadFit, fit_head
 from uhl.host import find_slots
@@ -34,20 +35,7 @@ from uhl.layer import Attached
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
-from uhl.porting import (
-    FIXED,
-    REFRESHED,
-    Port,
-    Shared,
-    Way,
-    at_work,
-    basis_of,
-    port,
-    port_rules,
-    source_basis,
-    upper_levels,
-    why_not,
-)
+from uhl.porting import FIXED, REFRESHED, Port, Shared, at_work, port, port_rules, source_basis, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
