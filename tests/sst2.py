@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset, DatasetDict
 
-from uhl import attempts, report, runs, stages, store, student
+from uhl import attempts, results, runs, stages, store, student
 from uhl.anchors import observe
 from uhl.grid import PARAMS, Grid
 from uhl.models import load_encoder
@@ -55,7 +55,7 @@ def shares(task: Task) -> np.ndarray:
 def scores(seen: np.ndarray) -> pd.DataFrame:
     """Test scores of finished cells on the sentences that the student has seen, and on the others."""
     rows = []
-    for (task, target, phase, arm), cells in report.gather("local").items():
+    for (task, target, phase, arm), cells in results.gather("local").items():
         if task == "sst2" and phase in {"zero-shot", "tuned"}:
             right = np.stack([cells[seed][:, 0] for seed in sorted(cells)])
             rows.append((target, phase, arm, len(cells), 100 * right[:, seen].mean(), 100 * right[:, ~seen].mean()))

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from uhl import compression, evidence, report, runs, stages, viz
+from uhl import compression, evidence, results, runs, stages, viz
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import load_encoder, revision
@@ -179,7 +179,7 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
         compression.measure(settings.model_copy(update={**change, "copies": ()}), told.append)
         assert told == ["big"], change
     compression.measure(settings)
-    table = report.compressed("t")
+    table = results.compressed("t")
     shown = ["copy", "part", "kept", "arm", *compression.PORT, "score"]
     pd.testing.assert_frame_equal(table[shown], compression.table(outcomes)[shown])
     fig = viz.compression(table)
@@ -199,7 +199,7 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     assert table.set_index(["copy", "arm"])["score"]["big", "anchor"] == pytest.approx(own["anchor"])
     assert ((table["low"] <= table["score"]) & (table["score"] <= table["high"])).all()
     with pytest.raises(UHLError, match="make copies PROFILE=u"):
-        report.compressed("u")
+        results.compressed("u")
     with pytest.raises(UHLError, match="keep between"):
         compression.measure(settings.model_copy(update={"copies": ("layers=9",)}))
     other = runs.cell_dir(settings.model_copy(update={"seed": 1}), "compress")
@@ -208,23 +208,23 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
         entry = json.loads(file.read_text())
         entry["rows"] = [row | {"seed": 1} for row in entry["rows"]]
         file.write_text(json.dumps(entry))
-    assert set(report.compressed("t")["seeds"]) == {2}
+    assert set(results.compressed("t")["seeds"]) == {2}
     shutil.rmtree(other / "big@width=16")
     with pytest.raises(UHLError, match="on big@width=16 .* lacks seeds"):
-        report.compressed("t")
+        results.compressed("t")
     shutil.rmtree(other)
     compression.measure(settings.model_copy(update={"max_length": 32, "copies": ()}))
     with pytest.raises(UHLError, match="measured otherwise than the others"):
-        report.compressed("t")
+        results.compressed("t")
     compression.measure(settings)
     archive = evidence.pack("t", tmp_path / "t.zip")
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
     assert [f.name for f in evidence.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]
-    assert report.compressed("t").equals(table)
+    assert results.compressed("t").equals(table)
     path = runs.cell_dir(settings, "pretrain-canonical") / "adapter.safetensors"
     path.write_bytes(b"of another training")
     with pytest.raises(UHLError, match="or with another adapter"):
-        report.compressed("t")
+        results.compressed("t")
 
 
 def scores_of(outcome):

@@ -146,12 +146,12 @@ def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
 @pytest.mark.parametrize("profile", sorted(path.stem for path in ROOT.glob("figures/*.zip")))
 def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path, monkeypatch, profile):
     """What README says that `uhl restore` and `make table` do, without the figures."""
-    from uhl import evidence, report, runs
+    from uhl import audit, evidence, report, runs
 
     monkeypatch.setenv("UHL_RUNS", str(tmp_path))
     for name in {profile, report.FIRST}:  # others are compared with that
         evidence.restore(ROOT / "figures" / f"{name}.zip")
-    assert report.missing(profile) == []
+    assert audit.missing(profile) == []
     made, kept = runs.load_results(profile), pd.read_csv(ROOT / report.figures_of(profile) / "results.csv")
     assert made["score"].tolist() == pytest.approx(kept["score"].tolist())
     assert (made["arm"] == kept["arm"]).all()

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from uhl import claims, evidence, grid, report, runs, stats, viz
+from uhl import audit, claims, evidence, grid, report, results, runs, stats, viz
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
 from uhl.grid import PARAMS
@@ -102,7 +102,7 @@ def test_every_profile_is_whole(profile):
         first = path.read_text().splitlines()[0]
         assert first.startswith("# make port TARGET=" + name), path
         assert runs.slug(runs.read_yaml(path)["target"]) == name
-    assert report.missing(profile) == made.cells()
+    assert audit.missing(profile) == made.cells()
 
 
 def test_a_task_that_lends_its_adapter_is_trained_and_no_more():
@@ -147,12 +147,12 @@ def test_a_profile_is_compared_with_the_one_that_its_grid_names():
     archives = PARAMS.parent / "figures"
     evidence.restore(archives / "offline-transfer.zip")
     wanted = "offline-full: nothing of it is here to compare with; uhl restore --profile offline-full"
-    assert report.missing("offline-transfer") == [wanted]
-    assert report.beside("offline-transfer").empty
+    assert audit.missing("offline-transfer") == [wanted]
+    assert results.beside("offline-transfer").empty
     evidence.restore(archives / "offline-full.zip")
-    assert report.missing("offline-transfer") == []
-    assert report.beside("offline-full").empty
-    found = report.beside("offline-transfer").set_index(["task", "target", "phase", "arm"])
+    assert audit.missing("offline-transfer") == []
+    assert results.beside("offline-full").empty
+    found = results.beside("offline-transfer").set_index(["task", "target", "phase", "arm"])
     assert not {"no-adapter", "head", "lora-r8", "sat-lora"} & set(found.index.get_level_values("arm"))
     own, lent = (
         pd.read_csv(archives / folder / "summary.csv").set_index(found.index.names)["score"]
@@ -166,13 +166,13 @@ def test_a_profile_is_compared_with_the_one_that_its_grid_names():
         turned = {name: x[::-1] for name, x in stored.items()}
     np.savez(path, **turned)
     with pytest.raises(UHLError, match="scored on other test examples"):
-        report.beside("offline-transfer")
+        results.beside("offline-transfer")
 
 
 def grid_with_mpnet_once(tmp_path, monkeypatch, once="mpnet-base", task="movies"):
     """The profile `offline` with two seeds, and `mpnet-base` tuned on with the first of them alone."""
     shutil.copytree(PARAMS / "offline", tmp_path / "offline")
-    for module in (grid, report):
+    for module in (grid, audit):
         monkeypatch.setattr(module, "PARAMS", tmp_path)
     file = tmp_path / "offline" / "grid.yaml"
     values = grid.Grid.read("offline").model_dump(mode="json")
@@ -203,7 +203,7 @@ def test_what_a_grid_has_once_asks_nothing_of_other_seeds(tmp_path, monkeypatch)
     every = Settings(**runs.read_yaml(PARAMS / "offline" / "settings.yaml")).baselines
     wanted = [f"movies-s0/baselines-mpnet-base: {m} on test" for m in every if m not in {"head", "sat-lora"}]
     wanted += ["movies-s1/baselines-minilm-l3: sat-lora on test"]
-    assert sorted(m for m in report.missing("offline") if " on " in m) == sorted(wanted)
+    assert sorted(m for m in audit.missing("offline") if " on " in m) == sorted(wanted)
 
 
 def test_cells_that_a_target_has_trained_otherwise_are_named(tmp_path, monkeypatch):
@@ -214,14 +214,14 @@ def test_cells_that_a_target_has_trained_otherwise_are_named(tmp_path, monkeypat
     for seed, bf16 in enumerate((True, False)):
         one_finished_cell(Settings(profile="offline", seed=seed, target="mpnet-base", bf16=bf16))
     runs.update_results("offline")
-    named = [m for m in report.missing("offline") if "trained" in m]
+    named = [m for m in audit.missing("offline") if "trained" in m]
     assert [m.split(";")[0] for m in named] == [
         "movies-s1/baselines-mpnet-base: trained in float32, unlike what mpnet-base.yaml says"
     ]
     file.write_text(before)  # and all of the profile so
     shared = tmp_path / "offline" / "settings.yaml"
     shared.write_text(shared.read_text() + "\nbf16: true\n")
-    assert [m for m in report.missing("offline") if "trained" in m] == named
+    assert [m for m in audit.missing("offline") if "trained" in m] == named
 
 
 def test_a_source_may_be_a_folder_or_of_an_organisation(tmp_path, monkeypatch):
@@ -290,10 +290,10 @@ def test_pairs_are_of_common_seeds_only():
     right = {seed: np.c_[rng.integers(0, 2, 50), np.ones((50, 2))] for seed in range(3)}
     key = ("movies", "x", "tuned")
     cells = {(*key, "anchor"): {0: right[0], 2: right[2]}, (*key, "zero-atoms"): {1: right[1], 2: right[2] * [0, 1, 1]}}
-    (row,) = report.paired(cells).to_dict("records")
+    (row,) = results.paired(cells).to_dict("records")
     assert row["seeds"] == 1
     assert row["difference"] == pytest.approx(100 * right[2][:, 0].mean())
-    assert report.paired({(*key, "anchor"): {0: right[0]}, (*key, "zero-atoms"): {1: right[1]}}).empty
+    assert results.paired({(*key, "anchor"): {0: right[0]}, (*key, "zero-atoms"): {1: right[1]}}).empty
 
 
 def right(percent, n=1000):
@@ -307,24 +307,24 @@ def test_gap_recovered_where_there_is_a_gap():
         return {("movies", target, *key): dict.fromkeys(range(3), right(score)) for key, score in scores.items()}
 
     tables = cells("x", 70.0) | cells("y", 50.0)
-    gaps = report.gap_recovered(tables)
+    gaps = results.gap_recovered(tables)
     found = gaps.set_index(["target", "arm"])
     assert found.loc[("x", "anchor"), "gap"] == pytest.approx(0.5)
     assert 0.3 < found.loc[("x", "anchor"), "low"] < 0.5 < found.loc[("x", "anchor"), "high"] < 0.7
     assert found.loc[("y", "anchor"), ["gap", "low", "high"]].isna().all()
     assert found["pgr"].isna().all()  # the source was not run
     own = {("movies", "s", "source", "uhl-canonical"): dict.fromkeys(range(3), right(56.0))}
-    beyond = report.gap_recovered(tables | own).set_index(["target", "arm"])
+    beyond = results.gap_recovered(tables | own).set_index(["target", "arm"])
     assert beyond.loc[("x", "anchor"), "pgr"] == pytest.approx(4 / 14)
     assert beyond.loc[("x", "anchor"), "pgr low"] < 4 / 14 < beyond.loc[("x", "anchor"), "pgr high"]
     assert np.isnan(beyond.loc[("y", "anchor"), "pgr"])  # the source is better than the host
-    near = report.gap_recovered(cells("x", 56.3) | own).set_index(["target", "arm"])
+    near = results.gap_recovered(cells("x", 56.3) | own).set_index(["target", "arm"])
     assert np.isnan(near.loc[("x", "anchor"), "pgr"])  # LoRA is above it by three texts of a thousand
     ported = "movies", "x", "zero-shot", "anchor"
-    other = report.gap_recovered(tables | own | {ported: {0: right(62.0), 3: right(70.0)}})  # LoRA has seed 0
+    other = results.gap_recovered(tables | own | {ported: {0: right(62.0), 3: right(70.0)}})  # LoRA has seed 0
     fewer = other.set_index(["target", "arm"]).loc[("x", "anchor")]
     assert fewer[["seeds", "gap", "pgr"]].tolist() == [1, pytest.approx(12 / 20), pytest.approx(6 / 14)]
-    none = report.gap_recovered(tables | {ported: {3: right(70.0)}})
+    none = results.gap_recovered(tables | {ported: {3: right(70.0)}})
     assert ("x", "anchor") not in none.set_index(["target", "arm"]).index
     fig = viz.gap_heat(gaps)
     shown = {t.get_position(): t.get_text().split("\n")[0] for t in fig.axes[0].texts}  # rows by arm, columns by target
@@ -346,18 +346,18 @@ def test_one_seed_decides_nothing_alone():
     """A difference that its examples decide, of one seed; of three; and of one beside other cells that have three."""
     key = ("movies", "x")
     one = {(*key, "zero-shot", "anchor"): {0: right(80)}, (*key, "zero-shot", "zero-atoms"): {0: right(70)}}
-    (row,) = report.paired(one).to_dict("records")
+    (row,) = results.paired(one).to_dict("records")
     assert row["p holm"] < 1e-6
     assert row["verdict"] == "undecided"
     three = {name: dict.fromkeys(range(3), next(iter(cell.values()))) for name, cell in one.items()}
-    assert report.paired(three)["verdict"].tolist() == ["better"]
+    assert results.paired(three)["verdict"].tolist() == ["better"]
     rng = np.random.default_rng(0)
     others = {
         ("movies", host, "zero-shot", arm): {s: right(75 + rng.normal(0, 0.3)) for s in range(3)}
         for host in "abcd"
         for arm in ("anchor", "zero-atoms")
     }
-    assert report.paired(one | others).set_index("target").loc["x", "verdict"] == "better"
+    assert results.paired(one | others).set_index("target").loc["x", "verdict"] == "better"
     source = {("movies", "s", "source", "uhl-canonical"): {0: right(60)}}
     budgets = dict.fromkeys(("adapter_bytes", "extra_flops_pct", "top_k", "active_atoms", "seeds", "n"), 1)
     table = pd.DataFrame([budgets | {"task": "movies", "target": "x", "phase": "zero-shot", "arm": "anchor"}])
@@ -385,7 +385,7 @@ def test_what_says_nothing_of_other_cells_lends_them_no_variance():
     again = {("movies", "a", "zero-shot", "random-p"): cells["movies", "a", "zero-shot", "zero-atoms"]}
     compared = ["first", "second", "target"]
     without, beside, twice = (
-        report.paired(some).set_index(compared) for some in (cells, cells | wild, cells | wild | again)
+        results.paired(some).set_index(compared) for some in (cells, cells | wild, cells | wild | again)
     )
     assert "zero-shot shuffled" in set(beside.reset_index()["second"])
     for column in ("low", "high"):
@@ -406,8 +406,8 @@ def test_examples_that_stand_alone_have_mcnemars_p_however_they_are_marked():
     key = ("movies", "x", "zero-shot")
     cells = {(*key, "anchor"): {0: right(60)}, (*key, "zero-atoms"): {0: right(50)}}
     for groups in (None, {"movies": None}, {"movies": np.arange(1000)}):
-        assert report.paired(cells, groups)["p mcnemar"].tolist() == [pytest.approx(0.0, abs=1e-9)]
-    assert report.paired(cells, {"movies": np.arange(1000) // 2})["p mcnemar"].isna().all()
+        assert results.paired(cells, groups)["p mcnemar"].tolist() == [pytest.approx(0.0, abs=1e-9)]
+    assert results.paired(cells, {"movies": np.arange(1000) // 2})["p mcnemar"].isna().all()
 
 
 def one_finished_cell(settings, methods=("head",)):
@@ -470,8 +470,8 @@ def test_a_table_with_missing_cells_says_so(tmp_path):
     text = (tmp_path / "figures" / "offline" / "README.md").read_text()
     lacks = len(grid.Grid.read("offline").cells()) - 1 + 2 * 3 - 1  # two splits of three baselines, but the one row
     assert f"**Not complete: {lacks} cells or rows are missing or old, first movies-s0/pretrain-canonical.**" in text
-    assert "movies-s0/baselines-minilm-l3: lora-r8 on test" in report.missing("offline")
-    assert "movies-s0/baselines-minilm-l3: head on test" not in report.missing("offline")
+    assert "movies-s0/baselines-minilm-l3: lora-r8 on test" in audit.missing("offline")
+    assert "movies-s0/baselines-minilm-l3: head on test" not in audit.missing("offline")
     assert "movies on minilm-l3: seeds 1, n = 2" in text
 
 

@@ -17,7 +17,21 @@ from optuna.storages._heartbeat import HeartbeatThread
 from transformers import TrainerState
 from world import sentences
 
-from uhl import attempts, budget, compression, evidence, report, runs, search, stages, store, viz
+from uhl import (
+    attempts,
+    audit,
+    budget,
+    compression,
+    evidence,
+    porting,
+    report,
+    results,
+    runs,
+    search,
+    stages,
+    store,
+    viz,
+)
 from uhl.adapter import UHLAdapter
 from uhl.anchors import observe
 from uhl.augment import ByTurns, Perturbed
@@ -141,14 +155,14 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert set(test["task"]) == {"mood"}
     from uhl import claims
 
-    table = report.summary("t")  # raises when a score differs from the stored predictions
+    table = results.summary("t")  # raises when a score differs from the stored predictions
     assert len(table) == len(test)
     assert not table[table["phase"] == "retrained"].set_index("arm").loc["full", "extra_flops_pct"]
     text = report.markdown("t")
     assert "shuffled anchors" in text
     assert "nan" not in text
-    tables = report.gather("t")
-    pairs = report.paired(tables)
+    tables = results.gather("t")
+    pairs = results.paired(tables)
     assert len(pairs) >= 8
     assert (pairs["p holm"] >= pairs["p"]).all()
     assert pairs["p mcnemar"].isna().all() == (kind == "token")
@@ -167,32 +181,32 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     lacks = judged[judged["claim"].str.startswith("3")].set_index("arm")["reason"]
     assert lacks["lineage"].startswith("lineage is not defined there")
     assert (lacks["anchor"] == "LoRA at 1 MB was not run") == (not others)
-    assert report.missing("t") == []
+    assert audit.missing("t") == []
     cells = [(phase, arm) for phase in ("zero-shot", "tuned") for arm in ("lineage", "embedding")]
-    assert set(report.undefined("t")) == {(settings.task_name, "small", *cell) for cell in cells}
+    assert set(audit.undefined("t")) == {(settings.task_name, "small", *cell) for cell in cells}
     assert set(judged["verdict"]) <= {"held", "refuted", "not decidable", "not run"}
     told = claims.markdown("t").splitlines()
     assert sum(line.startswith("| 1 ") for line in told) == len(ours | without)
     assert all(" of 1 |" in line for line in told if line.startswith(("| 1 ", "| 2 tuned")))
     assert sum("| *ported head, " in line for line in told) == (6 if others else 4)
     assert any(line.startswith("| 3 ") and "| every arm | not run |" in line for line in told) == (not others)
-    board = report.leaderboard(table)
+    board = results.leaderboard(table)
     assert {"anchor", "sat-lora", "full"} <= set(board["method"])
     assert (board[board["method"] == "anchor"]["zero-shot"] > 0).all()
     assert (board[board["method"] == "full"]["memory MB"] > 0).all()
-    learned = report.curves("t")
+    learned = results.curves("t")
     assert {"uhl-canonical", "sat-lora", "anchor"} <= set(learned["arm"])
     assert set(learned["phase"]) == {"source", "tuned", "retrained"}
-    trust = report.calibration("t").set_index("arm")
+    trust = results.calibration("t").set_index("arm")
     assert set(trust.index) == {"anchor", "zero-atoms", "random-p"}
     for arm, row in trust.iterrows():
         assert 0 <= row["predicted"] <= 1
         assert row["measured"] == pytest.approx(stages.agreement(settings, zero.predictions[f"{arm}/test"]))
     few = settings.model_copy(update={"arms": ("anchor",)})  # its port does not say that there is no lineage
     stages.zero_shot(few).finish("port-small")
-    assert report.missing("t") == []
+    assert audit.missing("t") == []
     shutil.rmtree(runs.cell_dir(settings, "pretrain-canonical"))
-    assert report.calibration("t").empty  # what is missing is named elsewhere
+    assert results.calibration("t").empty  # what is missing is named elsewhere
 
 
 def test_on_a_target_all_methods_are_trained_as_ours_is_tuned(tiny_world, monkeypatch):
@@ -246,7 +260,7 @@ def test_times_are_medians_over_seeds(tiny_world):
         for row in outcome.rows:
             row["seconds"] = seconds
         outcome.finish("baselines-small")
-    (row,) = report.summary("t").to_dict("records")
+    (row,) = results.summary("t").to_dict("records")
     assert (row["seeds"], row["seconds"]) == (3, 4.0)
 
 
@@ -254,7 +268,7 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     for kind in ("canonical", "dimension"):
         _, outcome = stages.pretrain(tiny_world, kind)
         outcome.finish(f"pretrain-{kind}")
-    before = report.summary("t")
+    before = results.summary("t")
     folder = tmp_path / "adapters"
     assert [f.name for f in evidence.keep_adapters("t", folder)] == [
         f"mood-s0-{k}.safetensors" for k in ("canonical", "dimension")
@@ -268,7 +282,7 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     files = [p for cell in cells for p in cell.iterdir()]
     assert sorted(p.name for p in files) == ["manifest.json", "manifest.json", "predictions.npz", "predictions.npz"]
     assert len({p.stat().st_mtime_ns for p in files}) == 1  # else a batch would make one again
-    assert report.summary("t").equals(before)
+    assert results.summary("t").equals(before)
     ported = tiny_world.model_copy(update={"arms": ("anchor",)})
     with pytest.raises(UHLError, match="a cell restored from an archive may have none"):
         stages.zero_shot(ported)
@@ -375,7 +389,7 @@ def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, 
     monkeypatch.setattr(stages, "tune", lambda *a, **k: calls.append(a) or tune(*a, **k))
     search.search(tiny_world, "tune-anchor", space)  # another adapter: another study, and its trials are run
     assert len(calls) == 2
-    monkeypatch.setattr(stages, "port_rules", lambda *_: report.RULES - 1)
+    monkeypatch.setattr(stages, "port_rules", lambda *_: porting.RULES - 1)
     search.search(tiny_world, "tune-anchor", space)  # another way to port it
     assert len(calls) == 4
 
@@ -573,12 +587,12 @@ def test_finished_baselines_are_read_back(tiny_world, monkeypatch):
         patch.setattr(runs, "PROTOCOL", runs.PROTOCOL + 1)  # the same settings measure something else now
         stages.baselines(settings.model_copy(update={"baselines": ("head",)}), "target")
         assert ran == ["head"]
-        assert report.missing("t") == []
+        assert audit.missing("t") == []
         assert "Measured by an older release" in report.markdown("t")
         merge(stages.baselines(settings, "source").values()).finish("baselines-big")  # cells of both are not compared
-        (stale,) = report.missing("t")
+        (stale,) = audit.missing("t")
         assert stale.startswith("mood-s0/baselines-small: measured by an older release than others; delete the folder")
-        assert set(report.summary("t")["target"]) == {"big"}
+        assert set(results.summary("t")["target"]) == {"big"}
         assert "Measured by an older release" not in report.markdown("t")
     del ran[:]
     for cut in (b"PK cut", b""):
@@ -683,7 +697,7 @@ def test_an_interrupted_cell_of_ports_reads_back_the_arms_that_were_scored(tiny_
     assert (again.paths, again.adapters, again.rules) == (whole.paths, whole.adapters, whole.rules)
     assert again.details == json.loads(json.dumps(whole.details))
     assert whole.details["reports"].keys() == {*ran}
-    assert whole.rules == (report.RULES if source == "big" else report.LARGER_RULES)
+    assert whole.rules == (porting.RULES if source == "big" else porting.LARGER_RULES)
     for arm in ran:
         assert np.array_equal(again.counts(arm), whole.counts(arm))
     stages.zero_shot(settings.model_copy(update={"tune_rate": 0.5 * tiny_world.tune_rate}))
@@ -832,9 +846,9 @@ def test_an_adapter_is_lent_to_another_task(tiny_world, task, monkeypatch, tmp_p
     with at_work(theirs, target, "film", made.frame, made.scale) as attached:
         again = predict(Classifier(target.model, theirs.task("film"), made.frame, attached), target, film, "test")
     np.testing.assert_allclose(np.stack(again.logits), np.stack(tuned.predictions["anchor/test"].logits), atol=1e-4)
-    assert report.missing("t") == []
+    assert audit.missing("t") == []
     stages.pretrain(lender.model_copy(update={"rate": 5e-4}), "canonical")[1].finish("pretrain-canonical")
-    (found,) = report.missing("t")
+    (found,) = audit.missing("t")
     assert found.startswith("film-s0/pretrain-canonical: mood-s0/pretrain-canonical has another adapter now")
     table = report.markdown("t")
     assert "(adapters: with the labels of mood alone; baselines: with each task's own) on the source" in table
@@ -926,14 +940,14 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
     for part in ("dictionary", "router"):
         for name, value in getattr(store.load(file), part).state_dict().items():
             assert torch.equal(value, getattr(found, part).state_dict()[name])
-    assert report.missing("t") == []
-    assert report.calibration("t").empty
+    assert audit.missing("t") == []
+    assert results.calibration("t").empty
     table = report.markdown("t")
     assert "| small | tuned | anchor |" in table
     assert "not defined" in table.split("| small | zero-shot, tuned | lineage |")[1]
     (entry,) = (e for c, e in runs.manifests("t").items() if c.name == "tune-small")
     runs.write_manifest(borrower, "tune-small", entry["rows"][:-1], undefined=["lineage"])
-    assert report.missing("t") == ["joy-s0/tune-small: untrained on test"]
+    assert audit.missing("t") == ["joy-s0/tune-small: untrained on test"]
 
 
 SPLITS = {"train": (0, 40), "dev": (40, 50), "test": (50, 60), "unlabelled": (60, 80)}  # rows of each
@@ -1001,7 +1015,7 @@ def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
     path.write_text(json.dumps(entry))
     runs.update_results("t")
     with pytest.raises(UHLError, match=r"results\.csv says"):
-        report.summary("t")
+        results.summary("t")
 
 
 def test_predictions_of_other_examples_are_refused(tiny_world):
@@ -1009,20 +1023,20 @@ def test_predictions_of_other_examples_are_refused(tiny_world):
     for seed in (0, 1):
         settings = tiny_world.model_copy(update={"seed": seed, "baselines": ("head",)})
         merge(stages.baselines(settings, "source").values()).finish("baselines-big")
-    assert report.gather("t")
+    assert results.gather("t")
     path = runs.cell_dir(settings, "baselines-big") / "predictions.npz"
     with np.load(path) as stored:
         arrays = dict(stored)
     for change in (slice(None, None, -1), slice(-1)):
         np.savez(path, **{name: x[change] for name, x in arrays.items()})
         with pytest.raises(UHLError, match="scored on other test examples"):
-            report.gather("t")
+            results.gather("t")
     np.savez(path, **{name: x for name, x in arrays.items() if "labels" not in name})
     with pytest.raises(UHLError, match="lacks test predictions of head; delete that folder"):
-        report.gather("t")
+        results.gather("t")
     path.unlink()
     with pytest.raises(UHLError, match="lacks test predictions of head; delete that folder"):
-        report.gather("t")
+        results.gather("t")
 
 
 def test_ports_of_another_adapter_by_other_rules_or_with_fewer_arms_are_missed(tiny_world, monkeypatch):
@@ -1037,26 +1051,26 @@ def test_ports_of_another_adapter_by_other_rules_or_with_fewer_arms_are_missed(t
         assert tuned.rules is None  # no anchor has a part in it
         assert tuned.details["head"] in {"ported", "fitted"}
     lacks = [f"mood-s0/port-small: zero-atoms on {split}" for split in ("dev", "test")]
-    assert report.missing("t") == lacks
+    assert audit.missing("t") == lacks
     first, second = (runs.root() / "t" / f"mood-s{seed}" / "port-small" / "manifest.json" for seed in (0, 1))
     kept, said = second.read_text(), "ported by other rules than this release's"
-    assert [json.loads(path.read_text())["rules"] for path in (first, second)] == [None, report.RULES]
+    assert [json.loads(path.read_text())["rules"] for path in (first, second)] == [None, porting.RULES]
     for rules, asked in (
-        (report.LARGER_RULES + 1, "mood-s1"),
-        (report.RULES - 1, "mood-s1"),
-        (report.LARGER_RULES, None),
+        (porting.LARGER_RULES + 1, "mood-s1"),
+        (porting.RULES - 1, "mood-s1"),
+        (porting.LARGER_RULES, None),
     ):
         second.write_text(json.dumps(json.loads(kept) | {"rules": rules}))
-        assert [line.split("/")[0] for line in report.missing("t") if said in line] == [asked] * (asked is not None)
+        assert [line.split("/")[0] for line in audit.missing("t") if said in line] == [asked] * (asked is not None)
     entry = json.loads(first.read_text())
-    for told in ({"rules": report.RULES}, {}):  # older than the other to the same host; an earlier release's
+    for told in ({"rules": porting.RULES}, {}):  # older than the other to the same host; an earlier release's
         first.write_text(json.dumps({k: v for k, v in entry.items() if k != "rules"} | told))
-        assert [line.split("/")[0] for line in report.missing("t") if said in line] == ["mood-s0"]
+        assert [line.split("/")[0] for line in audit.missing("t") if said in line] == ["mood-s0"]
     first.write_text(json.dumps(entry))
     second.write_text(kept)
     retrained = settings.model_copy(update={"rate": 5e-4})
     stages.pretrain(retrained, "canonical")[1].finish("pretrain-canonical")
-    (found,) = set(report.missing("t")) - set(lacks)
+    (found,) = set(audit.missing("t")) - set(lacks)
     assert found.startswith("mood-s1/port-small: pretrain-canonical has another adapter now")
 
 
@@ -1099,12 +1113,12 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     with pytest.raises(UHLError, match="group of attempts"):
         attempts.attempts(whole, ["magic"])
     with pytest.raises(UHLError, match="profile t has no attempts"):
-        report.attempts("t")
+        results.attempts("t")
     for host in ("small", "big"):
         folder = runs.cell_dir(settings, f"attempts-{host}")
         folder.mkdir(parents=True)
         table.to_csv(folder / "attempts.csv", index=False)
-    found = report.attempts("t")
+    found = results.attempts("t")
     assert found.groupby(["task", "target", "seed"]).size().to_dict() == {
         ("mood", "big", 0): len(table),
         ("mood", "small", 0): len(table),

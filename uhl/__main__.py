@@ -12,7 +12,7 @@ import logging
 import sys
 from pathlib import Path
 
-from uhl import claims, evidence, report, runs, store, viz
+from uhl import audit, claims, evidence, report, results, runs, store, viz
 from uhl.config import ARMS, TrainConfig
 from uhl.errors import UHLError
 from uhl.fileformat import Header, read_either
@@ -67,7 +67,7 @@ def _lines(path: Path) -> list[str]:
 def table(options: argparse.Namespace) -> None:
     """Print the results table and where everything lies; with ``--readme`` put it into a README."""
     print(report.markdown(options.profile, options.target))
-    left = report.missing(options.profile)
+    left = audit.missing(options.profile)
     if left and not options.target:
         print(f"not complete: {len(left)} cells or rows are missing or old, first {left[0]}")
     folder = runs.root() / options.profile
@@ -81,7 +81,7 @@ def table(options: argparse.Namespace) -> None:
 def attempts(options: argparse.Namespace) -> None:
     """Gather what notebook 07 measured on a profile's targets as attempts.csv, and draw it."""
     viz.style()
-    found, into = report.attempts(options.profile), HERE / report.figures_of(options.profile)
+    found, into = results.attempts(options.profile), HERE / report.figures_of(options.profile)
     if found["group"].isin(viz.OF_BYTES).any():
         viz.save_fig(viz.score_against_anchor_bytes(found), into / "anchor_bytes", found)
     path = viz.save_fig(viz.attempt_changes(found), into / "attempts", found)
@@ -91,7 +91,7 @@ def attempts(options: argparse.Namespace) -> None:
 def copies(options: argparse.Namespace) -> None:
     """Gather what notebook 10 measured on pruned copies of the source as compression.csv, and draw it."""
     viz.style()
-    found, into = report.compressed(options.profile), HERE / report.figures_of(options.profile)
+    found, into = results.compressed(options.profile), HERE / report.figures_of(options.profile)
     viz.save_fig(viz.losses(found), into / "compression_losses", found)
     path = viz.save_fig(viz.compression(found), into / "compression", found)
     print(f"{path.relative_to(HERE)}: {found['copy'].nunique()} models, seeds {found['seeds'].max()}")

@@ -22,22 +22,11 @@ import numpy as np
 import pandas as pd
 
 from uhl import stats
+from uhl.audit import undefined
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS
-from uhl.report import (
-    Cells,
-    Groups,
-    figures_of,
-    gather,
-    groups_of,
-    own_source,
-    priors_apart,
-    readme_of,
-    source_of,
-    stack,
-    summary,
-    undefined,
-)
+from uhl.report import figures_of, readme_of
+from uhl.results import Cells, Groups, gather, groups_of, own_source, priors_apart, source_of, stack, summary
 from uhl.viz import NAMES
 
 PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
@@ -72,10 +61,10 @@ class Compared(NamedTuple):
 
 
 def judge(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.DataFrame:
-    """A row a claim, arm, target and task, from :func:`uhl.report.summary` and :func:`uhl.report.gather`.
+    """A row a claim, arm, target and task, from :func:`uhl.results.summary` and :func:`uhl.results.gather`.
 
     ``effect`` is in points for claims about scores, else in the unit that the claim names. How much seeds vary is
-    :func:`uhl.report.priors_apart`'s to say.
+    :func:`uhl.results.priors_apart`'s to say.
     """
     zero_shot, tuned, narrow = (list(compared(tables)) for compared in (_zero_shot, _tuned, _narrow))
     known = priors_apart(tables)

@@ -115,7 +115,7 @@ def described(copy: str, details: dict[str, Any], ports: Sequence[dict[str, Any]
 
 
 def table(outcomes: Sequence[Outcome]) -> pd.DataFrame:
-    """What one cell measured, in the columns of :func:`uhl.report.compressed`; intervals are over examples alone."""
+    """What one cell measured, in the columns of :func:`uhl.results.compressed`; intervals are over examples alone."""
     rows = []
     for outcome in outcomes:
         for row in outcome.table().to_dict("records"):

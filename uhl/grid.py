@@ -51,7 +51,7 @@ class Grid(_Strict):
     ``ported`` are further targets, not tuned on and with the baselines that their own files name; those of them that
     are in ``once`` are treated like ``targets`` for the tasks named there, with the first seed. Where there is a
     ``source_task`` all tasks have the adapter that is trained on that one. ``beside``: a profile of the same source and
-    tasks, whose cells differ by one setting, for :func:`uhl.report.beside`.
+    tasks, whose cells differ by one setting, for :func:`uhl.results.beside`.
     """
 
     profile: str
@@ -89,6 +89,11 @@ class Grid(_Strict):
         for name in grid.trained:
             task_file(profile, name)
         return grid
+
+    @classmethod
+    def known(cls, profile: str) -> Grid | None:
+        """The grid of a profile of ``params/``; None of any other."""
+        return cls.read(profile) if (PARAMS / profile).is_dir() else None
 
     @property
     def hosts(self) -> tuple[str, ...]:

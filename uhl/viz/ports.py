@@ -23,7 +23,7 @@ OF_BYTES = {"texts": (OURS, "o"), "dims": (BASELINE, "s"), "bits": ("#7a5195", "
 
 
 def calibration(table: pd.DataFrame) -> Figure:
-    """Predicted against measured agreement with the source, a point a ported cell; from :func:`report.calibration`.
+    """Predicted against measured agreement with the source, a point a port; from :func:`uhl.results.calibration`.
 
     On the diagonal a port does what it says.
     """
@@ -135,7 +135,7 @@ def _halves(groups: dict[str, pd.DataFrame]) -> tuple[dict[str, pd.DataFrame], d
 
 def compression(table: pd.DataFrame) -> Figure:
     """Score over the share of the source's weights that a pruned copy keeps, a panel a task (row) and part that was cut
-    (column), from :func:`report.compressed`. The source itself begins every line.
+    (column), from :func:`uhl.results.compressed`. The source itself begins every line.
     """
     parts = [part for part in dict.fromkeys(table["part"]) if part]
     tasks = list(dict.fromkeys(table["task"]))
@@ -160,7 +160,7 @@ def compression(table: pd.DataFrame) -> Figure:
 
 def losses(table: pd.DataFrame) -> Figure:
     """Points lost against the source over the Cohen's kappa that each anchored port predicted of itself, from
-    :func:`report.compressed`; where it is grey a port warns. A point a copy, a colour a part that was cut.
+    :func:`uhl.results.compressed`; where it is grey a port warns. A point a copy, a colour a part that was cut.
     """
     own = table[(table["part"] == "") & (table["arm"] == "lineage")].set_index("task")["score"]
     shown = table[table["arm"] == "anchor"]
@@ -176,7 +176,7 @@ def losses(table: pd.DataFrame) -> Figure:
 
 
 def foretold(trust: pd.DataFrame) -> Figure:
-    """The same of a profile's ports, from :func:`report.calibration`: a point a port and seed."""
+    """The same of a profile's ports, from :func:`uhl.results.calibration`: a point a port and seed."""
     if trust.empty:
         return empty_figure(NOT_PORTED)
     shown = trust.assign(lost=trust["source score"] - trust["score"])

@@ -72,7 +72,7 @@ def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[Place
     """:func:`arm_scores` for every task (row) and target (column) of some phases of a summary, on one scale, with lines
     at :data:`REFERENCES` where there are scores without labels.
 
-    ``undefined``: what cannot be there, from :func:`uhl.report.undefined`.
+    ``undefined``: what cannot be there, from :func:`uhl.audit.undefined`.
     """
     others = table[~table["phase"].isin(phases)]
     table = table[table["phase"].isin(phases)]

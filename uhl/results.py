@@ -1,0 +1,401 @@
+"""Tables from files alone: scores with intervals per cell, gaps recovered, paired differences, costs.
+
+Each is made of the manifests and predictions that a profile's cells left (:mod:`uhl.evidence`), by :mod:`uhl.stats`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from uhl import compression, evidence, runs, stats
+from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
+from uhl.errors import UHLError
+from uhl.files import sha256
+from uhl.grid import Grid
+from uhl.porting import DOUBTFUL
+from uhl.runs import manifests
+from uhl.viz import ORDER
+
+STAGE_OF_PHASE = {"source": "baselines-", "zero-shot": "port-", "tuned": "tune-", "retrained": "baselines-"}
+
+
+def cell_of(profile: str, task: str, seed: int, phase: str, target: str, arm: str) -> Path:
+    """The folder of the cell that has a row of the results."""
+    stage = (
+        f"pretrain-{arm.removeprefix('uhl-')}" if arm.startswith("uhl-") else STAGE_OF_PHASE[phase] + runs.slug(target)
+    )
+    return runs.root() / profile / f"{runs.slug(task)}-s{seed}" / stage
+
+
+Cells = dict[tuple[str, str, str, str], dict[int, np.ndarray]]
+Groups = Mapping[str, np.ndarray | None]  # of each example of a task; None where examples stand alone
+
+
+Scored = dict[str, tuple[Path, bytes]]  # of each task a cell, and what it was scored on
+
+
+def gather(profile: str, split: str = "test", first: Scored | None = None) -> Cells:
+    """Counts (n, 3) of each seed by (task, target, phase, arm), from predictions.
+
+    Raises :class:`UHLError` where two cells of a task were scored on other examples, or on others' order; ``first``,
+    which is filled, lets several profiles be held to the same.
+    """
+    frame = runs.load_results(profile)
+    frame = frame[frame["split"] == split]
+    out: Cells = {}
+    first = {} if first is None else first
+    for key, rows in frame.groupby(["task", "target", "phase", "arm"], sort=False):
+        task, target, phase, arm = map(str, key)
+        cells = out[task, target, phase, arm] = {}
+        for seed, metric in zip(rows["seed"], rows["metric"], strict=True):
+            cell = cell_of(profile, task, int(seed), phase, target, arm)
+            scored = evidence.examples(cell, arm, split)
+            other, known = first.setdefault(task, (cell, scored))
+            if known != scored:
+                raise UHLError(
+                    f"{cell} and {other} were scored on other {split} examples, so they cannot be compared; delete the "
+                    "older of the two folders and run its cell again"
+                )
+            cells[int(seed)] = evidence.counts(cell, arm, split, str(metric))
+    return out
+
+
+def groups_of(profile: str, task: str, split: str = "test") -> np.ndarray | None:
+    """Group of each example of a task's split, as the cells' predictions hold them; None where examples stand alone."""
+    for path in sorted((runs.root() / profile).glob(f"{task}-s*/*/predictions.npz")):
+        own = re.fullmatch(rf"{re.escape(task)}-s\d+", path.parent.parent.name)  # `movies` is not `movies-short`
+        if own and f"{split}/group" in (stored := evidence.predictions(path.parent)):
+            return stored[f"{split}/group"]
+    return None
+
+
+def stack(tables: dict[int, np.ndarray], seeds: Iterable[int] | None = None) -> np.ndarray:
+    """Counts (seeds, n, 3) of some seeds (by default all), in order of seed."""
+    return np.stack([tables[s] for s in sorted(tables if seeds is None else seeds)])
+
+
+def summary(profile: str, split: str = "test") -> pd.DataFrame:
+    """One row a (task, target, phase, arm): mean score with its interval, seeds, n, budgets.
+
+    Bytes and FLOPs are those of the seed with most, seconds the median over seeds, as a machine may sleep during one;
+    ``top_k``: the most atoms of ours that a token could use.
+    """
+    frame = runs.load_results(profile)
+    frame = frame[frame["split"] == split]
+    if frame.empty:
+        raise UHLError(f"profile {profile} has no rows of {split}; its cells score what `splits` names")
+    tables = gather(profile, split)
+    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items() if _usual(key[3]))
+    finished = manifests(profile)
+    rows = []
+    for key, group in frame.groupby(["task", "target", "phase", "arm"], sort=False):
+        task, target, phase, arm = map(str, key)
+        made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split), known.get(task))
+        if abs(made.value - group["score"].mean()) > 0.05:
+            raise UHLError(f"{key}: results.csv says {group['score'].mean():.2f}, its predictions {made.value:.2f}")
+        mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
+        for cost in ("adapter_bytes", "extra_flops_pct"):  # a seed's port may use no atoms
+            mean[cost] = group[cost].max()
+        mean["seconds"] = group["seconds"].median()
+        cells = [cell_of(profile, task, int(s), phase, target, arm) for s in group["seed"]]
+        if lost := [cell for cell in cells if cell not in finished]:
+            raise UHLError(f"{lost[0]} has rows in results.csv and no manifest; run the cell again")
+        mean["top_k"] = max(finished[cell]["parameters"]["top_k"] for cell in cells)
+        rows.append(
+            {"task": task, "target": target, "phase": phase, "arm": arm, "score": made.value, "low": max(0.0, made.low)}
+            | {"high": min(100.0, made.high), "seeds": len(group), "n": int(group["n"].iloc[0])}
+            | mean.to_dict()
+        )
+    out = pd.DataFrame(rows)
+    out["in budget"] = (out["adapter_bytes"] <= LIMIT_BYTES) & (out["extra_flops_pct"] <= LIMIT_FLOPS_PCT)
+    rank = {phase: i for i, phase in enumerate(runs.PHASES)}
+    out = out.assign(p=out["phase"].map(rank), a=out["arm"].map({a: i for i, a in enumerate(ORDER)}))
+    return out.sort_values(["task", "p", "target", "a"]).drop(columns=["p", "a"]).reset_index(drop=True)
+
+
+def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
+    """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter) with its interval, from :func:`gather`; to
+    compare, that of a head alone which is fitted to the labels there.
+
+    ``pgr`` is the performance gap recovered of Burns et al. (2023), of hosts that are better than the source: the same
+    with the source's own score in place of no adapter's. Over the ``seeds`` that all cells have; NaN as
+    :func:`uhl.stats.recovered` says, and ``pgr`` where the source was not run with these, or where LoRA is not above
+    it in almost all resamples, so that the ratio means nothing.
+    """
+    rows = []
+    for (task, target, phase, arm), cell in tables.items():
+        floor = tables.get((task, target, "zero-shot", "no-adapter"), {})
+        ceiling = tables.get((task, target, "retrained", "lora-r8"), {})
+        seeds = set(cell) & set(floor) & set(ceiling)
+        if (phase in {"zero-shot", "tuned"} or (phase, arm) == ("retrained", "head")) and seeds:
+            group, above = (groups or {}).get(task), stats.Interval(np.nan, np.nan, np.nan)
+            ported, top = stack(cell, seeds), stack(ceiling, seeds)
+            found = stats.recovered(ported, stack(floor, seeds), top, group)
+            source = source_of(tables, task, arm)
+            if seeds <= set(source):
+                made = stats.recovered(ported, stack(source, seeds), top, group)
+                above = above if np.isnan(made.low) else made
+            rows.append((task, target, phase, arm, len(seeds), *found, *above))
+    columns = ["task", "target", "phase", "arm", "seeds", "gap", "low", "high", "pgr", "pgr low", "pgr high"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def own_source(arm: str) -> str:
+    """The adapter that an arm ports, as it is called on its source."""
+    return "uhl-dimension" if arm == "dimension" else "uhl-canonical"
+
+
+def source_of(tables: Cells, task: str, arm: str) -> dict[int, np.ndarray]:
+    """Counts, by seed, of the adapter that an arm ports on its own source; empty where it was not scored there."""
+    own = own_source(arm)
+    return next((found for (t, _, p, a), found in tables.items() if (t, p, a) == (task, "source", own)), {})
+
+
+def calibration(profile: str, split: str = "test") -> pd.DataFrame:
+    """How often a ported adapter decides as its source did: ``predicted`` when it was ported, from the anchors, and
+    ``measured`` on a split's examples (a token task: its words); and the scores of both. Ports whose ``kappa`` is below
+    ``warns below`` warn. A row a ported cell and arm whose source's cell is there.
+    """
+    frame = runs.load_results(profile)
+    scores = frame[frame["split"] == split].set_index(["task", "target", "phase", "arm", "seed"])["score"]
+    rows, finished = [], manifests(profile)
+    for cell, entry in finished.items():
+        if not cell.name.startswith("port-") or cell.parent / "pretrain-canonical" not in finished:
+            continue  # `missing` names the latter
+        row = entry["rows"][0]
+        for arm, made in entry.get("reports", {}).items():
+            if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
+                same = evidence.alike(cell, arm, split)
+                if same is None:
+                    continue  # the adapter of another task, with other labels
+                task, target, seed = row["task"], row["target"], row["seed"]
+                own = float(scores[task, row["source"], "source", "uhl-canonical", seed])
+                ported = float(scores[task, target, "zero-shot", arm, seed])
+                kappa = made.get("kappa", float("nan"))
+                told = made["agreement"], same, kappa, DOUBTFUL[row["metric"]]
+                rows.append((task, target, seed, arm, *told, own, ported))
+    columns = ["task", "target", "seed", "arm", "predicted", "measured"]
+    columns += ["kappa", "warns below", "source score", "score"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def compressed(profile: str) -> pd.DataFrame:
+    """What notebook 10 measured on pruned copies of the source, over the seeds of each task; the columns are those of
+    :func:`uhl.compression.table`.
+
+    Raises :class:`UHLError` where there is nothing, or where a copy was not measured as the source was: with fewer
+    seeds, other examples, or an adapter that was trained again since.
+    """
+    tables: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
+    ports: dict[tuple[str, str, str], list[dict[str, object]]] = {}
+    about: dict[str, dict[str, Any]] = {}
+    metrics: dict[str, str] = {}
+    remedy = f"delete the folders {profile}/*/compress and run again: make copies PROFILE={profile}"
+    setups: dict[Path, set[str]] = {}
+    for path in sorted((runs.root() / profile).glob("*-s*/compress/*/outcome.json")):
+        entry, place = json.loads(path.read_text()), path.parents[2]
+        file = place / "pretrain-canonical" / "adapter.safetensors"
+        setup = {name: value for name, value in entry["about"].items() if name != "copy"}
+        setups.setdefault(place, set()).add(json.dumps(setup, sort_keys=True))
+        if len(setups[place]) > 1 or (file.is_file() and sha256(file) != setup["adapter"]):
+            raise UHLError(f"{path.parent} was measured otherwise than the others, or with another adapter; {remedy}")
+        for row in entry["rows"]:
+            key, details = (row["task"], row["target"], row["arm"]), entry["details"]
+            counted = evidence.counts(path.parent, row["arm"], row["split"], row["metric"])
+            tables.setdefault(key, {})[int(row["seed"])] = counted
+            ports.setdefault(key, []).append(details["ports"].get(row["arm"], {}))
+            about[row["target"]] = details
+            metrics[row["task"]] = row["metric"]
+    if not tables:
+        raise UHLError(f"profile {profile} has no pruned copies; measure them first: make copies PROFILE={profile}")
+    whole = {k[0]: {s: len(c) for s, c in cell.items()} for k, cell in tables.items() if not about[k[1]]["part"]}
+    for (task, copy, arm), cell in tables.items():
+        if {seed: len(c) for seed, c in cell.items()} != whole.get(task):
+            raise UHLError(f"{arm} on {copy} ({task}) lacks seeds that the source has, or has other examples; {remedy}")
+    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items())
+    rows = []
+    for (task, copy, arm), cell in tables.items():
+        made = stats.interval(stack(cell), groups_of(profile, task), known[task])
+        row = compression.described(copy, about[copy], ports[task, copy, arm], metrics[task])
+        row |= {"task": task, "arm": arm, "seeds": len(cell), "n": len(next(iter(cell.values())))}
+        rows.append(row | dict(zip(("score", "low", "high"), made, strict=True)))
+    return pd.DataFrame(rows)[list(compression.COLUMNS)]
+
+
+PAIRS = (
+    ("source", "uhl-canonical", "source", "head"),
+    ("source", "uhl-dimension", "source", "head"),
+    ("source", "uhl-canonical", "source", "lora-r8"),
+    ("source", "uhl-dimension", "source", "lora-r8"),
+    ("zero-shot", "dimension", "zero-shot", "no-adapter"),
+    ("zero-shot", "lineage", "zero-shot", "no-adapter"),
+    ("zero-shot", "anchor", "zero-shot", "shuffled"),
+    ("zero-shot", "anchor", "zero-shot", "zero-atoms"),
+    ("zero-shot", "anchor", "zero-shot", "random-p"),
+    ("zero-shot", "anchor", "retrained", "head"),
+    ("zero-shot", "embedding", "zero-shot", "lineage"),
+    ("zero-shot", "refresh", "zero-shot", "anchor"),
+    ("zero-shot", "refresh", "zero-shot", "zero-atoms"),
+    ("zero-shot", "refresh", "zero-shot", "refresh-random"),
+    ("tuned", "anchor", "tuned", "zero-atoms"),
+    ("tuned", "anchor", "tuned", "random-p"),
+    ("tuned", "anchor", "tuned", "untrained"),
+    ("tuned", "dimension", "tuned", "zero-atoms"),
+    ("tuned", "lineage", "tuned", "zero-atoms"),
+    ("tuned", "anchor", "retrained", "lora-r8"),
+    ("tuned", "anchor", "retrained", "sat-lora"),
+    ("tuned", "anchor", "retrained", "hf-sat-lora"),
+)
+
+
+def _pairs(tables: Cells) -> Iterator[tuple[tuple[str, str, str, str], np.ndarray, np.ndarray]]:
+    """(task, target, first, second) of :data:`PAIRS`, and the counts of both on the seeds that both have."""
+    for task, target in dict.fromkeys((key[0], key[1]) for key in tables):
+        for phase_a, a, phase_b, b in PAIRS:
+            first, second = (tables.get((task, target, *cell), {}) for cell in ((phase_a, a), (phase_b, b)))
+            if seeds := set(first) & set(second):
+                yield (task, target, f"{phase_a} {a}", f"{phase_b} {b}"), stack(first, seeds), stack(second, seeds)
+
+
+def priors(scores: Iterable[tuple[str, np.ndarray]]) -> dict[str, stats.Prior | None]:
+    """How much seeds vary in each task, from (task, what the seeds of a cell show); see :func:`uhl.stats.prior`.
+
+    Tasks differ in it, not least by how many examples they are tested on. Cells that show the same count once: where a
+    port uses no atoms, several arms are one.
+    """
+    found: dict[str, dict[tuple[float, ...], np.ndarray]] = {}
+    for task, values in scores:
+        found.setdefault(task, {})[tuple(values.round(6))] = values
+    return {task: stats.prior(values.values()) for task, values in found.items()}
+
+
+def _usual(arm: str) -> bool:
+    """Whether a cell tells of others how much seeds vary: codes of other texts make of a host whatever they will."""
+    return not arm.endswith("shuffled")
+
+
+def priors_apart(tables: Cells) -> dict[str, stats.Prior | None]:
+    """How much seeds vary in the paired differences of each task, by those of :data:`PAIRS`: for each table of
+    differences, so that one has the same interval in all of them.
+    """
+    return priors((key[0], stats.seeds_apart(one, other)) for key, one, other in _pairs(tables) if _usual(key[3]))
+
+
+def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
+    """Paired differences of :data:`PAIRS` over the seeds that both have, from :func:`gather`.
+
+    ``groups`` maps a task to the group of each example, see :func:`groups_of`. ``p holm`` is corrected over the whole
+    table, and the verdict goes by it; a single seed decides nothing unless other cells show how much seeds vary. ``p
+    mcnemar`` is the largest of the seeds', where the metric is an accuracy and examples stand alone.
+    """
+    return _compared(_pairs(tables), ("first", "second"), priors_apart(tables), groups)
+
+
+def beside(profile: str) -> pd.DataFrame:
+    """Paired differences of a profile's adapters from those of the one that its grid names: each arm that both have,
+    on the source, without labels and tuned, over the seeds that both have, in the columns of :func:`paired`.
+
+    Empty where the grid names none, or where nothing of that is here, which :func:`missing` says.
+    """
+    other = grid.beside if (grid := Grid.known(profile)) else None
+    if other is None or not manifests(other):
+        return _compared([], ("phase", "arm"), {})
+    scored: Scored = {}
+    own, others = gather(profile, first=scored), gather(other, first=scored)
+    pairs = []
+    for key in own:
+        phase, arm = key[2:]
+        ours = arm.startswith("uhl-") or (phase in {"zero-shot", "tuned"} and arm != "no-adapter" and _usual(arm))
+        if ours and (seeds := set(own[key]) & set(others.get(key, {}))):
+            pairs.append((key, stack(own[key], seeds), stack(others[key], seeds)))
+    known = priors((key[0], stats.seeds_apart(one, two)) for key, one, two in pairs)
+    return _compared(pairs, ("phase", "arm"), known, {task: groups_of(profile, task) for task in scored})
+
+
+def _compared(
+    pairs: Iterable[tuple[tuple[str, str, str, str], np.ndarray, np.ndarray]],
+    named: tuple[str, str],
+    known: Mapping[str, stats.Prior | None],
+    groups: Groups | None = None,
+) -> pd.DataFrame:
+    """A table of differences, of which ``named`` are the third and fourth column; see :func:`paired`."""
+    rows = []
+    for key, one, other in pairs:
+        group = (groups or {}).get(key[0])
+        alone = (group is None or len(np.unique(group)) == len(group)) and bool((one[..., 1:] == 1).all())
+        exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
+        rows.append((*key, len(one), *stats.difference(one, other, group, known.get(key[0])), exact))
+    columns = ["task", "target", *named, "seeds", "difference", "low", "high", "p", "p mcnemar"]
+    table = pd.DataFrame(rows, columns=columns)
+    table.insert(9, "p holm", stats.holm(table["p"].tolist()))
+    sign = np.where(table["difference"] > 0, "better", "worse")
+    shown = table["task"].map(lambda task: known.get(task) is not None)
+    told = (table["p holm"] < 0.05) & ((table["seeds"] > 1) | shown)
+    return table.assign(verdict=np.where(told, sign, "undecided"))
+
+
+def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
+    """What each way to adapt a target reaches and costs there, from :func:`summary`, best first within a target.
+
+    The columns are those of PEFT's method_comparison, and the score without labels: a row a (task, target, method).
+    ``memory`` is the peak of a training step beside the host's weights.
+    """
+    keys = ["task", "target", "arm"]
+    zero = table[table["phase"] == "zero-shot"].set_index(keys)["score"].rename("zero-shot")
+    trained = table[table["phase"].isin(["tuned", "retrained"])]
+    out = trained.join(zero, on=keys).assign(step=trained["seconds"] / trained["steps"].where(trained["steps"] > 0))
+    names = {"arm": "method", "score": "accuracy", "trainable_params": "trainable", "adapter_bytes": "file size"}
+    names |= {"peak_mb": "memory MB", "step": "s a step", "seconds": "train time s", "extra_flops_pct": "FLOPs %"}
+    shown = ["task", "target", "phase", "arm", "score", "low", "high", "zero-shot", "trainable_params", "adapter_bytes"]
+    shown += ["peak_mb", "step", "seconds", "extra_flops_pct", "in budget"]
+    out = out.sort_values(["task", "target", "score"], ascending=[True, True, False], kind="stable")
+    return out[shown].rename(columns=names).reset_index(drop=True)
+
+
+def curves(profile: str) -> pd.DataFrame:
+    """Training loss by step of every cell that trained: columns task, target, phase, arm, seed, step, loss."""
+    rows = []
+    for entry in manifests(profile).values():
+        phases = {row["arm"]: (row["task"], row["target"], row["phase"]) for row in entry["rows"]}
+        for arm, losses in entry.get("curves", {}).items():
+            rows += [(*phases[arm], arm, entry["seed"], step, loss) for step, loss in losses]
+    return pd.DataFrame(rows, columns=["task", "target", "phase", "arm", "seed", "step", "loss"])
+
+
+def attempts(profile: str) -> pd.DataFrame:
+    """What notebook 07 measured on dev, of all tasks, targets and seeds of a profile; see :func:`attempts.measure`."""
+    frames = []
+    for path in sorted((runs.root() / profile).glob("*-s*/attempts-*/attempts.csv")):
+        task, _, seed = path.parent.parent.name.rpartition("-s")
+        target = path.parent.name.removeprefix("attempts-")
+        frames.append(pd.read_csv(path).assign(task=task, target=target, seed=int(seed)))
+    if not frames:
+        raise UHLError(f"profile {profile} has no attempts; measure them first: make attempts PROFILE={profile}")
+    if any("same" not in frame for frame in frames):
+        raise UHLError(
+            f"profile {profile} has attempts of an earlier release; delete its folders attempts-* and run again"
+        )
+    found = pd.concat(frames, ignore_index=True)
+    return found[["task", "target", "seed", *(c for c in found.columns if c not in ("task", "target", "seed"))]]
+
+
+def findings(table: pd.DataFrame, pairs: pd.DataFrame) -> list[str]:
+    """One sentence a comparison, over all tasks and targets, with the counts of each verdict and the range."""
+    lines = []
+    for key, group in pairs.groupby(["first", "second"], sort=False):
+        first, second = map(str, key)
+        tally = ", ".join(f"{count} {verdict}" for verdict, count in group["verdict"].value_counts().items())
+        low, high = group["difference"].min(), group["difference"].max()
+        ends = " to ".join(dict.fromkeys((f"{low:+.1f}", f"{high:+.1f}")))
+        lines.append(f"{first} against {second}: {tally} of {len(group)} cells; {ends} points")
+    sizes = table[table["arm"].str.startswith("uhl-")]["adapter_bytes"]
+    if len(sizes):
+        lines.append(f"adapter files: {sizes.min():,.0f} to {sizes.max():,.0f} bytes")
+    return lines
