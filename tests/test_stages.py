@@ -30,6 +30,7 @@ from uhl import (
     search,
     stages,
     store,
+    teacher,
     viz,
 )
 from uhl.adapter import UHLAdapter
@@ -118,6 +119,56 @@ def trained(settings):
         stages.pretrain(settings, "canonical")
         TRAINED[key] = path.read_bytes()
     return store.load(path)
+
+
+@pytest.mark.checked
+@pytest.mark.parametrize("kind", ["sentence", "pair", "token"])
+def test_a_teacher_s_decisions_are_those_of_the_file(tiny_world, own_files, monkeypatch, kind):
+    settings = tiny_world if kind == "sentence" else own_files(kind).model_copy(update={"unlabelled": 8})
+    settings = settings.model_copy(update={"teacher": "full", "full_rate": 5e-3, "steps": 6})
+    seen, asked = [], train
+
+    def watched(classifier, encoder, task, config, *rest):
+        seen.append((task, config.steps))
+        return asked(classifier, encoder, task, config, *rest)
+
+    monkeypatch.setattr(stages, "train", watched)
+    adapter, outcome = stages.pretrain(settings, "canonical")
+    labelled = stages.load_data(settings)
+    ((lesson, steps),) = seen
+    assert steps == 6
+    count, more = (len(labelled.data[split]) for split in ("train", "unlabelled"))
+    label, rows = "tags" if kind == "token" else "label", lesson.data["train"]
+    assert len(rows) == count + more
+    assert rows[label][:count] == labelled.data["train"][label]
+    hidden = rows[label][count:] if kind != "token" else [x for tags in rows[label][count:] for x in tags]
+    assert set(hidden) == {-100}
+    says = np.load(runs.cell_dir(settings, "teacher-full") / "says.npz")
+    told = [x if kind == "token" else [x] for x in rows["teacher"]]
+    np.testing.assert_allclose(np.concatenate(told), np.concatenate([says["train"], says["unlabelled"]]))
+    step = (says["anchors"].max(0) - says["anchors"].min(0)) / 127
+    assert (np.abs(adapter.anchors.decided().numpy() - says["anchors"]) <= step + 1e-2).all()
+    alone, _ = stages.pretrain(settings.model_copy(update={"teacher": None, "profile": "alone"}), "canonical")
+    own = alone.anchors.decided()  # another's
+    assert np.abs(own.numpy() - says["anchors"]).max() > 10 * step.max()
+    about = outcome.details["teacher"]
+    assert (about["method"], about["dev"]) == ("full", float(says["score"]))
+
+
+def test_a_teacher_is_trained_once_for_both_adapters_and_anew_for_other_settings(tiny_world, monkeypatch):
+    settings = tiny_world.model_copy(update={"teacher": "full", "steps": 3})
+    made, really = [], teacher.run_baseline
+    monkeypatch.setattr(teacher, "run_baseline", lambda *given, **named: made.append(1) or really(*given, **named))
+    first, _ = stages.pretrain(settings, "canonical")
+    stages.pretrain(settings, "dimension")
+    assert len(made) == 1
+    stages.pretrain(settings.model_copy(update={"full_rate": 5e-4}), "canonical")
+    assert len(made) == 2
+    file = runs.cell_dir(settings, "teacher-full") / "says.npz"
+    file.write_bytes(file.read_bytes()[:-100])  # cut off
+    again, _ = stages.pretrain(settings, "canonical")
+    assert len(made) == 3
+    torch.testing.assert_close(again.anchors.decided(), first.anchors.decided())
 
 
 def run_all(settings):

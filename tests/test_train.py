@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from transformers import TrainerCallback
 from world import sentences
 
-from uhl import train
+from uhl import tasks, train
 from uhl.adapter import TaskPart, UHLAdapter
 from uhl.anchors import Probe
 from uhl.baselines import SPARSE, own_frame, peft_method, run_baseline, start
@@ -18,6 +19,7 @@ from uhl.host import find_slots
 from uhl.peft_method import attach
 from uhl.quant import dequantise
 from uhl.sat import SATAdapter
+from uhl.tasks import Task
 from uhl.train import Classifier, predict
 
 pytestmark = pytest.mark.unchecked
@@ -41,6 +43,49 @@ def test_the_adapter_learns_and_the_host_does_not(encoder, task, config, tmp_pat
     assert adapter.dictionary.u.abs().sum() > 0
     attached.detach()
     assert all(torch.equal(v, before[k]) for k, v in encoder.model.state_dict().items())
+
+
+def reference_loss(logits, labels, teacher, weight):
+    """The equation at the head of uhl.teacher, row by row."""
+    rows = []
+    for logit, label, told in zip(logits, labels.tolist(), teacher, strict=True):
+        log = logit.log_softmax(-1)
+        by_teacher = None if told.isnan().any() else -(told.softmax(-1) * log).sum()
+        if label != tasks.IGNORE and by_teacher is not None:
+            rows.append((1 - weight) * -log[label] + weight * by_teacher)
+        elif label != tasks.IGNORE or by_teacher is not None:
+            rows.append(-log[label] if by_teacher is None else by_teacher)
+    return torch.stack(rows).mean()
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 3)])
+def test_a_teacher_speaks_beside_labels_and_alone_where_there_are_none(encoder, task, config, shape):
+    _, attached, classifier = build(encoder, task, config, TrainConfig(teacher_weight=0.3))
+    classifier.eval()  # no budget terms
+    logits = torch.randn(*shape, 2, requires_grad=True)
+    labels = torch.tensor([0, 1, tasks.IGNORE, 1, tasks.IGNORE, 0]).view(shape)
+    teacher = torch.randn(6, 2)
+    teacher[3:5] = torch.nan  # a label alone, and neither
+    found = classifier.loss(logits, labels, teacher.view(*shape, 2))
+    wanted = reference_loss(logits.flatten(0, -2), labels.flatten(), teacher, 0.3)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, wanted)))
+    silent = classifier.loss(logits, labels, torch.full((*shape, 2), torch.nan))
+    torch.testing.assert_close(silent, classifier.loss(logits, labels))
+    attached.detach()
+
+
+def test_a_teacher_s_words_are_on_their_first_pieces_and_padding_has_none(encoder):
+    rows = {"tokens": [["goodfilm", "was"], ["dull"]], "tags": [[1, 0], [tasks.IGNORE]]}
+    rows["teacher"] = [[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]]
+    made = tasks.encode("token", Dataset.from_dict(rows), encoder.tokenizer)
+    assert made["labels"] == [[-100, 1, -100, 0, -100], [-100, -100, -100]]
+    batch = train.collator(encoder, Task("t", "token", ("O", "B-X"), DatasetDict()))(list(made))
+    told = batch["teacher"]
+    assert told.shape == (2, 5, 2)
+    assert told[0, [1, 3]].tolist() == [[1, 2], [3, 4]]
+    assert told[1, 1].tolist() == [5, 6]
+    assert int(told.isnan().all(-1).sum()) == 7
 
 
 @pytest.mark.parametrize("bf16", [False, True])

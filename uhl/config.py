@@ -102,6 +102,7 @@ class TrainConfig(_Strict):
     head_rate: float = Field(1e-3, gt=0, description="learning rate of the head")
     lambda_f: float = Field(0.01, ge=0, description="weight of E[k], 0.01 to 0.1")
     lambda_q: float = Field(1e-5, ge=0, description="weight of the task bias's square, 1e-6 to 1e-4")
+    teacher_weight: float = Field(0.7, ge=0, le=1, description="of a teacher's word beside a label, where there is one")
     warmup: float = Field(0.1, ge=0, lt=1, description="share of the steps")
     max_length: int = Field(64, ge=8, description="tokens")
     bf16: bool = Field(False, description="train under bfloat16 autocast; parameters and scores stay float32")

@@ -84,6 +84,11 @@ class Settings(_Strict):
     batch: int = Field(32, ge=1)
     max_length: int = Field(64, ge=8)
     bf16: bool = Field(False, description="train under bfloat16 autocast; ports and scores stay float32")
+    teacher: Method | None = Field(
+        None,
+        description="method that trains the source on the same labels first, to teach the adapter; None: no teacher",
+    )
+    teacher_weight: float = Field(0.7, ge=0, le=1, description="of its word beside a label")
     rate: float = Field(5e-3, gt=0, description="dictionary and router of a canonical adapter")
     dimension_rate: float = Field(1e-2, gt=0, description="dictionary, router and projector of a dimension adapter")
     mixer_rate: float = Field(1e-2, gt=0)

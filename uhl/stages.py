@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from uhl import evidence, models, runs, store, tasks
@@ -39,18 +40,22 @@ from uhl.porting import FIXED, REFRESHED, Port, Shared, at_work, port, port_rule
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
 from uhl.tasks import Task
+from uhl.teacher import Teacher, teach
 from uhl.train import Classifier, Prediction, TrainLog, Watch, train
 
 NOT_OF_BASELINES = {
     *("target", "source_task", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
-    *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims"),
+    *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims", "teacher", "teacher_weight"),
     *("tune_steps", "tune_batch", "tune_rate", "dimension_rate"),
 }  # settings that no baseline depends on, beside the other methods' rates
 NOT_OF_THE_SOURCE = {
     *("target", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
     *("tune_steps", "tune_batch", "tune_rate"),
 }  # settings that nothing trained on the source depends on
-NOT_OF_TUNING = {*("hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"), *RATES.values()}
+NOT_OF_TUNING = {
+    *("hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies", "teacher", "teacher_weight"),
+    *RATES.values(),
+}
 NOT_OF_PORTING = NOT_OF_TUNING - {"refresh_steps"} | {"tune_steps", "tune_batch", "tune_rate"}
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
@@ -147,9 +152,10 @@ def make_anchors(
     probe: Probe,
     origin: str,
     dims: int | None = None,
+    taught: Tensor | None = None,
 ) -> Anchors:
     """Codes of a trained source: the head's input with the adapter at work, the bare stream's (``seen``) by depth; and
-    its logits where some units of ``probe`` have no code.
+    its logits where some units of ``probe`` have no code, or a teacher's for all of them (``taught``).
 
     ``seen`` was observed on the same probe; of the stream's coordinates the first ``dims`` are kept (None: all).
     """
@@ -163,6 +169,8 @@ def make_anchors(
     reads = fake_quantise(part.head.detach().cpu(), 8) if part.labels else None
     bias = part.head_bias.detach().cpu().half().float() if part.labels else None
     logits = None if reads is None or probe.covered() else Codes.of(codes @ reads.T)
+    if taught is not None and bias is not None:
+        logits = Codes.of(taught - bias)
     return Anchors(
         texts=list(probe.texts),
         origin=origin,
@@ -204,11 +212,16 @@ def pretrain(
     for p in adapter.projector.parameters():
         p.requires_grad_(projector == "dimension")
     rate = settings.dimension_rate if projector == "dimension" else settings.rate
-    config, folder = settings.train_config(rate=rate), runs.cell_dir(settings, f"pretrain-{projector}")
+    steps = settings.steps or math.ceil(
+        len(task.data["train"]) / settings.batch * settings.epochs
+    )  # a teacher adds texts
+    config, folder = settings.train_config(rate=rate, steps=steps), runs.cell_dir(settings, f"pretrain-{projector}")
+    teacher = None if settings.teacher is None else _teacher(settings, settings.teacher, task, asked)
 
     def anchored(origin: str) -> Anchors:
         dims = settings.anchor_dims
-        return make_anchors(encoder, adapter, settings.task_name, seen, basis, frame, asked, origin, dims)
+        by = None if teacher is None else teacher.anchors
+        return make_anchors(encoder, adapter, settings.task_name, seen, basis, frame, asked, origin, dims, by)
 
     with attach(encoder.model, adapter, settings.task_name, frame) as attached:
         fit_head(Classifier(encoder.model, part, None, attached), encoder, task, config.max_length)
@@ -224,7 +237,8 @@ def pretrain(
         if other:
             about += f", by turns with {second}"
             callbacks.append(ByTurns(classifier, *other))
-        log = train(classifier, encoder, task, config, folder / "trainer", about, watch, callbacks)
+        lesson = task if teacher is None else teacher.taught(task)
+        log = train(classifier, encoder, lesson, config, folder / "trainer", about, watch, callbacks)
     if projector == "canonical":
         origin = f"{settings.anchor_text}, {tasks.LICENCE if settings.anchor_text == 'generic' else task.licence}"
         if settings.generic_anchors:
@@ -240,8 +254,18 @@ def pretrain(
     found = store.load(path)
     frame = basis.frame(slots) if projector == "canonical" else None
     outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses})
+    if teacher is not None:
+        outcome.details["teacher"] = {"method": teacher.method, "dev": teacher.score, "seconds": teacher.seconds}
     outcome.score_adapter(found, path, encoder, frame, 1.0, arm=f"uhl-{projector}", phase="source", **log.costs())
     return found, outcome
+
+
+def _teacher(settings: Settings, method: str, task: Task, asked: Probe) -> Teacher:
+    """What the source says when it was trained by ``method``, as a baseline is."""
+    encoder, begin = load_encoder(settings.source), baseline_start(settings, "source")
+    config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
+    about = f"levels {begin.frame.levels} of codes from {digest(task, asked.first().texts)}"
+    return teach(method, encoder, task, begin, config, runs.cell_dir(settings, f"teacher-{method}"), asked, about)
 
 
 def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:

@@ -16,6 +16,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,7 +180,8 @@ def plain_text(task: Task, split: str) -> list[str]:
 
 
 def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> Dataset:
-    """Tokenise a split. Adds ``labels``: a class, or for token tasks a tag on each word's first piece, else -100. What
+    """Tokenise a split. Adds ``labels``: a class, or for token tasks a tag on each word's first piece, else -100; and
+    ``teacher``, logits, where the split has them, for token tasks a row a piece, of NaN where it is no first one. What
     is beyond ``max_length`` tokens, or beyond what the tokenizer's model takes, is cut.
 
     The result is kept in :func:`tokens_dir` under a hash of rows, tokenizer and length, so that other seeds and stages
@@ -192,10 +194,13 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
             out, words = _tokenise_words(batch["tokens"], tokenizer, most)
             if "tags" in batch:
                 out["labels"] = [_first_piece_labels(*pair) for pair in zip(words, batch["tags"], strict=True)]
+            if "teacher" in batch:
+                out["teacher"] = [_first_pieces_told(*pair) for pair in zip(words, batch["teacher"], strict=True)]
             return dict(out)
         out = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=most)
-        if "label" in batch:
-            out["labels"] = batch["label"]
+        for given, made in (("label", "labels"), ("teacher", "teacher")):
+            if given in batch:
+                out[made] = batch[given]
         return dict(out)
 
     # a name of our own: the default is a hash of the function with all the globals it reaches
@@ -292,6 +297,12 @@ def _first_piece_labels(words: Sequence[int | None], tags: Sequence[int]) -> lis
         labels.append(IGNORE if word is None or word == previous else tags[word])
         previous = word
     return labels
+
+
+def _first_pieces_told(words: Sequence[int | None], told: Sequence[list[float]]) -> list[list[float]]:
+    nothing = [math.nan] * len(told[0])
+    before = [None, *words]
+    return [nothing if w is None or w == b else told[w] for w, b in zip(words, before, strict=False)]
 
 
 def score(task: Task, predictions: Sequence[Any] | np.ndarray, gold: Sequence[Any] | np.ndarray) -> float:

@@ -82,13 +82,20 @@ class Classifier(nn.Module):
         return frame
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **extra: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None = None,
+        teacher: Tensor | None = None,
+        **extra: Tensor,
     ) -> dict[str, Tensor]:
-        """Logits (B, labels) or (B, T, labels), and the loss where labels are given."""
+        """Logits (B, labels) or (B, T, labels), and the loss where labels are given. ``teacher``: logits in that form,
+        NaN where there are none.
+        """
         logits = self.part.classify(self.codes(input_ids, attention_mask, **extra))
         out = {"logits": logits}
         if labels is not None:
-            out["loss"] = self.loss(logits, labels)
+            out["loss"] = self.loss(logits, labels, teacher)
         return out
 
     def codes(self, input_ids: Tensor, attention_mask: Tensor, **extra: Tensor) -> Float[Tensor, "*b C"]:
@@ -97,13 +104,32 @@ class Classifier(nn.Module):
         hidden = read_levels(self.model, levels, input_ids=input_ids, attention_mask=attention_mask, **extra)
         return self.frame.codes(hidden if self.part.kind == "token" else sentence_mean(hidden, attention_mask))
 
-    def loss(self, logits: Float[Tensor, "*b labels"], labels: Tensor) -> Float[Tensor, ""]:
-        """Cross-entropy plus the budget terms where an adapter is attached."""
-        total = nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORE)
+    def loss(
+        self, logits: Float[Tensor, "*b labels"], labels: Tensor, teacher: Float[Tensor, "*b labels"] | None = None
+    ) -> Float[Tensor, ""]:
+        """Cross-entropy, with a teacher's as :mod:`uhl.teacher` has it, plus the budget terms where an adapter is
+        attached.
+        """
+        flat, gold = logits.flatten(0, -2), labels.flatten()
+        if teacher is None:
+            total = nn.functional.cross_entropy(flat, gold, ignore_index=IGNORE)
+        else:
+            total = self._with_teacher(flat, gold, teacher.flatten(0, -2).to(flat))
         if self._attached is not None and self.training:
             total = total + self._config.lambda_f * self._attached.active()
             total = total + self._config.lambda_q * self.part.bias.pow(2).sum()
         return total
+
+    def _with_teacher(
+        self, logits: Float[Tensor, "n labels"], labels: Tensor, teacher: Float[Tensor, "n labels"]
+    ) -> Float[Tensor, ""]:
+        """The mean over all rows with a label or a teacher's logits."""
+        known, told = labels != IGNORE, ~teacher.isnan().any(-1)
+        by_label = nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+        by_teacher = nn.functional.cross_entropy(logits, teacher.nan_to_num().softmax(-1), reduction="none")
+        weight = torch.where(known, self._config.teacher_weight, 1.0) * told
+        each = (1 - weight) * by_label + weight * by_teacher
+        return each.sum() / (known | told).sum().clamp_min(1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Trained parameters only, as they are trained: not yet rounded, and without the frozen host."""
@@ -406,9 +432,17 @@ def train(
 
 
 def collator(encoder: Encoder, task: Task) -> Any:
-    """Padding for the task's kind."""
-    kind = DataCollatorForTokenClassification if task.kind == "token" else DataCollatorWithPadding
-    return kind(encoder.tokenizer)
+    """Padding for the task's kind, of a teacher's logits too."""
+    pad = (DataCollatorForTokenClassification if task.kind == "token" else DataCollatorWithPadding)(encoder.tokenizer)
+
+    def collate(rows: Sequence[Mapping[str, Any]]) -> Any:
+        made = pad([{name: value for name, value in row.items() if name != "teacher"} for row in rows])
+        if "teacher" in rows[0]:
+            told = [torch.tensor(row["teacher"], dtype=torch.float32) for row in rows]
+            made["teacher"] = nn.utils.rnn.pad_sequence(told, batch_first=True, padding_value=math.nan)
+        return made
+
+    return collate
 
 
 def eval_batches(rows: Dataset, size: int) -> Iterator[list[int]]:
