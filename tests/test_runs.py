@@ -133,7 +133,10 @@ def test_a_grid_names_models_to_port_to_and_a_profile_that_there_is(tmp_path, mo
         grid.Grid.read("offline-eight")
 
 
-@pytest.mark.parametrize(("profile", "setting"), [("offline-eight", "top_k"), ("offline-transfer", "source_task")])
+@pytest.mark.parametrize(
+    ("profile", "setting"),
+    [("offline-eight", "top_k"), ("offline-transfer", "source_task"), ("offline-taught", "teacher")],
+)
 def test_one_setting_sets_a_profile_apart_from_the_one_it_is_compared_with(profile, setting):
     """Beside what is run: its arms and baselines."""
     compared = (profile, grid.Grid.read(profile).beside)
@@ -249,8 +252,9 @@ def test_a_parameter_file_is_named_after_its_target(tmp_path, monkeypatch):
 
 
 def test_unknown_profile_and_bad_parameter_file(tmp_path):
-    known = "demo, local, local-boolq, local-transfer, offline, offline-eight, offline-full, offline-transfer, paper"
-    with pytest.raises(UHLError, match=f"profiles: {known}, paper-transfer$"):
+    offline = "offline, offline-eight, offline-full, offline-taught, offline-transfer"
+    known = f"demo, local, local-boolq, local-transfer, {offline}, paper, paper-transfer"
+    with pytest.raises(UHLError, match=f"profiles: {known}$"):
         grid.Grid.read("online")
     with pytest.raises(UHLError, match="does not exist"):
         runs.read_yaml(tmp_path / "none.yaml")

@@ -155,7 +155,8 @@ class Anchors:
 
     ``reads`` and ``bias`` are the head of ``task`` when the source's training ended: tuning on a target changes the
     head, and must not change how the file is ported. ``logits`` are what ``reads`` makes of every unit, before the
-    bias; None where every unit has a code. ``kind``, ``length``, ``own`` and ``cuts`` are those of the :class:`Probe`.
+    bias, or what a teacher says of it (:mod:`uhl.teacher`); None where every unit has a code and there is no teacher.
+    ``kind``, ``length``, ``own`` and ``cuts`` are those of the :class:`Probe`.
     """
 
     texts: list[str]
@@ -178,7 +179,7 @@ class Anchors:
         return self.reads is not None and self.bias is not None and task == self.task
 
     def decided(self) -> Float[Tensor, "U labels"]:
-        """The logits of the source's head for every unit. Raises :class:`UHLError` where they do not say."""
+        """The logits of the source's head, or teacher's, for every unit; :class:`UHLError` where they do not say."""
         if self.reads is None or self.bias is None:
             raise UHLError("these anchors do not hold the source's decisions; pre-train the adapter again")
         return (self.head.table() @ self.reads.T if self.logits is None else self.logits.table()) + self.bias
