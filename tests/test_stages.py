@@ -152,7 +152,16 @@ def test_a_teacher_s_decisions_are_those_of_the_file(tiny_world, own_files, monk
     own = alone.anchors.decided()  # another's
     assert np.abs(own.numpy() - says["anchors"]).max() > 10 * step.max()
     about = outcome.details["teacher"]
-    assert (about["method"], about["dev"]) == ("full", float(says["score"]))
+    assert about["method"] == adapter.info["teacher"] == "full"
+    outcome.finish("pretrain-canonical", **outcome.details)
+    cell = runs.cell_dir(settings, "pretrain-canonical")
+    gold = labelled.data["test"][label]
+    flat = np.concatenate([np.atleast_1d(x) for x in gold])
+    assert evidence.of_source(cell, "test").tolist() == says["test"].tolist()  # what ports are compared with
+    if kind != "token":
+        assert about["scores"]["test"] == pytest.approx(100 * (says["test"] == flat).mean())
+    with pytest.raises(UHLError, match="have a teacher's logits"):
+        attempts.measure(settings, adapter, *[stages.load_encoder("small")] * 2, labelled, ())
 
 
 def test_a_teacher_is_trained_once_for_both_adapters_and_anew_for_other_settings(tiny_world, monkeypatch):
@@ -161,6 +170,8 @@ def test_a_teacher_is_trained_once_for_both_adapters_and_anew_for_other_settings
     monkeypatch.setattr(teacher, "run_baseline", lambda *given, **named: made.append(1) or really(*given, **named))
     first, _ = stages.pretrain(settings, "canonical")
     stages.pretrain(settings, "dimension")
+    assert len(made) == 1
+    stages.pretrain(settings.model_copy(update={"teacher_weight": 0.2}), "canonical")
     assert len(made) == 1
     stages.pretrain(settings.model_copy(update={"full_rate": 5e-4}), "canonical")
     assert len(made) == 2

@@ -45,6 +45,7 @@ from uhl.stages import (
     make_anchors,
     not_taught,
     pretrain,
+    teachers_rate,
 )
 from uhl.tasks import Task, score
 from uhl.train import Classifier, Prediction, predict
@@ -182,13 +183,16 @@ def measure(
     scale, change (of what the head reads, by the atoms), explained (of the source's logits), agreement (with its
     decisions) as the port predicts them, same (the agreement on dev, in percent: less noisy than a score), dev.
 
-    ``file``: see :func:`uhl.runs.resumed`; what it has is of these settings and this adapter.
+    Not of an adapter that had a teacher. ``file``: see :func:`uhl.runs.resumed`; what it has is of these settings and
+    this adapter.
     """
     whole = adapter.anchors
     if whole is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
     if reason := not_taught(adapter, settings.task_name):
         raise UHLError(f"no way to port can be tried: {reason}")
+    if adapter.info.get("teacher"):  # attempts draw anchors anew, with the adapter's own logits
+        raise UHLError("this adapter's anchors have a teacher's logits; try ways to port one without a teacher")
     seen, named = observe(target, whole.probe), {(a.group, a.name): a for a in tried}
 
     def one(group: str, attempt: str, **_: object) -> pd.DataFrame:
@@ -259,7 +263,7 @@ def trained_otherwise(
         changes["bf16"] = runs.filled(runs.manifest(base)["parameters"])["bf16"]
     own = settings.model_copy(update=changes | {"profile": f"{settings.profile}-{how}", "splits": ("dev",)})
     cell = runs.cell_dir(own, "pretrain-canonical")
-    unused = {*NOT_OF_THE_SOURCE, "hosts", "dimension_rate", *RATES.values()}
+    unused = {*NOT_OF_THE_SOURCE, "hosts", "dimension_rate", *RATES.values()} - teachers_rate(settings)
 
     def used(parameters: dict[str, object]) -> dict[str, object]:
         return {name: value for name, value in parameters.items() if name not in unused}

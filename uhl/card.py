@@ -59,6 +59,7 @@ def body(header: Header, sizes: Mapping[str, int], scores: Sequence[Score] = ())
         f"Trained on **{source(header.info)}**"
         + (f" (revision `{str(header.info['revision'])[:12]}`)" if header.info.get("revision") else "")
         + (f", on the task `{header.info['source_task']}`" if header.info.get("source_task") else "")
+        + (f", taught by that model trained by `{header.info['teacher']}`" if header.info.get("teacher") else "")
         + f": {config.atoms} rank-1 atoms of canonical width {config.width}, {config.routed()}, at most "
         f"{min(config.top_k, config.atoms)} atoms a token, `{config.projector}` projector, on weights "
         f"{', '.join(config.types)}. It attaches to Transformers of other widths and depths.",

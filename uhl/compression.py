@@ -24,7 +24,7 @@ from uhl.models import Encoder
 from uhl.outcome import Outcome
 from uhl.porting import DOUBTFUL, RULES, Port, Shared, port, source_basis
 from uhl.runs import Settings
-from uhl.tasks import Task
+from uhl.tasks import Task, digest
 
 ARMS: tuple[Arm, ...] = ("anchor", "zero-atoms", "random-p")
 Told = Callable[[str], None]  # hears what is about to be measured
@@ -49,7 +49,7 @@ def measure(settings: Settings, told: Told | None = None) -> list[Outcome]:
     for cut in cuts.values():  # before any work
         pruning.check(whole.model.config, cut)
     shared = {"adapter": sha256(path), "seed": settings.seed, "labels": list(task.labels), "rules": RULES}
-    shared |= {"data": stages.digest(task, _probe(settings, task).texts), "max_length": settings.max_length}
+    shared |= {"data": digest(task, _probe(settings, task).texts), "max_length": settings.max_length}
     basis: Basis | None = None
     outcomes = []
     for name, cut in [(settings.source, pruning.Cut()), *cuts.items()]:

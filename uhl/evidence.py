@@ -25,6 +25,7 @@ from uhl.files import check_sha256, sha256, write_atomic
 from uhl.runs import manifest, manifests, root, update_results
 
 PREDICTIONS, ADAPTER = "predictions.npz", "adapter.safetensors"
+TEACHER = "teacher"  # in place of an arm, with decisions and no row of results
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
 MARKS = ("*-s*/*/manifest.json", "*-s*/compress/*/outcome.json")  # written last, when what lies beside them is whole
 
@@ -72,11 +73,19 @@ def examples(cell: Path, arm: str, split: str) -> bytes:
     return gold.tobytes() + length.tobytes()
 
 
-def alike(cell: Path, arm: str, split: str) -> float | None:
-    """In which share of its decisions (of a token task: words) a port says what its source does; None where the source
-    has no such labels, as the adapter is that of another task.
+def of_source(cell: Path, split: str) -> np.ndarray | None:
+    """What a file's anchors would have a port decide: what the source's adapter decides, or its teacher where it has
+    one, in the adapter's cell; None where neither was asked.
     """
-    said = predictions(cell.parent / "pretrain-canonical").get(f"uhl-canonical/{split}/labels")
+    found = predictions(cell)
+    return found.get(f"{TEACHER}/{split}/labels", found.get(f"uhl-canonical/{split}/labels"))
+
+
+def alike(cell: Path, arm: str, split: str) -> float | None:
+    """In which share of its decisions (of a token task: words) a port says what its source does, or the source's
+    teacher; None where the source has no such labels, as the adapter is that of another task.
+    """
+    said = of_source(cell.parent / "pretrain-canonical", split)
     return None if said is None else float((said == _of(cell, arm, split)[0]).mean())
 
 

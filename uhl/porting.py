@@ -407,8 +407,8 @@ def is_larger(adapter: UHLAdapter, target: Encoder) -> bool:
 
 def port_rules(adapter: UHLAdapter, target: Encoder) -> int:
     """Rules of anchored ports to a host: :data:`RULES`, or :data:`LARGER_RULES` where the host is larger than the
-    source and the anchors hold logits of more texts than have codes. Not for a token task: its units are words, and
-    those of one text are not independent, as a standard error would have them.
+    source and the anchors hold logits: of more texts than have codes, or a teacher's. Not for a token task: its units
+    are words, and those of one text are not independent, as a standard error would have them.
     """
     anchors = adapter.anchors
     apply = anchors is not None and anchors.logits is not None and anchors.kind != "token"

@@ -101,6 +101,8 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     lengths = _list(sorted({_length(m["parameters"]) for m in finished if _phases(m) & {"source"}}))
     if lent := {p["source_task"] for p in trained if p.get("source_task")}:
         lengths += f" (adapters: with the labels of {_list(sorted(lent))} alone; baselines: with each task's own)"
+    if taught := {m["teacher"]["method"] for m in finished if m.get("teacher")}:
+        lengths += f" (adapters: as many more for their teacher, the source trained by {_list(sorted(taught))})"
     on_targets = [m["parameters"] for m in finished if _phases(m) & {"tuned", "retrained"}]
     steps = sorted({p["tune_steps"] for p in on_targets})
     tuned = f", then {_list(f'{n:,}' for n in steps)} steps on a target" if steps else ""

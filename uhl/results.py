@@ -168,7 +168,7 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     rows, finished = [], manifests(profile)
     for cell, entry in finished.items():
         if not cell.name.startswith("port-") or cell.parent / "pretrain-canonical" not in finished:
-            continue  # `missing` names the latter
+            continue  # `audit.missing` names the latter
         row = entry["rows"][0]
         for arm, made in entry.get("reports", {}).items():
             if "agreement" in made and arm != "shuffled":  # which predicts for wrong pairs
@@ -302,7 +302,7 @@ def beside(profile: str) -> pd.DataFrame:
     """Paired differences of a profile's adapters from those of the one that its grid names: each arm that both have,
     on the source, without labels and tuned, over the seeds that both have, in the columns of :func:`paired`.
 
-    Empty where the grid names none, or where nothing of that is here, which :func:`missing` says.
+    Empty where the grid names none, or where nothing of that is here, which :func:`uhl.audit.missing` says.
     """
     other = grid.beside if (grid := Grid.known(profile)) else None
     if other is None or not manifests(other):

@@ -55,6 +55,7 @@ TUNE = "tune-anchor"
 METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
 # by no trial, but its own rate
 UNUSED = {*RATES.values(), "dimension_rate", "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}
+TEACHING = {"teacher", "teacher_weight"}
 UNUSED_BY_RETRAINING = {"steps", "epochs", "batch", "rate", "lambda_f", "tune_rate"}
 UNUSED_BY_TUNING = {"steps", "epochs", "batch", "rate", "mixer_rate", "lambda_f"}  # the adapter has them behind it
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
@@ -196,8 +197,9 @@ def _host(settings: Settings) -> str:
 def _unused(settings: Settings, method: str) -> set[str]:
     """Settings that no trial of a method depends on: those of other methods, and of the other side of a port."""
     if _host(settings) == "source":
-        return UNUSED | stages.NOT_OF_THE_SOURCE
-    return UNUSED | (UNUSED_BY_TUNING if method == TUNE else UNUSED_BY_RETRAINING)
+        unused = UNUSED | stages.NOT_OF_THE_SOURCE
+        return unused - stages.teachers_rate(settings) if method.startswith("uhl-") else unused | TEACHING
+    return UNUSED | TEACHING | (UNUSED_BY_TUNING if method == TUNE else UNUSED_BY_RETRAINING)
 
 
 def methods_on(host: str) -> tuple[str, ...]:

@@ -5,8 +5,6 @@ Every score is that of an adapter read back from its file. Test labels are used 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -39,7 +37,7 @@ from uhl.peft_method import attach
 from uhl.porting import FIXED, REFRESHED, Port, Shared, at_work, port, port_rules, source_basis, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
-from uhl.tasks import Task
+from uhl.tasks import Task, digest
 from uhl.teacher import Teacher, teach
 from uhl.train import Classifier, Prediction, TrainLog, Watch, train
 
@@ -195,8 +193,9 @@ def pretrain(
     """Train an adapter on the source under one projector, write its file, and score the file read back.
 
     Of a `canonical` adapter ``noise`` is that of :class:`Perturbed`, and ``second`` names another host for every second
-    step, see :class:`ByTurns`; the anchors are the source's all the same. Where the settings name another task's
-    adapter, it is read, and nothing is trained: :func:`adopt`.
+    step, see :class:`ByTurns`; the anchors are the source's all the same. Where the settings name a ``teacher`` it is
+    trained first, once for both projectors, and the adapter for as many steps as without; its decisions are kept beside
+    the adapter's. Where they name another task's adapter, it is read, and nothing is trained: :func:`adopt`.
     """
     if settings.borrowed:
         return adopt(settings, projector)
@@ -249,23 +248,37 @@ def pretrain(
         "revision": encoder.revision,
         "shape": encoder.shape,
         "layers": encoder.layers,
-    }
+    } | ({} if teacher is None else {"teacher": teacher.method})
     path = store.save(adapter, folder / "adapter.safetensors")
     found = store.load(path)
     frame = basis.frame(slots) if projector == "canonical" else None
     outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses})
     if teacher is not None:
-        outcome.details["teacher"] = {"method": teacher.method, "dev": teacher.score, "seconds": teacher.seconds}
+        outcome.details["teacher"] = teacher.about
+        for split in settings.splits:
+            gold = task.data[split]["tags" if task.kind == "token" else "label"]
+            flat = np.concatenate([np.atleast_1d(x) for x in gold]).tolist()
+            said = Prediction(teacher.decided[split], flat, [], teacher.scores[split], 0.0)
+            outcome.predictions[f"{evidence.TEACHER}/{split}"] = said
     outcome.score_adapter(found, path, encoder, frame, 1.0, arm=f"uhl-{projector}", phase="source", **log.costs())
     return found, outcome
 
 
 def _teacher(settings: Settings, method: str, task: Task, asked: Probe) -> Teacher:
     """What the source says when it was trained by ``method``, as a baseline is."""
-    encoder, begin = load_encoder(settings.source), baseline_start(settings, "source")
+    encoder, sizes = load_encoder(settings.source), settings.adapter_config("dimension")
     config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
-    about = f"levels {begin.frame.levels} of codes from {digest(task, asked.first().texts)}"
-    return teach(method, encoder, task, begin, config, runs.cell_dir(settings, f"teacher-{method}"), asked, about)
+    folder, about = runs.cell_dir(settings, f"teacher-{method}"), f"codes from {digest(task, asked.first().texts)}"
+
+    def begin() -> Start:
+        return baseline_start(settings, "source")
+
+    return teach(method, encoder, task, begin, config, folder, asked, sizes, about)
+
+
+def teachers_rate(settings: Settings) -> set[str]:
+    """The setting of a teacher's learning rate, which what it teaches depends on."""
+    return {RATES[settings.teacher]} if settings.teacher in RATES else set()
 
 
 def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
@@ -378,12 +391,15 @@ def _zero_shot(
 
 
 def agreement(settings: Settings, found: Prediction, split: str = "test") -> float:
-    """Share of a split's decisions that a prediction shares with the source's own adapter, as that cell stored them."""
+    """Share of a split's decisions that a prediction shares with the source's own adapter, or what taught that, as its
+    cell stored them.
+    """
     cell = runs.cell_dir(settings, "pretrain-canonical")
     path = cell / evidence.PREDICTIONS
     if not path.is_file():
         raise UHLError(f"{path} is missing; run notebook 02 for the same profile, task and seed")
-    said = evidence.predictions(cell).get(f"uhl-canonical/{split}/labels", np.empty(0))
+    said = evidence.of_source(cell, split)
+    said = np.empty(0) if said is None else said
     labels = np.concatenate([np.atleast_1d(x) for x in found.labels])
     if len(labels) != len(said):
         raise UHLError(f"{path} has {len(said)} {split} decisions, {len(labels)} are needed; run notebook 02 likewise")
@@ -586,12 +602,6 @@ def _as_tuned(settings: Settings) -> dict[str, int | float]:
     the atoms that they use.
     """
     return {"steps": settings.tune_steps, "batch": settings.tune_batch, "lambda_f": 0.0}
-
-
-def digest(task: Task, texts: Sequence[str] = ()) -> str:
-    """Hash of a task's labels, of its splits, and of further texts."""
-    splits = {split: task.data[split].to_dict() for split in ("train", "dev", "test")}
-    return hashlib.sha256(json.dumps([task.labels, splits, list(texts)], default=str).encode()).hexdigest()
 
 
 def baseline(settings: Settings, host: str, method: str, begin: Start, watch: Watch | None = None) -> Outcome:

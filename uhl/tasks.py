@@ -166,6 +166,12 @@ def generic_text() -> list[str]:
     return [text for name in GENERIC for text in rated_sentences(name)["text"]]
 
 
+def digest(task: Task, texts: Sequence[str] = ()) -> str:
+    """Hash of a task's labels, of its splits, and of further texts."""
+    splits = {split: task.data[split].to_dict() for split in ("train", "dev", "test")}
+    return hashlib.sha256(json.dumps([task.labels, splits, list(texts)], default=str).encode()).hexdigest()
+
+
 def plain_text(task: Task, split: str) -> list[str]:
     """A split's texts without their labels: words joined by blanks, a pair's two parts by a tab."""
     rows = task.data[split]

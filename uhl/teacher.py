@@ -14,7 +14,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,30 +25,39 @@ from datasets import Dataset, DatasetDict, concatenate_datasets
 from jaxtyping import Float
 from torch import Tensor
 
+from uhl import runs
 from uhl.anchors import Probe, unit_states
 from uhl.baselines import Baseline, Start, run_baseline
-from uhl.config import TrainConfig
+from uhl.config import Sizes, TrainConfig
 from uhl.evidence import UNREADABLE
 from uhl.files import write_atomic
 from uhl.models import Encoder
-from uhl.tasks import IGNORE, Task, plain_text
+from uhl.tasks import IGNORE, Task, digest, plain_text
 from uhl.train import predict
 
-SPLITS = ("train", "unlabelled")
+SPLITS = ("train", "unlabelled")  # that it teaches on
+SCORED = ("dev", "test")
 
 
 @dataclass(frozen=True)
 class Teacher:
     """What a teacher says: logits of the units of the training split, of the unlabelled one (none where there is none)
-    and of the anchors' probe, (units, labels) each; its score on dev, and the seconds that it took to train.
+    and of the anchors' probe, (units, labels) each; its decisions on dev and test, one behind the other, and their
+    scores; and the seconds that it took to train.
     """
 
     method: str
     train: Float[Tensor, "n labels"]
     unlabelled: Float[Tensor, "m labels"]
     anchors: Float[Tensor, "U labels"]
-    score: float
+    decided: dict[str, list[int]]
+    scores: dict[str, float]
     seconds: float
+
+    @property
+    def about(self) -> dict[str, object]:
+        """For a cell's manifest."""
+        return {"method": self.method, "scores": self.scores, "seconds": self.seconds}
 
     def taught(self, task: Task) -> Task:
         """The task with a column ``teacher`` in its training split, logits of each text or word, and the unlabelled
@@ -76,33 +85,52 @@ class Teacher:
 
 
 def teach(
-    method: str, encoder: Encoder, task: Task, begin: Start, config: TrainConfig, folder: Path, asked: Probe, about: str
+    method: str,
+    encoder: Encoder,
+    task: Task,
+    begin: Callable[[], Start],
+    config: TrainConfig,
+    folder: Path,
+    asked: Probe,
+    sizes: Sizes,
+    about: str,
 ) -> Teacher:
     """Train one of the baselines on the source, ``encoder``, which is changed, and ask it about the task's texts and
-    those of ``asked``. What it says is kept in ``folder`` and read from there where all is the same; its weights are
-    not.
+    those of ``asked``. ``begin`` makes the start of all baselines, ``sizes`` are a sparse method's, ``about`` is
+    :func:`uhl.train.train`'s.
+
+    What it says is kept in ``folder`` and read from there where all is the same, also by a process that waited for
+    another to make it; its weights are not kept.
     """
     texts = [plain_text(task, split) if split in task.data else [] for split in SPLITS]
-    told = [method, encoder.name, encoder.revision, config.model_dump(), about, texts, list(asked.observed)]
-    mark = hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()
-    file = folder / "says.npz"
-    if (kept := _kept(file, method, mark)) is not None:
-        return kept
-    begun = time.time()
-    made = run_baseline(method, encoder, task, begin, config, folder / "trainer", about=about)
-    seconds = time.time() - begun
-    score = predict(made.classifier, encoder, task, "dev", max_length=config.max_length).score
-    train, unlabelled = (_says(made, encoder, _probe(part, task, config.max_length)) for part in texts)
-    found = Teacher(method, train, unlabelled, _says(made, encoder, asked), score, seconds)
-    arrays = {name: getattr(found, name).numpy() for name in (*SPLITS, "anchors")}
-    arrays |= {"mark": np.array(mark), "score": np.array(score), "seconds": np.array(seconds)}
+    known = [runs.PROTOCOL, method, encoder.name, encoder.revision, about, texts, list(asked.observed)]
+    known += [config.model_dump(exclude={"teacher_weight"}), sizes.model_dump(), digest(task)]
+    mark = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+    with runs.locked(folder / ".lock"):
+        if (kept := _kept(folder / "says.npz", method, mark)) is not None:
+            return kept
+        begun = time.time()
+        made = run_baseline(method, encoder, task, begin(), config, folder / "trainer", sizes=sizes, about=about)
+        seconds = time.time() - begun
+        train, unlabelled = (_says(made, encoder, _probe(part, task, config.max_length)) for part in texts)
+        scored = {s: predict(made.classifier, encoder, task, s, max_length=config.max_length) for s in SCORED}
+        decided = {s: np.concatenate([np.atleast_1d(x) for x in p.labels]).tolist() for s, p in scored.items()}
+        scores = {split: p.score for split, p in scored.items()}
+        found = Teacher(method, train, unlabelled, _says(made, encoder, asked), decided, scores, seconds)
+        _keep(found, folder / "says.npz", mark)
+    return found
+
+
+def _keep(teacher: Teacher, file: Path, mark: str) -> None:
+    arrays = {name: getattr(teacher, name).numpy() for name in (*SPLITS, "anchors")}
+    arrays |= {split: np.array(labels, dtype=np.int16) for split, labels in teacher.decided.items()}
+    arrays["about"] = np.array(json.dumps({"mark": mark, "scores": teacher.scores, "seconds": teacher.seconds}))
 
     def write(tmp: Path) -> None:
         with tmp.open("wb") as out:  # numpy would add a suffix to a name
             np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
 
     write_atomic(file, write)
-    return found
 
 
 def _probe(texts: Sequence[str], task: Task, length: int) -> Probe:
@@ -121,9 +149,11 @@ def _kept(file: Path, method: str, mark: str) -> Teacher | None:
     """What was kept of a teacher that is the same; None where nothing is, or of another."""
     try:
         with np.load(file) as stored:
-            if str(stored["mark"]) != mark:
+            about = json.loads(str(stored["about"]))
+            if about["mark"] != mark:
                 return None
             train, unlabelled, anchors = (torch.from_numpy(stored[name]) for name in (*SPLITS, "anchors"))
-            return Teacher(method, train, unlabelled, anchors, float(stored["score"]), float(stored["seconds"]))
+            decided = {split: stored[split].tolist() for split in SCORED}
+        return Teacher(method, train, unlabelled, anchors, decided, about["scores"], about["seconds"])
     except (*UNREADABLE, KeyError):
         return None
