@@ -211,9 +211,8 @@ def pretrain(
     for p in adapter.projector.parameters():
         p.requires_grad_(projector == "dimension")
     rate = settings.dimension_rate if projector == "dimension" else settings.rate
-    steps = settings.steps or math.ceil(
-        len(task.data["train"]) / settings.batch * settings.epochs
-    )  # a teacher adds texts
+    labelled = len(task.data["train"])  # a teacher adds texts, and no steps
+    steps = settings.steps or math.ceil(labelled / settings.batch * settings.epochs)
     config, folder = settings.train_config(rate=rate, steps=steps), runs.cell_dir(settings, f"pretrain-{projector}")
     teacher = None if settings.teacher is None else _teacher(settings, settings.teacher, task, asked)
 
