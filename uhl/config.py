@@ -5,6 +5,7 @@ Unknown names are errors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +108,10 @@ class TrainConfig(_Strict):
     max_length: int = Field(64, ge=8, description="tokens")
     bf16: bool = Field(False, description="train under bfloat16 autocast; parameters and scores stay float32")
     seed: int = Field(0, ge=0)
+
+    def steps_for(self, rows: int) -> int:
+        """Optimiser steps on so many training examples."""
+        return self.steps or math.ceil(rows / self.batch * self.epochs)
 
 
 NAME = "UNIHYPERLORA"

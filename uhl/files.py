@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 from safetensors import SafetensorError
@@ -77,6 +78,11 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_csv(path: str | Path, table: pd.DataFrame, digits: int = 6) -> Path:
     """Write a table through :func:`write_atomic`, its numbers with so many significant digits."""
     return write_atomic(path, lambda tmp: table.to_csv(tmp, index=False, float_format=f"%.{digits}g"))
+
+
+def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
+    """:func:`write_atomic` for arrays by name, compressed; ``path`` ends in `.npz`."""
+    return write_atomic(path, lambda tmp: np.savez_compressed(tmp, **arrays))  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from uhl import budget, models, runs, stats, tasks, viz
 from uhl.adapter import UHLAdapter
-from uhl.files import sha256, write_atomic, write_text
+from uhl.files import sha256, write_npz, write_text
 from uhl.frame import Frame
 from uhl.host import find_slots
 from uhl.layer import Attached
@@ -172,12 +172,7 @@ class Outcome:
             arrays[f"{name}/labels"] = np.concatenate(flat[0]).astype(np.int16)
             arrays[f"{name}/gold"] = np.concatenate(flat[1]).astype(np.int16)
             arrays[f"{name}/length"] = np.array([len(x) for x in flat[1]], dtype=np.int32)
-
-        def write(tmp: Path) -> None:
-            with open(tmp, "wb") as handle:
-                np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
-
-        return write_atomic(path, write)
+        return write_npz(path, arrays)
 
 
 def _dated(about: Mapping[str, object]) -> dict[str, object]:

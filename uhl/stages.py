@@ -5,7 +5,6 @@ Every score is that of an adapter read back from its file. Test labels are used 
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -211,8 +210,7 @@ def pretrain(
     for p in adapter.projector.parameters():
         p.requires_grad_(projector == "dimension")
     rate = settings.dimension_rate if projector == "dimension" else settings.rate
-    labelled = len(task.data["train"])  # a teacher adds texts, and no steps
-    steps = settings.steps or math.ceil(labelled / settings.batch * settings.epochs)
+    steps = settings.train_config().steps_for(len(task.data["train"]))  # a teacher adds texts, and no steps
     config, folder = settings.train_config(rate=rate, steps=steps), runs.cell_dir(settings, f"pretrain-{projector}")
     teacher = None if settings.teacher is None else _teacher(settings, settings.teacher, task, asked)
 

@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -38,6 +38,7 @@ from uhl.readers import SPLIT_SEED, TaskSpec, folded_text, read
 from uhl.runs import root
 
 IGNORE = -100
+V = TypeVar("V")
 NEUTRAL = 0.3  # offline sentences whose mean rating is nearer to zero carry no label
 
 
@@ -199,9 +200,12 @@ def encode(task_kind: Kind, rows: Dataset, tokenizer: PreTrainedTokenizerBase, m
         if task_kind == "token":
             out, words = _tokenise_words(batch["tokens"], tokenizer, most)
             if "tags" in batch:
-                out["labels"] = [_first_piece_labels(*pair) for pair in zip(words, batch["tags"], strict=True)]
+                out["labels"] = [
+                    _on_first_pieces(w, tags, IGNORE) for w, tags in zip(words, batch["tags"], strict=True)
+                ]
             if "teacher" in batch:
-                out["teacher"] = [_first_pieces_told(*pair) for pair in zip(words, batch["teacher"], strict=True)]
+                told = zip(words, batch["teacher"], strict=True)
+                out["teacher"] = [_on_first_pieces(w, said, [math.nan] * len(said[0])) for w, said in told]
             return dict(out)
         out = tokenizer(batch["text"], batch.get("text_pair"), truncation=True, max_length=most)
         for given, made in (("label", "labels"), ("teacher", "teacher")):
@@ -297,18 +301,10 @@ def outside(task: Task) -> int:
     return task.labels.index("O") if "O" in task.labels else 0
 
 
-def _first_piece_labels(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
-    previous, labels = None, []
-    for word in words:
-        labels.append(IGNORE if word is None or word == previous else tags[word])
-        previous = word
-    return labels
-
-
-def _first_pieces_told(words: Sequence[int | None], told: Sequence[list[float]]) -> list[list[float]]:
-    nothing = [math.nan] * len(told[0])
+def _on_first_pieces(words: Sequence[int | None], values: Sequence[V], nothing: V) -> list[V]:
+    """Each word's value on its first piece, ``nothing`` on others."""
     before = [None, *words]
-    return [nothing if w is None or w == b else told[w] for w, b in zip(words, before, strict=False)]
+    return [nothing if w is None or w == b else values[w] for w, b in zip(words, before, strict=False)]
 
 
 def score(task: Task, predictions: Sequence[Any] | np.ndarray, gold: Sequence[Any] | np.ndarray) -> float:

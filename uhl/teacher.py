@@ -30,7 +30,7 @@ from uhl.anchors import Probe, unit_states
 from uhl.baselines import Baseline, Start, run_baseline
 from uhl.config import Sizes, TrainConfig
 from uhl.evidence import UNREADABLE
-from uhl.files import write_atomic
+from uhl.files import write_npz
 from uhl.models import Encoder
 from uhl.tasks import IGNORE, Task, digest, plain_text
 from uhl.train import predict
@@ -125,12 +125,7 @@ def _keep(teacher: Teacher, file: Path, mark: str) -> None:
     arrays = {name: getattr(teacher, name).numpy() for name in (*SPLITS, "anchors")}
     arrays |= {split: np.array(labels, dtype=np.int16) for split, labels in teacher.decided.items()}
     arrays["about"] = np.array(json.dumps({"mark": mark, "scores": teacher.scores, "seconds": teacher.seconds}))
-
-    def write(tmp: Path) -> None:
-        with tmp.open("wb") as out:  # numpy would add a suffix to a name
-            np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
-
-    write_atomic(file, write)
+    write_npz(file, arrays)
 
 
 def _probe(texts: Sequence[str], task: Task, length: int) -> Probe:

@@ -384,7 +384,7 @@ def train(
     ``callbacks`` do is to be named in ``about``. Raises :class:`DivergenceError` when the loss is not finite.
     """
     rows = encode(task.kind, task.data["train"], encoder.tokenizer, config.max_length)
-    steps = config.steps or math.ceil(len(rows) / config.batch * config.epochs)
+    steps = config.steps_for(len(rows))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
