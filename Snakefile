@@ -5,11 +5,12 @@
 # last checkpoint. A change of the code does not run anything again: the table names cells that are older than others (see
 # uhl.runs.PROTOCOL); remove their folders.
 
+import json
 import os
 import sys
 
-from uhl.grid import Grid, task_file
-from uhl.runs import Settings, read_yaml, slug
+from uhl.grid import PARAMS, Grid
+from uhl.runs import slug
 
 configfile: "params/default.yaml"
 
@@ -21,9 +22,7 @@ if os.environ.get("UHL_DATA"):
     os.environ["UHL_DATA"] = os.path.abspath(os.environ["UHL_DATA"])
 CELL = f"{RUNS}/{GRID.profile}/{{task}}-s{{seed}}"
 CELLS = [f"{RUNS}/{GRID.profile}/{cell}/manifest.json" for cell in GRID.cells()]
-SETTINGS = f"params/{GRID.profile}/settings.yaml"
-TARGET = f"params/{GRID.profile}/{{target}}.yaml"
-GIVEN_TARGET = TARGET.replace("{target}", "{wildcards.target}")  # the same in a command
+SOURCE = slug(GRID.source)
 
 # One thread a job where several run at once: small models gain more from jobs side by side than from threads.
 os.environ["UHL_BATCH"] = "1"
@@ -38,10 +37,19 @@ wildcard_constraints:
     projector="canonical|dimension",
 
 
-def own_task(w):
-    """The parameter file of a task of the user's own; none for a task by name."""
-    path = task_file(GRID.profile, w.task)
-    return [str(path)] if path else []
+def files(stage):
+    """A function of a cell's wildcards: its parameter files, from the root of the repository."""
+    return lambda w: [str(f.relative_to(PARAMS.parent)) for f in GRID.files(w.task, stage.format(**dict(w.items())))]
+
+
+def given(stage):
+    """A function of a cell's wildcards: these files, and what no file has, as papermill takes them."""
+
+    def text(w):
+        alone = json.dumps(GRID.given(w.task, int(w.seed), stage.format(**dict(w.items()))))
+        return " ".join([*(f"-f {file}" for file in files(stage)(w)), f"-y '{alone}'"])
+
+    return text
 
 
 def lent_adapter(w):
@@ -50,32 +58,12 @@ def lent_adapter(w):
     return [f"{RUNS}/{GRID.profile}/{lender}-s{w.seed}/pretrain-{w.projector}/manifest.json"] if lender else []
 
 
-def own_list(name):
-    """A parameter file that a profile may have beside its settings: of a notebook outside of the batch, or of baselines
-    on the source or retrained on targets.
-    """
-    path = f"params/{GRID.profile}/{name}.yaml"
-    return [path] if os.path.exists(path) else []
-
-
-def task(w):
-    return f"-f {own_task(w)[0]}" if own_task(w) else f"-p task {w.task}"
-
-
-def all_baselines(w):
-    """Those of the settings in place of the target's own, where the grid has this cell as one of the targets' only once."""
-    if not GRID.only_once(w.target, w.task, int(w.seed)):
-        return ""
-    return f" -y 'baselines: [{', '.join(Settings(**read_yaml(SETTINGS)).baselines)}]'"
-
-
-def papermill(notebook, files=()):
+def papermill(notebook):
     """Run a notebook into a scratch name beside its manifest and move it when it succeeded."""
-    given = " ".join(f"-f {f}" for f in (SETTINGS, *files))
     return (
         "mkdir -p $(dirname {output[0]}) && echo \"$(date +%H:%M:%S)  started  $(dirname {output[0]})\" && "
         f"papermill notebooks/{notebook}.ipynb $(dirname {{output[0]}})/.running.ipynb --cwd notebooks "
-        f"--execution-timeout 14400 --no-progress-bar {given} {{params.own}} > {{log}} 2>&1 "
+        f"--execution-timeout 14400 --no-progress-bar {{params.given}} > {{log}} 2>&1 "
         "|| {{ tail -n 4 {log} >&2; exit 1; }}; "
         "mv $(dirname {output[0]})/.running.ipynb $(dirname {output[0]})/notebook.ipynb"
     )
@@ -90,8 +78,7 @@ rule all:
 
 rule pretrain:
     input:
-        SETTINGS,
-        own_task,
+        files("pretrain-{projector}"),
         lent_adapter,
     output:
         f"{CELL}/pretrain-{{projector}}/manifest.json",
@@ -99,7 +86,7 @@ rule pretrain:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-pretrain-{{projector}}.log",
     priority: 3  # long chains first, baselines fill the gaps
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed} -y 'projectors: [{w.projector}]'",
+        given=given("pretrain-{projector}"),
     shell:
         papermill("02_pretrain")
 
@@ -107,67 +94,58 @@ rule pretrain:
 rule port:
     input:
         expand(f"{CELL}/pretrain-{{projector}}/manifest.json", projector=GRID.projectors, allow_missing=True),
-        SETTINGS,
-        own_task,
-        TARGET,
+        files("port-{target}"),
     output:
         f"{CELL}/port-{{target}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-port-{{target}}.log",
     priority: 1
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed}",
+        given=given("port-{target}"),
     shell:
-        papermill("03_port", [GIVEN_TARGET])
+        papermill("03_port")
 
 
 rule tune:
     input:
         expand(f"{CELL}/pretrain-{{projector}}/manifest.json", projector=GRID.projectors, allow_missing=True),
-        SETTINGS,
-        own_task,
-        TARGET,
+        files("tune-{target}"),
     output:
         f"{CELL}/tune-{{target}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-tune-{{target}}.log",
     priority: 2
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed}",
+        given=given("tune-{target}"),
     shell:
-        papermill("04_tune", [GIVEN_TARGET])
+        papermill("04_tune")
 
 
 rule baselines_of_source:
     input:
-        SETTINGS,
-        own_task,
-        own_list("source"),
+        files(f"baselines-{SOURCE}"),
     output:
-        f"{CELL}/baselines-{slug(GRID.source)}/manifest.json",
+        f"{CELL}/baselines-{SOURCE}/manifest.json",
     log:
-        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{slug(GRID.source)}.log",
+        f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{SOURCE}.log",
     priority: 2  # longer than those of a target, and begun while adapters are pre-trained
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed} -y 'hosts: [source]'",
+        given=given(f"baselines-{SOURCE}"),
     shell:
-        papermill("05_baselines", own_list("source"))
+        papermill("05_baselines")
 
 
 rule baselines:
     input:
-        SETTINGS,
-        own_task,
-        own_list("retrained"),
-        TARGET,
+        files("baselines-{target}"),
     output:
         f"{CELL}/baselines-{{target}}/manifest.json",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-baselines-{{target}}.log",
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed} -y 'hosts: [target]'{all_baselines(w)}",
+        given=given("baselines-{target}"),
     shell:
-        papermill("05_baselines", [*own_list("retrained"), GIVEN_TARGET])
+        papermill("05_baselines")
 
 
 ruleorder: baselines_of_source > baselines
@@ -176,19 +154,15 @@ ruleorder: baselines_of_source > baselines
 rule attempts:
     input:
         f"{CELL}/pretrain-canonical/manifest.json",
-        SETTINGS,
-        own_task,
-        TARGET,
-        own_list("attempts"),
-        own_list("retrained"),
+        files("attempts-{target}"),
     output:
         f"{CELL}/attempts-{{target}}/attempts.csv",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-attempts-{{target}}.log",
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed}",
+        given=given("attempts-{target}"),
     shell:
-        papermill("07_what_moves", [*own_list("attempts"), *own_list("retrained"), GIVEN_TARGET])
+        papermill("07_what_moves")
 
 
 # Not of the batch: ways to port, compared on dev with the first seed (`make attempts`).
@@ -200,17 +174,15 @@ rule all_attempts:
 rule compress:
     input:
         f"{CELL}/pretrain-canonical/manifest.json",
-        SETTINGS,
-        own_task,
-        own_list("copies"),
+        files("compress"),
     output:
         f"{CELL}/compress/compression.csv",
     log:
         f"{RUNS}/{GRID.profile}/logs/{{task}}-s{{seed}}-compress.log",
     params:
-        own=lambda w: f"{task(w)} -p seed {w.seed}",
+        given=given("compress"),
     shell:
-        papermill("10_compress", own_list("copies"))
+        papermill("10_compress")
 
 
 # Not of the batch: the adapter on pruned copies of its source (`make copies`).
@@ -227,6 +199,6 @@ rule analysis:
     log:
         f"{RUNS}/{GRID.profile}/logs/analysis.log",
     params:
-        own="",
+        given=f"-f params/{GRID.profile}/settings.yaml",
     shell:
         papermill("06_analysis")

@@ -14,7 +14,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from uhl.grid import profiles
+from uhl.grid import Grid, profiles
+from uhl.runs import Settings
+from uhl.stages import bearing
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -107,7 +109,7 @@ def test_nbval_fails_on_a_changed_output(tmp_path):
     assert "1 failed, 1 passed" in done.stdout
 
 
-@pytest.mark.parametrize("profile", [name for name in profiles() if name != "demo"])
+@pytest.mark.parametrize("profile", profiles())
 def test_profiles_override_every_stored_parameter(profile):
     """A notebook's stored parameters are those of a small demonstration; none may leak into a profile's run."""
     folder = ROOT / "params" / profile
@@ -126,6 +128,24 @@ def test_profiles_override_every_stored_parameter(profile):
         cell = next(c for c in cells if "parameters" in c["metadata"].get("tags", []))
         names = {line.split("=")[0].strip() for line in cell["source"]}
         assert names <= given | per_cell, path.stem
+
+
+def test_notebooks_as_stored_are_the_demo_profile():
+    """So that cells which a reader stepped through and those of `make run PROFILE=demo` may stand in one table."""
+    made = Grid.read("demo")
+    for stage, book in (
+        ("pretrain-canonical", "02_pretrain"),
+        ("port-minilm-l3", "03_port"),
+        ("tune-minilm-l3", "04_tune"),
+        ("baselines-minilm-l6", "05_baselines"),
+    ):
+        cells, _ = code_cells(ROOT / "notebooks" / f"{book}.ipynb")
+        cell = next(c for c in cells if "parameters" in c["metadata"].get("tags", []))
+        stored: dict[str, object] = {}
+        exec("".join(cell["source"]), {}, stored)
+        asked = made.settings(f"movies-s0/{stage}")
+        names = bearing(stage, asked)
+        assert Settings(**stored).model_dump(include=names) == asked.model_dump(include=names), book
 
 
 def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):

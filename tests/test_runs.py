@@ -42,11 +42,12 @@ def test_rows_follow_the_contract():
         runs.row(Settings(), phase="later")
 
 
-def write(seed, **values):
+NUMBERS = {"n": 2, "adapter_bytes": 1, "trainable_params": 1, "extra_flops_pct": 0, "active_atoms": 0, "seconds": 1}
+
+
+def write(seed):
     settings = Settings(profile="p", seed=seed)
-    made = runs.row(
-        settings, target="x", arm="a", phase="tuned", split="test", metric="accuracy", score=50, n=2, **values
-    )
+    made = runs.row(settings, target="x", arm="a", phase="tuned", split="test", metric="accuracy", score=50, **NUMBERS)
     return runs.write_manifest(settings, "tune-x", [made], labels=["n", "p"])
 
 
@@ -78,9 +79,30 @@ def test_results_that_are_missing_repeated_or_incomplete():
         runs.load_results("p")
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("adapter_bytes", "", "nothing for adapter_bytes of x, movies, a, tuned, 0, test, and 1 such rows"),
+        ("n", "", "nothing for n of"),
+        ("score", "high", "'high' for score of"),
+        ("score", "inf", "for score of"),
+        ("steps", "many", "'many' for steps of"),
+    ],
+)
+def test_results_that_are_no_numbers(column, value, said):
+    write(0)
+    path = runs.root() / "p" / "results.csv"
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+    pd.concat([frame.assign(**{column: value}), frame.assign(seed=1)]).to_csv(path, index=False)
+    with pytest.raises(UHLError, match=said):
+        runs.load_results("p")
+
+
 def test_names_that_look_like_numbers_are_names():
     settings = Settings(profile="2024", task="7")
-    made = runs.row(settings, target="null", arm="a", phase="tuned", split="test", metric="accuracy", score=50, n=2)
+    made = runs.row(
+        settings, target="null", arm="a", phase="tuned", split="test", metric="accuracy", score=50, **NUMBERS
+    )
     runs.write_manifest(settings, "tune-null", [made], labels=["n", "p"])
     (row,) = runs.load_results("2024").to_dict("records")
     assert (row["profile"], row["task"], row["target"]) == ("2024", "7", "null")
@@ -154,6 +176,11 @@ def test_a_profile_is_compared_with_the_one_that_its_grid_names():
     assert results.beside("offline-transfer").empty
     evidence.restore(archives / "offline-full.zip")
     assert audit.missing("offline-transfer") == []
+    shutil.rmtree(runs.root() / "offline-full" / "amazon-s1" / "port-minilm-l3")
+    runs.update_results("offline-full")
+    (said,) = audit.missing("offline-transfer")
+    assert said == "offline-full, to compare with, lacks 1 cells or rows, first amazon-s1/port-minilm-l3"
+    evidence.restore(archives / "offline-full.zip")
     assert results.beside("offline-full").empty
     found = results.beside("offline-transfer").set_index(["task", "target", "phase", "arm"])
     assert not {"no-adapter", "head", "lora-r8", "sat-lora"} & set(found.index.get_level_values("arm"))
@@ -175,8 +202,7 @@ def test_a_profile_is_compared_with_the_one_that_its_grid_names():
 def grid_with_mpnet_once(tmp_path, monkeypatch, once="mpnet-base", task="movies"):
     """The profile `offline` with two seeds, and `mpnet-base` tuned on with the first of them alone."""
     shutil.copytree(PARAMS / "offline", tmp_path / "offline")
-    for module in (grid, audit):
-        monkeypatch.setattr(module, "PARAMS", tmp_path)
+    monkeypatch.setattr(grid, "PARAMS", tmp_path)
     file = tmp_path / "offline" / "grid.yaml"
     values = grid.Grid.read("offline").model_dump(mode="json")
     file.write_text(yaml.safe_dump(values | {"seeds": [0, 1], "ported": ["mpnet-base"], "once": {once: [task]}}))
@@ -197,34 +223,49 @@ def test_a_target_may_be_tuned_on_with_the_first_seed_alone(tmp_path, monkeypatc
 
 
 def test_what_a_grid_has_once_asks_nothing_of_other_seeds(tmp_path, monkeypatch):
-    grid_with_mpnet_once(tmp_path, monkeypatch)
+    made = grid_with_mpnet_once(tmp_path, monkeypatch)
+    shared = tmp_path / "offline" / "settings.yaml"
+    shared.write_text(shared.read_text() + "\nsplits: [test]\nbaselines: [head, bitfit, sat-lora]\n")
+    for file in ("mpnet-base", "minilm-l3"):
+        place = tmp_path / "offline" / f"{file}.yaml"
+        place.write_text(place.read_text() + "\nbaselines: [head]\n")
     for seed, methods in enumerate((("head", "sat-lora"), ("head",))):
         for target in ("mpnet-base", "minilm-l3"):
-            asked = Settings(profile="offline", seed=seed, target=target, baselines=methods, splits=("test",))
-            one_finished_cell(asked, methods)
+            one_finished_cell(made.settings(f"movies-s{seed}/baselines-{target}"), methods)
     runs.update_results("offline")
-    every = Settings(**runs.read_yaml(PARAMS / "offline" / "settings.yaml")).baselines
-    wanted = [f"movies-s0/baselines-mpnet-base: {m} on test" for m in every if m not in {"head", "sat-lora"}]
-    wanted += ["movies-s1/baselines-minilm-l3: sat-lora on test"]
+    wanted = ["movies-s0/baselines-mpnet-base: bitfit on test"]
     assert sorted(m for m in audit.missing("offline") if " on " in m) == sorted(wanted)
 
 
-def test_cells_that_a_target_has_trained_otherwise_are_named(tmp_path, monkeypatch):
-    grid_with_mpnet_once(tmp_path, monkeypatch)
+def test_cells_that_were_run_with_other_settings_are_named(tmp_path, monkeypatch):
+    made = grid_with_mpnet_once(tmp_path, monkeypatch)
     file = tmp_path / "offline" / "mpnet-base.yaml"
     before = file.read_text()
+    for seed, own in enumerate(("bf16: true", "tune_steps: 9\nlora_rate: 0.5\nvera_rate: 0.5\nepochs: 9")):
+        file.write_text(f"{before}\n{own}\n")
+        one_finished_cell(made.settings(f"movies-s{seed}/baselines-mpnet-base"))
     file.write_text(before + "\nbf16: true\n")
-    for seed, bf16 in enumerate((True, False)):
-        one_finished_cell(Settings(profile="offline", seed=seed, target="mpnet-base", bf16=bf16))
     runs.update_results("offline")
-    named = [m for m in audit.missing("offline") if "trained" in m]
-    assert [m.split(";")[0] for m in named] == [
-        "movies-s1/baselines-mpnet-base: trained in float32, unlike what mpnet-base.yaml says"
+    named = [m for m in audit.missing("offline") if "run with" in m]
+    assert named == [  # VeRA and epochs have no part in these cells
+        "movies-s1/baselines-mpnet-base: run with bf16 False (now True), lora_rate 0.5 (now 0.003), tune_steps 9 (now "
+        "60); delete the folder, and run it again"
     ]
     file.write_text(before)  # and all of the profile so
     shared = tmp_path / "offline" / "settings.yaml"
     shared.write_text(shared.read_text() + "\nbf16: true\n")
-    assert [m for m in audit.missing("offline") if "trained" in m] == named
+    assert [m for m in audit.missing("offline") if "run with" in m] == named
+
+
+def test_a_seed_that_the_grid_has_not_is_named(tmp_path, monkeypatch):
+    """It would be one more in the means of some rows; a target of the user's own has rows of its own."""
+    made = grid_with_mpnet_once(tmp_path, monkeypatch)
+    for cell in ("movies-s0/baselines-minilm-l3", "movies-s7/baselines-minilm-l3"):
+        one_finished_cell(made.settings(cell))
+    one_finished_cell(made.settings("movies-s7/baselines-minilm-l3").model_copy(update={"target": "mine"}))
+    runs.update_results("offline")
+    said = "movies-s7/baselines-minilm-l3: seed 7 is not of the profile's grid; name it there, or delete the folder"
+    assert [m for m in audit.missing("offline") if "seed 7" in m] == [said]
 
 
 def test_a_source_may_be_a_folder_or_of_an_organisation(tmp_path, monkeypatch):
@@ -421,14 +462,7 @@ def one_finished_cell(settings, methods=("head",)):
         made = runs.row(
             settings, target=settings.target, arm=method, phase="retrained", split="test", metric="accuracy", score=50
         )
-        made |= {
-            "n": 2,
-            "adapter_bytes": 1,
-            "trainable_params": 1,
-            "extra_flops_pct": 0,
-            "active_atoms": 0,
-            "seconds": 1,
-        }
+        made |= NUMBERS
         rows.append(made)
     folder = runs.cell_dir(settings, f"baselines-{settings.target}")
     runs.write_manifest(settings, folder.name, rows, labels=["n", "p"])
@@ -467,7 +501,7 @@ def test_the_first_profiles_results_stand_in_the_readme(tmp_path, monkeypatch):
 
 
 def test_a_table_with_missing_cells_says_so(tmp_path):
-    one_finished_cell(Settings(profile="offline"))
+    one_finished_cell(grid.Grid.read("offline").settings("movies-s0/baselines-minilm-l3"))
     with pytest.raises(UHLError, match="cells or rows are missing or old"):
         report.update_readme("offline", tmp_path)
     report.update_readme("offline", tmp_path, partial=True)

@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from uhl import runs
-from uhl.grid import PARAMS, Grid
+from uhl.grid import Grid
 from uhl.porting import LARGER_RULES, RULES
-from uhl.runs import Settings, manifests
-from uhl.stages import tuned_arms
+from uhl.runs import Settings, filled, manifests
+from uhl.stages import bearing, tuned_arms
+
+Finished = Mapping[Path, Mapping[str, Any]]  # manifests by their cells
 
 
-def missing(profile: str) -> list[str]:
+def missing(profile: str, compared: bool = True) -> list[str]:
     """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
     the rows that their parameters, or those of another seed's cell (but what the grid has only once), ask for, as
-    `<cell>: <arm> on <split>`; cells of an older protocol than others'; ports by rules that no host has now, by older
-    ones than others to the same host, or of an adapter that was trained again since; and the profile that it is
-    compared with.
+    `<cell>: <arm> on <split>`; cells that were run with other settings than the profile has, or with a seed that it has
+    not; cells of an older protocol than others'; ports by rules that no host has now, by older ones than others to the
+    same host, or of an adapter that was trained again since; and, with ``compared``, the first of what the profile
+    lacks that it is compared with.
     """
     folder = runs.root() / profile
     grid = Grid.known(profile)
@@ -26,38 +29,13 @@ def missing(profile: str) -> list[str]:
     left = [c for c in cells if not (folder / c / "manifest.json").is_file()]
     if len(left) == len(cells) > 0:
         return left
-    frame = runs.load_results(profile)
-    keys = ["task", "seed", "target", "phase", "arm", "split"]
-    there = set(frame[keys].itertuples(index=False, name=None))
     finished = manifests(profile)
     old = (cell.relative_to(folder) for cell in manifests(profile, older=True))
     left += [f"{cell}: measured by an older release than others; delete the folder, and run it again" for cell in old]
-    settings = {c: Settings.model_construct(**e["parameters"]) for c, e in finished.items()}  # unchecked: perhaps older
-    once = {
-        cell
-        for cell, asked in settings.items()
-        if grid
-        and cell.name.startswith("baselines-")
-        and grid.only_once(cell.name.partition("-")[2], asked.task_name, asked.seed)
-    }
-    shared = runs.read_yaml(PARAMS / profile / "settings.yaml") if grid else {}
-    if once:
-        every = {"baselines": Settings(**shared).baselines}
-        settings |= {cell: settings[cell].model_copy(update=every) for cell in once}
-    alike = {cell: (asked.task_name, cell.name, cell in once) for cell, asked in settings.items()}  # less their seeds
-    wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
-    for cell, asked in settings.items():
-        port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
-        rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
-        wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
-    hosts = {name: shared | runs.read_yaml(PARAMS / profile / f"{name}.yaml") for name in grid.hosts} if grid else {}
-    outdated = _outdated(finished)
+    outdated, rows = _outdated(finished), _lacking(profile, grid, finished)
     for cell, entry in finished.items():
-        asked, name = settings[cell], cell.relative_to(folder)
-        stage, _, host = cell.name.partition("-")
-        if stage in {"tune", "baselines"} and host in hosts and asked.bf16 != hosts[host].get("bf16", False):
-            how = "under bfloat16 autocast" if asked.bf16 else "in float32"
-            left.append(f"{name}: trained {how}, unlike what {host}.yaml says; delete the folder, and run it again")
+        name = cell.relative_to(folder)
+        left += [f"{name}: {why}" for why in _strange(name, grid, entry)]
         if cell in outdated:
             left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
         for lent, digest in entry.get("adapters", {}).items():
@@ -65,17 +43,59 @@ def missing(profile: str) -> list[str]:
             trained = made.get("artefacts", {}).get("adapter.safetensors", {})
             if trained.get("sha256", digest) != digest:
                 left.append(f"{name}: {lent} has another adapter now; delete this folder, and run it again")
-        left += [
-            f"{name}: {arm} on {split}"
-            for host, phase, arm, split in wanted[alike[cell]]
-            if (asked.task_name, asked.seed, host, phase, arm, split) not in there
-        ]
-    if grid and grid.beside and not manifests(grid.beside):
-        left.append(f"{grid.beside}: nothing of it is here to compare with; uhl restore --profile {grid.beside}")
+        left += [f"{name}: {row}" for row in rows[cell]]
+    if grid and grid.beside and compared:
+        other = missing(grid.beside, compared=False)
+        if other and not manifests(grid.beside):
+            left.append(f"{grid.beside}: nothing of it is here to compare with; uhl restore --profile {grid.beside}")
+        elif other:
+            left.append(f"{grid.beside}, to compare with, lacks {len(other)} cells or rows, first {other[0]}")
     return left
 
 
-def _outdated(finished: Mapping[Path, Mapping[str, Any]]) -> set[Path]:
+def _strange(name: Path, grid: Grid | None, entry: Mapping[str, Any]) -> list[str]:
+    """Why a finished cell does not belong beside others of its profile's table."""
+    if grid is None or not entry["rows"]:
+        return []
+    if str(name) not in (cells := grid.cells()):
+        seeds = {cell.replace(f"-s{seed}/", "-s*/") for seed in grid.seeds for cell in cells}
+        if str(name).replace(f"-s{entry['seed']}/", "-s*/") in seeds:
+            return [f"seed {entry['seed']} is not of the profile's grid; name it there, or delete the folder"]
+        return []  # a target or a task of the user's own, with rows of its own
+    asked, ran = grid.settings(str(name)), filled(entry["parameters"])
+    wanted = asked.model_dump(mode="json", include=bearing(name.name, asked))
+    apart = [f"{key} {ran[key]} (now {value})" for key, value in wanted.items() if ran[key] != value]
+    return [f"run with {', '.join(apart)}; delete the folder, and run it again"] if apart else []
+
+
+def _lacking(profile: str, grid: Grid | None, finished: Finished) -> dict[Path, list[str]]:
+    """Rows that each finished cell lacks."""
+    folder, frame = runs.root() / profile, runs.load_results(profile)
+    keys = ["task", "seed", "target", "phase", "arm", "split"]
+    there = set(frame[keys].itertuples(index=False, name=None))
+    known, settings, once = grid.cells() if grid else [], {}, {}
+    for cell, entry in finished.items():
+        name, own = cell.relative_to(folder).as_posix(), Settings.model_construct(**entry["parameters"])  # unchecked
+        settings[cell] = grid.settings(name) if grid and name in known else own
+        stage, _, host = cell.name.partition("-")
+        once[cell] = bool(stage == "baselines" and grid and grid.only_once(host, own.task_name, own.seed))
+    alike = {cell: (asked.task_name, cell.name, once[cell]) for cell, asked in settings.items()}  # less their seeds
+    wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
+    for cell, asked in settings.items():
+        port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
+        rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
+        wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
+    return {
+        cell: [
+            f"{arm} on {split}"
+            for host, phase, arm, split in wanted[alike[cell]]
+            if (asked.task_name, asked.seed, host, phase, arm, split) not in there
+        ]
+        for cell, asked in settings.items()
+    }
+
+
+def _outdated(finished: Finished) -> set[Path]:
     """Cells that were ported by rules that no host has now, or by older ones than another cell to the same host.
 
     Cells of earlier releases do not tell theirs; those of a cell with no anchored port are None.

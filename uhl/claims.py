@@ -15,7 +15,7 @@ all of its targets: the first names a larger host, the third a narrower one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ PORTED = tuple(arm for arm in ARMS if arm not in CONTROLS)
 WITHOUT = ("zero-atoms", "random-p")
 JUDGED = (*PORTED, *WITHOUT)
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
-NOT_RUN = "not run"
+NOT_RUN, NOT_DEFINED = "not run", "not defined"
 ALIKE = 300.0  # examples x points: with n equal decisions a share of up to 3 / n may differ (the rule of three)
 COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "seeds", "n", "verdict", "reason"]
 
@@ -60,8 +60,11 @@ class Compared(NamedTuple):
         return stack(self.cells[0], self.seeds), stack(self.cells[1], self.seeds)
 
 
-def judge(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.DataFrame:
-    """A row a claim, arm, target and task, from :func:`uhl.results.summary` and :func:`uhl.results.gather`.
+def judge(
+    table: pd.DataFrame, tables: Cells, groups: Groups, undefined: Sequence[tuple[str, str, str, str]] = ()
+) -> pd.DataFrame:
+    """A row a claim, arm, target and task, from :func:`uhl.results.summary` and :func:`uhl.results.gather`; what is
+    ``undefined``, from :func:`uhl.audit.undefined`, is said to be.
 
     ``effect`` is in points for claims about scores, else in the unit that the claim names. How much seeds vary is
     :func:`uhl.results.priors_apart`'s to say.
@@ -73,7 +76,12 @@ def judge(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.DataFrame:
         return [_judged(c, groups.get(c.task), known.get(c.task)) for c in compared]
 
     found = [*rows(zero_shot), *rows(tuned), *_memory(table), *rows(narrow), *_budgets(table)]
-    return pd.DataFrame(found, columns=COLUMNS)
+    judged = pd.DataFrame(found, columns=COLUMNS)
+    nowhere = {(task, target, arm, "1" if phase == "zero-shot" else "23") for task, target, phase, arm in undefined}
+    for place, row in judged[judged["verdict"] == NOT_RUN].iterrows():
+        if any((row["task"], row["target"], row["arm"]) == own[:3] and row["claim"][0] in own[3] for own in nowhere):
+            judged.loc[place, ["verdict", "reason"]] = [NOT_DEFINED, f"{row['arm']} is not defined there"]
+    return judged
 
 
 def _judged(compared: Compared, group: np.ndarray | None, known: stats.Prior | None) -> list[object]:
@@ -174,7 +182,9 @@ def _budgets(table: pd.DataFrame) -> Iterator[list[object]]:
 def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     """Counts of each verdict by claim and arm, of :func:`judge`."""
     counts = judged.groupby(["claim", "arm"], sort=False)["verdict"].value_counts().unstack(fill_value=0)
-    return counts.reindex(columns=["held", "refuted", "not decidable", NOT_RUN], fill_value=0).reset_index()
+    return counts.reindex(
+        columns=["held", "refuted", "not decidable", NOT_RUN, NOT_DEFINED], fill_value=0
+    ).reset_index()
 
 
 def _places(rows: Iterable[Mapping[Any, Any]]) -> str:
@@ -192,12 +202,12 @@ def markdown(profile: str) -> str:
     """The verdicts on a profile's runs, as Markdown: a row a claim and arm, the claims about budgets in one row each.
 
     The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms; the
-    effects are their range. Cells where it did not run are named; an arm that ran nowhere has no row.
+    effects are their range. Targets stand beside each verdict: the first claim is of a larger host, the third of a
+    narrower one. Cells where an arm did not run are named; one that ran nowhere has no row.
     """
     tables = gather(profile)
     groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
-    judged = judge(summary(profile), tables, groups)
-    not_defined = undefined(profile)
+    judged = judge(summary(profile), tables, groups, undefined(profile))
     nowhere = judged.groupby("claim")["effect"].transform("count") == 0
     judged["arm"] = judged["arm"].mask(nowhere, "every arm")
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
@@ -207,12 +217,16 @@ def markdown(profile: str) -> str:
     lines = [said, "", "| claim | arm | effect | verdict |", "|---|---|---|---|"]
     arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
     for (claim, arm), found in judged.groupby(["claim", arms], sort=False):
-        rows = found[found["verdict"] != NOT_RUN]
-        counts = ", ".join(f"{verdict} in {count}" for verdict, count in rows["verdict"].value_counts().items())
+        rows = found[~found["verdict"].isin([NOT_RUN, NOT_DEFINED])]
+        each = rows.groupby("verdict", sort=False)["target"].agg(lambda names: list(dict.fromkeys(names)))
+        told = sorted(each.items(), key=lambda item: -int((rows["verdict"] == item[0]).sum()))
+        counts = ", ".join(
+            f"{verdict} in {(rows['verdict'] == verdict).sum()}"
+            + (f" ({', '.join(names)})" if found["target"].nunique() > 1 and not str(claim).startswith("4") else "")
+            for verdict, names in told
+        )
         counts += f" of {len(rows)}" if len(rows) else NOT_RUN
-        phase = "zero-shot" if str(claim).startswith("1") else "tuned"
-        rest = found[found["verdict"] == NOT_RUN].to_dict("records")
-        left = [r for r in rest if (r["task"], r["target"], phase, arm) not in not_defined]
+        left = found[found["verdict"] == NOT_RUN].to_dict("records")
         if len(rows) and left:
             counts += f"; not run: {_places(left)}"
         arm = f"*{NAMES[str(arm)]}*" if arm in WITHOUT else arm

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -112,6 +113,45 @@ class Grid(_Strict):
     def lends(self, task: str) -> str | None:
         """The task whose adapter a task has; None where it has its own."""
         return None if self.source_task == task else self.source_task
+
+    def files(self, task: str, stage: str) -> list[Path]:
+        """Parameter files of a cell, such as ("movies", "port-minilm-l3"), in the order in which they are read: a later
+        one's settings count. ``attempts`` is a stage with a target, ``compress`` one without.
+        """
+        kind, _, target = stage.partition("-")
+        own = "source" if stage == f"baselines-{slug(self.source)}" else ""
+        names = {
+            "baselines": [own or "retrained"],
+            "attempts": ["attempts", "retrained"],
+            "compress": ["copies"],
+        }.get(kind, [])
+        folder = PARAMS / self.profile
+        there = [path for name in names if (path := folder / f"{name}.yaml").is_file()]
+        on_target = kind in {"port", "tune", "attempts", "baselines"} and not own
+        there += [folder / f"{target}.yaml"] if on_target else []
+        described = task_file(self.profile, task)
+        return [folder / "settings.yaml", *there, *([described] if described else [])]
+
+    def given(self, task: str, seed: int, stage: str) -> dict[str, Any]:
+        """Settings of a cell that no file of its has."""
+        kind, _, rest = stage.partition("-")
+        made: dict[str, Any] = {"seed": seed} | ({} if task_file(self.profile, task) else {"task": task})
+        if kind == "pretrain":
+            made["projectors"] = [rest]
+        if kind == "baselines":
+            made["hosts"] = ["source" if rest == slug(self.source) else "target"]
+            if self.only_once(rest, task, seed):  # all methods, in place of the target's own
+                made["baselines"] = list(Settings(**read_yaml(PARAMS / self.profile / "settings.yaml")).baselines)
+        return made
+
+    def settings(self, cell: str) -> Settings:
+        """What a cell, such as `movies-s0/port-minilm-l3`, is run with."""
+        place, _, stage = cell.partition("/")
+        task, _, seed = place.rpartition("-s")
+        values: dict[str, Any] = {}
+        for file in self.files(task, stage):
+            values |= read_yaml(file)
+        return Settings(**values | self.given(task, int(seed), stage))
 
     def cells(self) -> list[str]:
         """Folders of all cells, relative to the profile's run folder."""

@@ -24,14 +24,24 @@ from uhl.runs import manifests
 from uhl.viz import NAMES, in_order
 
 FIRST = "offline-full"  # whose figures lie in figures/ itself, others' in a folder of their name there
+ALONE = "¹"  # beside a score of one seed
 MARKS = ("<!-- results: made by make table -->", "<!-- end of results -->")  # in the README, around those of FIRST
 
 
 def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables: dict[str, pd.DataFrame]) -> Path:
-    """Write the analysis's figures, tables and manifest."""
-    folder = runs.root() / profile / "analysis"
+    """Write the analysis's figures, tables and manifest; beside them missing.csv, what the profile lacks, which figures
+    bear on them too, and cells.csv, where and from which commit each cell ran.
+    """
+    folder, left = runs.root() / profile / "analysis", missing(profile)
     for name, (fig, data) in figures.items():
+        if left:
+            viz.stamp(fig, f"Not complete: {len(left)} cells or rows of {profile} are missing or old")
         viz.save_fig(fig, folder / name, data)
+    cells = [
+        (c.relative_to(folder.parent).as_posix(), e["hardware"], e["commit"]) for c, e in manifests(profile).items()
+    ]
+    tables = tables | {"missing": pd.DataFrame({"missing": left}, dtype=str)}
+    tables |= {"cells": pd.DataFrame(cells, columns=["cell", "hardware", "commit"])}
     for name, data in tables.items():
         write_csv(folder / f"{name}.csv", data, digits=10)  # none that another machine rounds its own way
     files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.glob("*.*"))}
@@ -42,7 +52,7 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
 
 def markdown(profile: str, target: str | None = None) -> str:
     """The results as Markdown: tasks side by side, a row a (target, phase, arm), score with its 95 % interval."""
-    table = summary(profile)
+    table = viz.with_alone(summary(profile))
     if target:
         table = table[table["target"].map(runs.slug) == runs.slug(target)]
         if table.empty:
@@ -73,7 +83,7 @@ def markdown(profile: str, target: str | None = None) -> str:
 
 
 def _cell_text(cell: pd.Series) -> str:
-    return f"{cell['score']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
+    return f"{cell['score']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]{ALONE if cell['alone'] else ''}"
 
 
 def _phases(manifest: Mapping[str, Any]) -> set[str]:
@@ -113,6 +123,7 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     if halved := {p["target"] for p in on_targets if p.get("bf16")}:
         tuned += f" ({_list(sorted(halved))}: under bfloat16 autocast)"
     over = "seeds and test examples" if table["seeds"].max() > 1 else "test examples alone"
+    single = f" {ALONE}: one seed, where others of the task have more." if table["alone"].any() else ""
     left = missing(profile)
     alone = _not_run(table, undefined(profile))
     state = f"**Not complete: {len(left)} cells or rows are missing or old, first {left[0]}.** " if left else ""
@@ -124,7 +135,7 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
         f"{lengths or 'nothing'} on the source{tuned}. {alone}"
         f"Italics: controls. Bytes: what the method adds to the bare host, head included; files of ours and SAT-LoRA's "
         f"hold 8 and 4 bits, the others' 16 (their heads 8). FLOPs: added per token, in percent of the host's linear "
-        f"layers (both: the larger task's). †: beyond 1 MB or 10 %. Ran on {' and '.join(sorted(hardware))}; "
+        f"layers (both: the larger task's). †: beyond 1 MB or 10 %.{single} Ran on {' and '.join(sorted(hardware))}; "
         f"commit {', '.join(sorted(commits))}.\n"
     )
 

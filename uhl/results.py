@@ -109,7 +109,8 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
             raise UHLError(f"{lost[0]} has rows in results.csv and no manifest; run the cell again")
         mean["top_k"] = max(finished[cell]["parameters"]["top_k"] for cell in cells)
         rows.append(
-            {"task": task, "target": target, "phase": phase, "arm": arm, "score": made.value, "low": max(0.0, made.low)}
+            {"task": task, "target": target, "phase": phase, "arm": arm, "metric": str(group["metric"].iloc[0])}
+            | {"score": made.value, "low": max(0.0, made.low)}
             | {"high": min(100.0, made.high), "seeds": len(group), "n": int(group["n"].iloc[0])}
             | mean.to_dict()
         )
@@ -341,20 +342,38 @@ def _compared(
     return table.assign(verdict=np.where(told, sign, "undecided"))
 
 
-def leaderboard(table: pd.DataFrame) -> pd.DataFrame:
+def before_and_after(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.DataFrame:
+    """The rows of :func:`summary` without labels and tuned; where an arm was tuned with fewer seeds than it was ported
+    with, its score without labels is over those, so that the two differ in nothing but the labels.
+    """
+    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items() if _usual(key[3]))
+    shown = table[table["phase"].isin(["zero-shot", "tuned"])].copy()
+    for place, row in shown[shown["phase"] == "zero-shot"].iterrows():
+        before, after = (tables.get((row["task"], row["target"], p, row["arm"]), {}) for p in ("zero-shot", "tuned"))
+        if (seeds := set(before) & set(after)) and seeds != set(before):
+            made = stats.interval(stack(before, seeds), groups.get(row["task"]), known.get(row["task"]))
+            values = [made.value, max(0.0, made.low), min(100.0, made.high), len(seeds)]
+            shown.loc[place, ["score", "low", "high", "seeds"]] = values
+    return shown.astype({"seeds": int})
+
+
+def leaderboard(table: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
     """What each way to adapt a target reaches and costs there, from :func:`summary`, best first within a target.
 
-    The columns are those of PEFT's method_comparison, and the score without labels: a row a (task, target, method).
+    The columns are those of PEFT's method_comparison, and the score without labels, of the same seeds, from
+    :func:`before_and_after`: a row a (task, target, method). What was not tuned has its score without labels alone.
     ``memory`` is the peak of a training step beside the host's weights.
     """
     keys = ["task", "target", "arm"]
-    zero = table[table["phase"] == "zero-shot"].set_index(keys)["score"].rename("zero-shot")
+    zero = moved[moved["phase"] == "zero-shot"].set_index(keys)["score"].rename("zero-shot")
     trained = table[table["phase"].isin(["tuned", "retrained"])]
-    out = trained.join(zero, on=keys).assign(step=trained["seconds"] / trained["steps"].where(trained["steps"] > 0))
-    names = {"arm": "method", "score": "accuracy", "trainable_params": "trainable", "adapter_bytes": "file size"}
+    rest = table[(table["phase"] == "zero-shot") & ~table.set_index(keys).index.isin(trained.set_index(keys).index)]
+    both = pd.concat([trained, rest]).join(zero, on=keys)
+    out = both.assign(step=both["seconds"] / both["steps"].where(both["steps"] > 0))
+    names = {"arm": "method", "trainable_params": "trainable", "adapter_bytes": "file size"}
     names |= {"peak_mb": "memory MB", "step": "s a step", "seconds": "train time s", "extra_flops_pct": "FLOPs %"}
-    shown = ["task", "target", "phase", "arm", "score", "low", "high", "zero-shot", "trainable_params", "adapter_bytes"]
-    shown += ["peak_mb", "step", "seconds", "extra_flops_pct", "in budget"]
+    shown = ["task", "target", "phase", "arm", "metric", "score", "low", "high", "seeds", "n", "zero-shot"]
+    shown += ["trainable_params", "adapter_bytes", "peak_mb", "step", "seconds", "extra_flops_pct", "in budget"]
     out = out.sort_values(["task", "target", "score"], ascending=[True, True, False], kind="stable")
     return out[shown].rename(columns=names).reset_index(drop=True)
 

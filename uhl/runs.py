@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import pandas as pd
 import torch
 import transformers
@@ -42,6 +43,7 @@ COLUMNS = (
     *("adapter_bytes", "trainable_params", "extra_flops_pct", "active_atoms", "seconds"),
     *("steps", "peak_mb"),
 )
+MAY_LACK = ("steps", "peak_mb")  # of what does not train
 PROTOCOL = 2  # raised whenever the same settings begin to measure something else; see manifests
 PHASES = ("source", "zero-shot", "tuned", "retrained")
 VERSIONED = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors", "scikit-learn")
@@ -322,7 +324,9 @@ def update_results(profile: str) -> Path:
 
 
 def load_results(profile: str) -> pd.DataFrame:
-    """The results table of a profile, checked: all columns, one profile, no repeated cell."""
+    """The results table of a profile, checked: all columns, one profile, no repeated cell, and numbers that are numbers
+    and, but in :data:`MAY_LACK`, there.
+    """
     path = root() / profile / "results.csv"
     if not path.is_file():
         raise UHLError(f"{path} does not exist; run the profile first: make run PROFILE={profile}")
@@ -333,6 +337,15 @@ def load_results(profile: str) -> pd.DataFrame:
     if missing:
         raise UHLError(f"{path} misses columns {', '.join(missing)}; delete it and run the profile again")
     keys = ["target", "task", "arm", "phase", "seed", "split"]
+    for name in empty:
+        column = pd.to_numeric(frame[name], errors="coerce")
+        if (wrong := ~np.isfinite(column) & (frame[name].notna() | (name not in MAY_LACK))).any():
+            row = frame[wrong].iloc[0]
+            said = "nothing" if pd.isna(row[name]) else repr(row[name])
+            raise UHLError(
+                f"{path} has {said} for {name} of {', '.join(str(row[key]) for key in keys)}, and {int(wrong.sum())} "
+                "such rows in all; delete the folders of these cells and run them again"
+            )
     if others := sorted(set(frame["profile"]) - {profile}):
         raise UHLError(
             f"{path} holds rows of profile {', '.join(others)}; move the cells that wrote them to a folder of that name"

@@ -57,6 +57,31 @@ NOT_OF_PORTING = NOT_OF_TUNING - {"refresh_steps"} | {"tune_steps", "tune_batch"
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
 
+def bearing(stage: str, settings: Settings) -> set[str]:
+    """Names of the settings that a cell's scores depend on, but of those that name its rows: methods, arms and splits.
+
+    Cells whose rows stand side by side agree in them, but in seed, task and model.
+    """
+    kind, _, rest = stage.partition("-")
+    on_source = kind == "pretrain" or (kind == "baselines" and rest == runs.slug(settings.source))
+    unused = {"baselines", "arms", "splits", "hosts", "projectors", "attempts", "copies", *RATES.values()}
+    unused |= {"epochs"} if settings.steps else set()
+    unused |= NOT_OF_THE_SOURCE if on_source else {"steps", "epochs", "batch"}
+    if kind == "pretrain":
+        unused |= {"rate" if rest == "dimension" else "dimension_rate"}
+        unused -= teachers_rate(settings)
+    if kind == "baselines":
+        unused |= NOT_OF_BASELINES - {"target", "tune_steps", "tune_batch"} | {"rate"}
+        unused -= {RATES[method] for method in settings.baselines if method in RATES}
+    if kind in {"port", "tune"}:  # which the adapter's file has, and its sha256 stands in the manifest
+        unused |= {name for name in Settings.model_fields if "anchor" in name} | {"rate", "dimension_rate"}
+    if kind == "port":
+        unused |= NOT_OF_PORTING - {"refresh_steps"} | (set() if {*REFRESHED} & {*settings.arms} else {"refresh_steps"})
+    if kind == "tune":
+        unused |= NOT_OF_TUNING
+    return set(Settings.model_fields) - unused
+
+
 def load_data(settings: Settings) -> Task:
     """The task with what is set aside as unlabelled, and dev and test subsets, the same for all seeds; and a training
     subset of the rest, drawn with the run's seed.

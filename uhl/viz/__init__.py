@@ -3,7 +3,20 @@
 Every figure is saved with the numbers that it shows: :func:`save_fig` writes a PNG and a CSV of the same name.
 """
 
-from uhl.viz.base import BASELINE, CONTROL, FAMILIES, LOOKS, NAMES, ORDER, OURS, in_order, save_fig, style
+from uhl.viz.base import (
+    BASELINE,
+    CONTROL,
+    FAMILIES,
+    LOOKS,
+    NAMES,
+    ORDER,
+    OURS,
+    in_order,
+    save_fig,
+    stamp,
+    style,
+    with_alone,
+)
 from uhl.viz.parts import heat, loss_curves, mixer_curves, mixer_table
 from uhl.viz.ports import (
     OF_BYTES,
@@ -58,5 +71,7 @@ __all__ = [
     "search_rates",
     "slopes",
     "speed_of_weights",
+    "stamp",
     "style",
+    "with_alone",
 ]

@@ -44,6 +44,7 @@ ORDER = (
     *METHODS[1:],
     *(*ARMS, "untrained"),
 )
+DOTTED = (0, (1, 1.2))
 OURS, CONTROL, BASELINE = "#0b6e99", "#909090", "#d98032"
 FAMILIES = {  # the colour and the marks of each family's methods
     "ours": (OURS, "PXDs^ov", ("uhl-canonical", "uhl-dimension", *ARMS[:5])),
@@ -72,12 +73,28 @@ def save_fig(fig: Figure, path: str | Path, data: pd.DataFrame) -> Path:
 def interval_mark(
     ax: Axes, cell: pd.Series, at: float, upright: bool = False, hollow: bool = False, **look: Any
 ) -> None:
-    """A score with its interval, at ``at`` of the other axis, with its method's mark and colour."""
+    """A score with its interval, at ``at`` of the other axis, with its method's mark and colour; the interval of one
+    that is ``alone``, see :func:`with_alone`, is dotted.
+    """
     colour, mark = LOOKS.get(cell["arm"], (OURS, "o"))
     error = np.abs([[cell["score"] - cell["low"]], [cell["high"] - cell["score"]]])
     points: dict[str, Any] = {"fmt": mark, "color": colour, "mfc": "white" if hollow else colour, "ms": 5}
     points |= {"yerr" if upright else "xerr": error} | look
-    ax.errorbar(*((at, cell["score"]) if upright else (cell["score"], at)), **points)
+    drawn = ax.errorbar(*((at, cell["score"]) if upright else (cell["score"], at)), **points)
+    for bar in drawn.lines[2] if cell.get("alone") in (True,) else ():
+        bar.set_linestyle(DOTTED)
+
+
+def with_alone(table: pd.DataFrame) -> pd.DataFrame:
+    """A summary with a column ``alone``: scores of one seed beside others of their task that have more."""
+    if "seeds" not in table:
+        return table.assign(alone=False)
+    return table.assign(alone=(table["seeds"] == 1) & (table.groupby("task")["seeds"].transform("max") > 1))
+
+
+def key_alone(table: pd.DataFrame) -> list[Line2D]:
+    """What a key says of dotted intervals, where ``table`` has some."""
+    return [Line2D([], [], color="#404040", linestyle=DOTTED, label="one seed")] if table["alone"].any() else []
 
 
 def note(ax: Axes, text: str, x: float = 0.5, y: float = 0.5, across: Any = None, **look: Any) -> None:
@@ -92,6 +109,11 @@ def empty_figure(text: str) -> Figure:
     note(ax, text)
     ax.set_axis_off()
     return fig
+
+
+def stamp(fig: Figure, text: str) -> None:
+    """Red words above a figure that is not to be taken for a whole one."""
+    fig.text(0, 1.01, text, color="#b00020", fontsize=9, weight="bold", va="bottom")
 
 
 def task_grid(

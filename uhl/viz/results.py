@@ -27,11 +27,13 @@ from uhl.viz.base import (
     empty_figure,
     in_order,
     interval_mark,
+    key_alone,
     key_below,
     key_mark,
     note,
     task_grid,
     why_absent,
+    with_alone,
 )
 
 LEARNERS = {  # whose learning curves share a panel
@@ -44,6 +46,17 @@ REFERENCES = {  # lines beside scores without labels
     ("retrained", "lora-r8"): ("LoRA r8 retrained there", ":"),
 }
 HALO = [withStroke(linewidth=2.5, foreground="white")]
+
+
+FOLD = 6  # times that scores of no interest are drawn smaller
+
+
+def _folded(fold: float, scores: np.ndarray) -> np.ndarray:
+    return np.where(scores < fold, fold - (fold - scores) / FOLD, scores)
+
+
+def _unfolded(fold: float, places: np.ndarray) -> np.ndarray:
+    return np.where(places < fold, fold - (fold - places) * FOLD, places)
 
 
 def _arm_rows(ax: Axes, table: pd.DataFrame, absent: Callable[[str], str] = str) -> None:
@@ -74,6 +87,7 @@ def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[Place
 
     ``undefined``: what cannot be there, from :func:`uhl.audit.undefined`.
     """
+    table = with_alone(table)
     others = table[~table["phase"].isin(phases)]
     table = table[table["phase"].isin(phases)]
     if table.empty:
@@ -89,7 +103,7 @@ def panels(table: pd.DataFrame, phases: Sequence[str], undefined: Sequence[Place
             known = others[(others["task"] == task) & (others["phase"] == phase) & (others["arm"] == arm)]
             for score in known["score"][(known["target"] == host) | (phase == "source")]:
                 key[name] = ax.axvline(score, color=LOOKS[arm][0], linestyle=line, linewidth=1.2, zorder=1, label=name)
-    key_below(fig, list(key.values()))
+    key_below(fig, [*key.values(), *key_alone(table)])
     return fig
 
 
@@ -136,35 +150,64 @@ def gap_heat(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
     return fig
 
 
+def _spread(ax: Axes, places: np.ndarray, wide: float = 5.5, tall: float = 4.5) -> np.ndarray:
+    """Points (1/72 inch) by which each of ``places`` (n x 2, of the axes' data) stands to the left, so that no mark
+    hides another: the first stay, later ones make room.
+    """
+    points = ax.transData.transform(places) * 72 / ax.figure.dpi
+    moved = np.zeros(len(points))
+    for i, (x, y) in enumerate(points):
+        near = np.abs(points[:i, 1] - y) < tall
+        taken = points[:i, 0][near] - moved[:i][near]
+        while len(taken) and np.abs(taken - x + moved[i]).min() < wide - 0.01:
+            moved[i] += 0.5
+    return moved
+
+
 def score_against(table: pd.DataFrame, column: str, label: str, limit: float, budget: str) -> Figure:
     """Score over what a method adds to the host (``column``), a panel a task and model, with the budget's ``limit``.
 
-    Hollow marks had no labels, and stand a little left of what costs the same; controls are bars behind.
+    Hollow marks had no labels; controls are bars behind. Marks that would cover one another stand side by side, to the
+    left of what they cost. Shaded, below all trained methods: a scale a sixth of that above.
     """
-    fig, cells = task_grid(table, 2.25, 2.3, 0.6, label, ": test score, %", sharex=True, sharey=True)
+    table = with_alone(table)
+    fig, cells = task_grid(table, 2.25, 2.6, 0.6, label, ": test score, %", sharex=True, sharey="row")
     fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
     least, most = float(table[column][table[column] > 0].min()), max(2.5 * float(table[column].max()), 5 * limit)
+    for ax, task, _, _ in cells:
+        own = table[table["task"] == task]
+        trained = own["low"][(own["phase"] != "zero-shot") & ~own["arm"].isin(CONTROLS)]
+        fold, bottom, top = np.floor(trained.min()), own["low"].min() - 3, own["high"].max() + 1
+        ax.set_xscale("symlog", linthresh=least, linscale=0.5)
+        if fold - own["score"].min() > 10:
+            ax.set_yscale("function", functions=(partial(_folded, fold), partial(_unfolded, fold)))
+            ax.axhspan(bottom, fold, color="#f3f3f3", zorder=0)
+            ax.set_yticks([*range(0, int(fold) - 4, 20), *range(int(5 * np.ceil(fold / 5)), 101, 5)])
+        ax.set(xlim=(-0.7 * least, most), ylim=(bottom, top))
+    fig.draw_without_rendering()  # the layout that marks are spread in
     for ax, _, _, rows in cells:
-        left = offset_copy(ax.transData, fig, x=-1.5, units="points")
-        for _, cell in rows.iterrows():
-            hollow, control = cell["phase"] == "zero-shot", cell["arm"] in CONTROLS
+        rows = rows.assign(last=rows["arm"].isin(CONTROLS)).sort_values(["last", column], ascending=[True, False])
+        shown = rows[~rows["last"]]
+        moved = dict(zip(shown.index, _spread(ax, shown[[column, "score"]].to_numpy(float)), strict=True))
+        for place, cell in rows.iterrows():
+            hollow, control = cell["phase"] == "zero-shot", bool(cell["last"])
             look: dict[str, Any] = {"mec": "white", "mew": 0.5, "ms": 6.5, "zorder": 3 + (cell["arm"] not in METHODS)}
             if control:
                 look = {"fmt": "_", "ms": 10, "zorder": 2}
             elif hollow:
-                look = {"zorder": 4, "transform": left}
+                look = {"zorder": 4}
+            if moved.get(place):
+                look["transform"] = offset_copy(ax.transData, fig, x=-moved[place], units="points")
             interval_mark(ax, cell, float(cell[column]), upright=True, hollow=hollow, elinewidth=0.8, **look)
         ax.axvline(limit, color="black", linestyle=":", linewidth=1)
         note(ax, f" budget\n {budget}", limit, 0.02, ax.get_xaxis_transform(), ha="left", va="bottom", fontsize=8)
-        ax.set_xscale("symlog", linthresh=least, linscale=0.5)
-        ax.set(xlim=(-0.7 * least, most), ylim=(table["low"].min() - 2, table["high"].max() + 2))
     first, last = np.ceil(np.log10(least)), np.log10(most)
     powers = 10.0 ** np.arange(first - 1, last, 1 if last - first < 4 else 2)
-    shown = [m * v for v in powers for m in ((1, 2, 5) if last - first < 2 else (1,)) if least < m * v < most]
-    ax.set_xticks([0, *shown], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in shown)])
+    ticks = [m * v for v in powers for m in ((1, 3) if last - first < 2 else (1,)) if least < m * v < most]
+    ax.set_xticks([0, *ticks], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in ticks)])
     named = [key_mark(NAMES.get(a, a), *LOOKS[a]) for a in in_order(table["arm"], LOOKS) if a not in CONTROLS]
     hollow_mark, filled = key_mark("without labels", OURS, mfc="white"), key_mark("trained with labels", OURS)
-    key_below(fig, [*named, key_mark("control", CONTROL, "_", ms=10), hollow_mark, filled], 3)
+    key_below(fig, [*named, key_mark("control", CONTROL, "_", ms=10), hollow_mark, filled, *key_alone(table)], 3)
     return fig
 
 
@@ -173,7 +216,7 @@ def slopes(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
 
     ``undefined`` as in :func:`panels`.
     """
-    shown = table[table["phase"].isin(["zero-shot", "tuned"])]
+    shown = with_alone(table[table["phase"].isin(["zero-shot", "tuned"])])
     if "tuned" not in set(shown["phase"]):
         return empty_figure("nothing was tuned")
     arms = in_order(shown["arm"])
@@ -197,7 +240,8 @@ def slopes(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
         ax.set_yticks(range(len(arms)), [NAMES.get(arm, arm) for arm in arms])
         ax.set_ylim(len(arms) - 0.4, -0.6)
         ax.margins(x=0.12)
-    key_below(fig, [key_mark("zero-shot", OURS, mfc="white"), key_mark("tuned", OURS), key_mark("control", CONTROL)])
+    entries = [key_mark("zero-shot", OURS, mfc="white"), key_mark("tuned", OURS), key_mark("control", CONTROL)]
+    key_below(fig, [*entries, *key_alone(shown)])
     return fig
 
 
@@ -214,11 +258,14 @@ def learning_curves(table: pd.DataFrame, window: int = 5) -> Figure:
     shown = shown.assign(task=shown["task"] + "\n" + shown["arm"].map(family)).sort_values("task", kind="stable")
     fig, cells = task_grid(shown, 1.4, 1.6, 3.3, "step", sharex=True, sharey="row")
     ends = {task: ax for ax, task, *_ in cells}.values()  # the last of each row
+    arms, wheel = in_order(shown["arm"]), sns.color_palette("tab20", 20)
+    colours = dict(zip(arms, [*wheel[::2], *wheel[1::2]], strict=False))  # an arm's own in all rows
     for ax, task, _, rows in cells:
         for k, arm in enumerate(in_order(shown["arm"][shown["task"] == task])):
             loss = rows[rows["arm"] == arm].groupby("step")["loss"].agg(["mean", "min", "max"])
-            ax.plot(loss["mean"], color=f"C{k}", linestyle=("-", "--", ":", "-.")[k % 4], label=NAMES.get(arm, arm))
-            ax.fill_between(loss.index, loss["min"], loss["max"], color=f"C{k}", alpha=0.15, linewidth=0)
+            line: dict[str, Any] = {"color": colours[arm], "linestyle": ("-", "--", ":", "-.")[k % 4]}
+            ax.plot(loss["mean"], label=NAMES.get(arm, arm), **line)
+            ax.fill_between(loss.index, loss["min"], loss["max"], color=colours[arm], alpha=0.15, linewidth=0)
         if rows.empty:
             note(ax, "not run")
         if ax in ends:
