@@ -513,6 +513,50 @@ def test_a_table_with_missing_cells_says_so(tmp_path):
     assert "movies on minilm-l3: seeds 1, n = 2" in text
 
 
+def test_what_an_analysis_lacks_lies_beside_it(tmp_path):
+    """And stands on its figures, which are looked at by themselves; so does where each cell ran."""
+    one_finished_cell(grid.Grid.read("offline").settings("movies-s0/baselines-minilm-l3"))
+    fig, table = viz.arm_scores(pd.DataFrame({"arm": [], "score": []}), "x"), pd.DataFrame({"a": [1]})
+    folder = report.finish("offline", {"tuned": (fig, table)}, {"summary": table}).parent
+    assert pd.read_csv(folder / "missing.csv")["missing"].tolist() == audit.missing("offline")
+    assert (
+        fig.texts[0].get_text()
+        == f"Not complete: {len(audit.missing('offline'))} cells or rows of offline are missing or old"
+    )
+    (cell,) = pd.read_csv(folder / "cells.csv").to_dict("records")
+    assert cell == {"cell": "movies-s0/baselines-minilm-l3", "hardware": runs.hardware(), "commit": runs.commit()}
+    evidence.restore(PARAMS.parent / "figures" / "offline-full.zip")
+    whole = viz.arm_scores(pd.DataFrame({"arm": [], "score": []}), "x")
+    folder = report.finish("offline-full", {"tuned": (whole, table)}, {}).parent
+    assert pd.read_csv(folder / "missing.csv").empty
+    assert not whole.texts
+
+
+def test_labels_are_told_by_the_same_seeds():
+    """Of an arm that was tuned with fewer seeds than it was ported with."""
+    tables = {
+        ("movies", "x", "zero-shot", "anchor"): {seed: right(60 + 10 * seed) for seed in range(3)},
+        ("movies", "x", "tuned", "anchor"): {0: right(65)},
+        ("movies", "x", "zero-shot", "lineage"): {seed: right(50 + seed) for seed in range(3)},
+    }
+    costs = {"trainable_params": 1, "adapter_bytes": 1, "peak_mb": 1, "seconds": 1, "steps": 1, "extra_flops_pct": 1}
+    rows = [
+        {"task": task, "target": target, "phase": phase, "arm": arm, "metric": "accuracy", "low": 0.0, "high": 100.0}
+        | {"score": float(np.mean([100 * c[:, 0].mean() for c in cells.values()])), "seeds": len(cells), "n": 1000}
+        | costs
+        | {"in budget": True}
+        for (task, target, phase, arm), cells in tables.items()
+    ]
+    table = pd.DataFrame(rows)
+    moved = results.before_and_after(table, tables, {}).set_index(["phase", "arm"])
+    assert moved["score"].round(6).tolist() == [60, 65, 51]
+    assert moved["seeds"].tolist() == [1, 1, 3]
+    assert moved["low"].iloc[0] < 58 < 62 < moved["high"].iloc[0]
+    board = results.leaderboard(table, moved.reset_index()).set_index("method")
+    assert board.loc["anchor", ["phase", "score", "zero-shot", "seeds"]].tolist() == ["tuned", 65, pytest.approx(60), 1]
+    assert board.loc["lineage", ["phase", "score", "zero-shot", "seeds"]].tolist() == ["zero-shot", 51, 51, 3]
+
+
 def test_commit_is_what_git_says_unless_told(monkeypatch):
     monkeypatch.setenv("UHL_COMMIT", "0123456789")
     assert runs.commit() == "0123456789"

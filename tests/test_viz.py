@@ -55,6 +55,41 @@ def test_what_costs_nothing_is_drawn_too(table):
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["0", "1M", "10M", "100M"]
 
 
+def test_marks_of_one_cost_stand_side_by_side_and_low_scores_on_a_smaller_scale(table):
+    """A mark moves to the left on the page alone; below the trained methods six points take the room of one."""
+    close = [
+        ("y", "tuned", arm, score, 9e5) for arm, score in (("anchor", 76.0), ("lineage", 76.1), ("embedding", 90.0))
+    ]
+    more = pd.DataFrame(close, columns=["target", "phase", "arm", "score", "bytes"])
+    more = more.assign(task="movies", low=more["score"] - 1, high=more["score"] + 2)
+    fig = viz.score_against(pd.concat([table, more], ignore_index=True), "bytes", "bytes", 1e6, "1 MB")
+    ax = fig.axes[2]
+    apart = {
+        float(box.lines[0].get_ydata()[0]): box.lines[0].get_transform().transform((9e5, 76.0))[0]
+        - ax.transData.transform((9e5, 76.0))[0]
+        for box in ax.containers
+    }
+    moved = sorted(value for score, value in apart.items() if score in {76.0, 76.1})
+    assert moved[0] < -5
+    assert moved[1] == pytest.approx(0)
+    assert apart[90.0] == pytest.approx(0)
+    heights = ax.transData.transform([(1, 60.0), (1, 66.0), (1, 76.0), (1, 77.0)])[:, 1]
+    assert heights[1] - heights[0] == pytest.approx(heights[3] - heights[2])
+    level = viz.score_against(table[table["score"] > 73].assign(low=72.0), "bytes", "bytes", 1e6, "1 MB").axes[0]
+    assert level.get_yscale() == "linear"  # nothing is far below
+
+
+def test_a_score_of_one_seed_beside_others_has_a_dotted_interval(table):
+    few = table.assign(seeds=np.where(table["phase"] == "tuned", 1, 3))
+    for fig in (viz.panels(few, ["tuned"]), viz.slopes(few), viz.score_against(few, "bytes", "bytes", 1e6, "1 MB")):
+        bars = [bar for ax in fig.axes for box in ax.containers for bar in box.lines[2]]
+        dotted = [bar for bar in bars if bar.get_linestyle()[0][1] is not None]
+        assert len(dotted) == 2  # anchor and untrained
+        assert "one seed" in [text.get_text() for text in fig.legends[0].get_texts()]
+    alike = viz.panels(table.assign(seeds=1), ["tuned"])
+    assert "one seed" not in [text.get_text() for text in alike.legends[0].get_texts()]
+
+
 def test_rows_of_all_panels_agree(table):
     fig = viz.panels(table, ["zero-shot"])
     left, right = fig.axes

@@ -187,6 +187,13 @@ def verdicts(judged: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
+def _where(rows: pd.DataFrame, verdict: str) -> str:
+    """The targets of a verdict in brackets, where there are others too."""
+    if rows["verdict"].nunique() == 1:
+        return ""
+    return f" ({', '.join(dict.fromkeys(rows['target'][rows['verdict'] == verdict]))})"
+
+
 def _places(rows: Iterable[Mapping[Any, Any]]) -> str:
     """Tasks and the targets of each, in words."""
     targets: dict[str, list[str]] = {}
@@ -202,8 +209,8 @@ def markdown(profile: str) -> str:
     """The verdicts on a profile's runs, as Markdown: a row a claim and arm, the claims about budgets in one row each.
 
     The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms; the
-    effects are their range. Targets stand beside each verdict: the first claim is of a larger host, the third of a
-    narrower one. Cells where an arm did not run are named; one that ran nowhere has no row.
+    effects are their range. Where verdicts differ their targets stand beside them: the first claim is of a larger host,
+    the third of a narrower one. Cells where an arm did not run are named; one that ran nowhere has no row.
     """
     tables = gather(profile)
     groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
@@ -218,13 +225,8 @@ def markdown(profile: str) -> str:
     arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
     for (claim, arm), found in judged.groupby(["claim", arms], sort=False):
         rows = found[~found["verdict"].isin([NOT_RUN, NOT_DEFINED])]
-        each = rows.groupby("verdict", sort=False)["target"].agg(lambda names: list(dict.fromkeys(names)))
-        told = sorted(each.items(), key=lambda item: -int((rows["verdict"] == item[0]).sum()))
-        counts = ", ".join(
-            f"{verdict} in {(rows['verdict'] == verdict).sum()}"
-            + (f" ({', '.join(names)})" if found["target"].nunique() > 1 and not str(claim).startswith("4") else "")
-            for verdict, names in told
-        )
+        told = rows["verdict"].value_counts()
+        counts = ", ".join(f"{verdict} in {count}{_where(rows, str(verdict))}" for verdict, count in told.items())
         counts += f" of {len(rows)}" if len(rows) else NOT_RUN
         left = found[found["verdict"] == NOT_RUN].to_dict("records")
         if len(rows) and left:
