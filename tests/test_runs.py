@@ -532,6 +532,15 @@ def test_what_an_analysis_lacks_lies_beside_it(tmp_path):
     assert not whole.texts
 
 
+def test_sizes_at_one_precision():
+    """LoRA's float16 numbers halve, heads and files of ours and the sparse methods are at 8 bits already."""
+    sizes = [("x", "head", 800), ("x", "lora-r8", 80_800), ("x", "sat-lora", 500_000), ("x", "full", 2_000_800)]
+    table = pd.DataFrame(sizes, columns=["target", "arm", "adapter_bytes"]).assign(task="movies", phase="retrained")
+    tuned = table.iloc[:1].assign(arm="anchor", phase="tuned", adapter_bytes=900_000)
+    table = pd.concat([table, tuned, table.iloc[1:2].assign(target="y")], ignore_index=True)  # without a head there
+    assert results.at_eight_bits(table).tolist() == [800, 40_800, 500_000, 1_000_800, 900_000, 40_400]
+
+
 def test_labels_are_told_by_the_same_seeds():
     """Of an arm that was tuned with fewer seeds than it was ported with."""
     tables = {
@@ -539,7 +548,15 @@ def test_labels_are_told_by_the_same_seeds():
         ("movies", "x", "tuned", "anchor"): {0: right(65)},
         ("movies", "x", "zero-shot", "lineage"): {seed: right(50 + seed) for seed in range(3)},
     }
-    costs = {"trainable_params": 1, "adapter_bytes": 1, "peak_mb": 1, "seconds": 1, "steps": 1, "extra_flops_pct": 1}
+    costs = {
+        "trainable_params": 1,
+        "adapter_bytes": 1,
+        "bytes at 8 bits": 1,
+        "peak_mb": 1,
+        "seconds": 1,
+        "steps": 1,
+        "extra_flops_pct": 1,
+    }
     rows = [
         {"task": task, "target": target, "phase": phase, "arm": arm, "metric": "accuracy", "low": 0.0, "high": 100.0}
         | {"score": float(np.mean([100 * c[:, 0].mean() for c in cells.values()])), "seeds": len(cells), "n": 1000}
