@@ -2,6 +2,7 @@
 
 import zipfile
 
+import numpy as np
 import pytest
 
 from uhl import evidence, runs
@@ -22,6 +23,16 @@ def test_a_damaged_archive_is_named_and_cells_without_predictions_stay_out(tmp_p
     archive.write_bytes(whole)
     with pytest.raises(UHLError, match="is not an archive of runs"):
         evidence.restore(archive)
+
+
+def test_an_archive_without_cells_and_predictions_without_gold(tmp_path):
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w"):
+        pass
+    with pytest.raises(UHLError, match=r"empty.zip holds no cell; make an archive with: uhl pack"):
+        evidence.restore(tmp_path / "empty.zip")
+    np.savez(tmp_path / "predictions.npz", **{"a/test/labels": [0], "a/test/gold": [0, 1], "a/test/length": [1, 1]})
+    with pytest.raises(UHLError, match="has 1 test predictions of a for 2 gold labels; delete that folder"):
+        evidence.counts(tmp_path, "a", "test", "accuracy")
 
 
 @pytest.mark.parametrize(

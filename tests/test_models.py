@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5EncoderModel
 
 from uhl import models, sources, student
 from uhl.errors import UHLError
@@ -69,6 +70,14 @@ def test_a_damaged_and_an_incomplete_folder(make_encoder, tmp_path):
     name = "encoder.layer.1.output.dense.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
     with pytest.raises(UHLError, match=f"lack {name}.*incomplete or damaged"):
+        load_encoder(str(tmp_path))
+
+
+def test_half_of_a_model_is_no_damaged_one(tokenizer, tmp_path):
+    size = {"vocab_size": 64, "d_model": 24, "d_kv": 6, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    T5EncoderModel(T5Config(**size)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UHLError, match="It is half of a model with encoder and decoder: load it by its own class"):
         load_encoder(str(tmp_path))
 
 

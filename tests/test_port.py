@@ -1,6 +1,7 @@
 """Porting: the regression, the identity on the source itself, and exactness under a change of basis."""
 
 import copy
+import inspect
 import json
 import time
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from sklearn.linear_model import Ridge
-from transformers import BertForSequenceClassification
+from transformers import AutoModel, BertForSequenceClassification, MobileBertConfig
 from world import sentences
 
 import uhl
@@ -798,6 +799,71 @@ def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, m
         assert float(again.report["seconds"]) >= 7
 
 
+def test_another_files_port_is_not_taken_for_this_ones(encoder, make_encoder):
+    """Two files of one dictionary differ in their anchors, or in their heads."""
+    (one, _), (other, _) = trained(encoder), trained(encoder, coded=150)
+    third, target, shared = copy.deepcopy(one), make_encoder(layers=2, width=24), Shared()
+    torch.nn.init.normal_(third.task("mood").head)
+    ports = [port(made, target, "mood", "anchor", shared=shared) for made in (one, other, third)]
+    assert len({id(made) for made in ports}) == 3
+    assert port(copy.deepcopy(one), target, "mood", "anchor", shared=shared) is ports[0]
+
+
+def test_a_host_whose_states_are_not_finite_is_refused(encoder, make_encoder):
+    adapter, target = trained(encoder)[0], make_encoder(layers=3, width=24)
+    made = port(adapter, target)
+    with torch.no_grad():
+        target.model.encoder.layer[1].output.dense.weight[0, 0] = float("nan")
+    with pytest.raises(UHLError, match="tiny-3x24: states at level 2 of 3 are not finite; its weights are damaged"):
+        port(adapter, target)
+    with pytest.raises(UHLError, match="what it makes of some text is not finite"):
+        predict_texts(adapter, target, made, ["good film"])
+
+
+def test_a_tokenizer_of_another_model_is_named(encoder, make_encoder):
+    target = make_encoder(layers=2, vocab_size=20)
+    with pytest.raises(
+        UHLError, match=r"its tokenizer gives token \d+, the model has 20 embeddings; load the tokenizer"
+    ):
+        port(trained(encoder)[0], target)
+
+
+def test_a_host_beside_whose_stream_the_weights_lie_is_refused(encoder, tokenizer):
+    size = {"vocab_size": 64, "hidden_size": 24, "embedding_size": 12, "intra_bottleneck_size": 12}
+    config = MobileBertConfig(**size, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+    target = Encoder("tiny-mobile", AutoModel.from_config(config).eval(), tokenizer, "none")
+    with pytest.raises(
+        UHLError, match=r"neither reads nor writes tiny-mobile's stream of states, 24 wide.*bottlenecks"
+    ):
+        port(trained(encoder)[0], target)
+
+
+def test_what_is_no_adapter_or_no_host_is_named(encoder):
+    (adapter, _), unchecked = trained(encoder), inspect.unwrap(port)  # tests check types, a user's session does not
+    with pytest.raises(UHLError, match=r"port\(\) got 'a.safetensors' for an UHLAdapter; load it by uhl.store.load"):
+        unchecked("a.safetensors", encoder)
+    with pytest.raises(UHLError, match=r"got 'minilm-l3' for an Encoder; load it by uhl.models.load_encoder"):
+        unchecked(adapter, "minilm-l3")
+    with pytest.raises(UHLError, match="texts are a list of texts, got the text 'good film'"):
+        predict_texts(adapter, encoder, port(adapter, encoder), "good film")
+
+
+def test_a_source_with_other_weights_is_said_in_the_report(encoder, make_encoder):
+    """The command line logs nothing, and a user of it reads the report."""
+    adapter, _ = trained(encoder)
+    adapter.info |= {"source": "tiny-big", "revision": "abc"}
+    stranger = make_encoder(seed=5)
+    stranger.revision = "def"
+    said = port(adapter, encoder, "mood", "lineage", stranger).report["warning"]
+    assert said.startswith("the adapter was trained on tiny-big, and tiny-3x24 has other weights; arm lineage needs")
+
+
+def test_texts_that_are_cut_are_marked(encoder):
+    adapter, _ = trained(encoder)
+    told = predict_texts(adapter, encoder, port(adapter, encoder), ["good film", "good film " * 40])
+    assert [row.get("cut") for row in told] == [None, True]
+
+
 def test_embeddings_align_models_that_share_a_vocabulary(encoder, make_encoder, monkeypatch):
     adapter, frame = trained(encoder)
     assert "needs a shared vocabulary" in why_not(adapter, encoder, "embedding", encoder)
@@ -835,8 +901,12 @@ def test_the_command_ports_and_classifies(encoder, make_encoder, tmp_path, monke
     (tmp_path / "latin").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(SystemExit, match="is not UTF-8"):
         run("--texts", tmp_path / "latin")
+    with pytest.raises(SystemExit, match="is a folder; give a file with a text a line"):
+        run("--texts", tmp_path)
     with pytest.raises(SystemExit, match="needs the source model"):
         run("--arm", "lineage")
+    with pytest.raises(SystemExit, match="trained under the canonical projector; port it by another arm"):
+        run("--arm", "dimension")
 
 
 @pytest.mark.parametrize("arm", ["anchor", "zero-atoms", "random-p", "shuffled", "refresh", "refresh-random"])

@@ -98,6 +98,17 @@ def test_results_that_are_no_numbers(column, value, said):
         runs.load_results("p")
 
 
+def test_files_of_results_that_are_damaged():
+    path = write(0)
+    (runs.root() / "p" / "results.csv").write_text("")
+    with pytest.raises(UHLError, match=r"results.csv is no table \(.*\); delete it, and run the profile again"):
+        runs.load_results("p")
+    for text, said in (("{", "is damaged"), ("[]", "is not a cell's manifest")):
+        path.write_text(text)
+        with pytest.raises(UHLError, match=f"manifest.json {said}.*; delete its folder and run the cell again"):
+            runs.update_results("p")
+
+
 def test_names_that_look_like_numbers_are_names():
     settings = Settings(profile="2024", task="7")
     made = runs.row(
@@ -324,6 +335,8 @@ def test_files_are_whole_or_absent(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_atomic(path, interrupt)
     assert path.read_text() == "old"
+    with pytest.raises(UHLError, match=r"f could not be made \(.*\); free space or"), build_folder(path / "f"):
+        pass
     with pytest.raises(RuntimeError, match="boom"), build_folder(tmp_path / "f") as folder:
         (folder / "x").write_text("x")
         raise RuntimeError("boom")

@@ -125,6 +125,11 @@ def test_not_safetensors(tmp_path):
         store.load(tmp_path / "a.safetensors")
 
 
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(UHLError, match="is a folder; give an adapter's file, such as its adapter_model.safetensors"):
+        store.load(tmp_path)
+
+
 def test_missing(tmp_path):
     with pytest.raises(UHLError, match="does not exist"):
         store.load(tmp_path / "none.safetensors")

@@ -394,6 +394,28 @@ def test_a_task_below_a_folder_that_the_environment_names(tmp_path, monkeypatch)
         settings.task_spec()
 
 
+def test_a_kind_that_there_is_not_and_a_label_that_stands_twice(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": f"film {i}", "label": "xy"[i % 2]} for i in range(40)])
+    strange = TaskSpec(str(tmp_path), "sentence")
+    object.__setattr__(strange, "kind", "words")  # tests check types, a user's session does not
+    with pytest.raises(UHLError, match="unknown kind of task 'words'; choose one of: sentence, pair, token"):
+        load_task(strange)
+    with pytest.raises(UHLError, match="label 'x' stands twice in `labels`; name each once"):
+        load_task(TaskSpec(str(tmp_path), "sentence", labels=("x", "y", "x")))
+    with pytest.raises(UHLError, match="'x' stands there twice; name each once"):
+        Settings(labels=("x", "x"))
+    with pytest.raises(UHLError, match="'anchor' stands there twice"):
+        Settings(arms=("anchor", "anchor"))
+
+
+def test_test_texts_that_are_trained_on_are_counted(tmp_path):
+    rows = [{"text": f"film {i}", "label": "xy"[i % 2]} for i in range(40)]
+    for name, part in (("train", rows[:30]), ("dev", rows[30:35]), ("test", rows[28:40])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    with pytest.warns(UserWarning, match="2 of 12 texts of test stand in train too"):
+        load_task(TaskSpec(str(tmp_path), "sentence"))
+
+
 def test_unknown_label(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "test.jsonl", [{"sentence": "x", "label": 7}])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def port_file(options: argparse.Namespace) -> None:
 
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
-        raise UHLError(f"{path} does not exist; give a file with a text a line")
+        raise UHLError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}; give a file with a text a line")
     try:
         text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -233,7 +234,11 @@ def main() -> None:
     command.add_argument("--task", help="one of the adapter's tasks, where it has several")
     command.add_argument("--arm", default="anchor", choices=ARMS)
     command.add_argument("--source", help="the model that the adapter was trained on, where the arm needs it")
-    command.add_argument("--texts", type=Path, help="a text a line, to be classified as JSON lines")
+    command.add_argument(
+        "--texts",
+        type=Path,
+        help="a text a line, to be classified as JSON lines; longer ones than it was trained with are marked cut",
+    )
     command.set_defaults(run=port_file)
     two = commands.add_parser("table", help=table.__doc__)
     two.add_argument("--profile", default="offline")
@@ -298,6 +303,10 @@ def main() -> None:
     try:
         runs.quiet()
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader that has enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except UHLError as error:
         sys.exit(f"uhl: {error}")
 

@@ -380,7 +380,8 @@ class Observed:
 def observe(encoder: Encoder, probe: Probe) -> Observed:
     """Run a bare host over the texts: one pass for a basis, for codes, and for all arms of a port.
 
-    Raises :class:`UHLError` where words are wanted and the tokenizer gives no character offsets.
+    Raises :class:`UHLError` where words are wanted and the tokenizer gives no character offsets, where it knows more
+    tokens than the host, and where a state is not finite.
     """
     begun = time.time()
     coded = len(probe.texts) if probe.coded is None else probe.coded
@@ -391,8 +392,14 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
     starts = torch.tensor([0, *probe.units()]).cumsum(0).tolist()
     units = words = torch.empty(0)
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
+    vocabulary = len(encoder.model.get_input_embeddings().weight)  # type: ignore[operator,arg-type]
     with evaluating(encoder.model) as model:
         for rows, batch in batches(encoder, probe, progress=True):
+            if (largest := int(batch["input_ids"].max())) >= vocabulary:
+                raise UHLError(
+                    f"{encoder.name}: its tokenizer gives token {largest}, the model has {vocabulary:,} embeddings; "
+                    "load the tokenizer that belongs to it"
+                )
             states = levels_of(model(**batch, output_hidden_states=True))
             if not len(units):
                 units = torch.empty(len(states), starts[-1], encoder.width)
@@ -406,6 +413,11 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
                     words[level, row] = (weight @ hidden[place].float()).cpu()
                 tokens = hidden[batch["attention_mask"].bool()].float()
                 moment, count = moment + (tokens.T @ tokens).double().cpu(), count + len(tokens)
+    if wrong := [level for level, rows in enumerate(units) if not rows.isfinite().all()]:
+        raise UHLError(
+            f"{encoder.name}: states at level {wrong[0]} of {len(units) - 1} are not finite; its weights are damaged, "
+            "or overflow in the precision that it was loaded in"
+        )
     return Observed(units, words.flatten(1, 2), moment / max(count, 1), time.time() - begun)
 
 

@@ -51,7 +51,14 @@ def _of(cell: Path, arm: str, split: str) -> list[np.ndarray]:
     if not set(names) <= set(found):
         path = cell / PREDICTIONS
         raise UHLError(f"{path} lacks {split} predictions of {arm}; delete that folder and run the cell again")
-    return [found[name] for name in names]
+    labels, gold, length = (found[name] for name in names)
+    if not len(labels) == len(gold) == length.sum():
+        path = cell / PREDICTIONS
+        raise UHLError(
+            f"{path} has {len(labels)} {split} predictions of {arm} for {len(gold)} gold labels; delete that folder "
+            "and run the cell again"
+        )
+    return [labels, gold, length]
 
 
 def counts(cell: Path, arm: str, split: str, metric: str) -> np.ndarray:
@@ -149,6 +156,8 @@ def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
         marks = [n for n in files if any(n.match(p) and len(n.parts) == p.count("/") + 1 for p in MARKS)]
         told = {n: json.loads(files[n]) for n in marks}
         hashes = {n: _trained(entry) for n, entry in told.items()}
+        if not any(n.name == "manifest.json" for n in marks):
+            raise UHLError(f"{path} holds no cell; make an archive with: uhl pack")
         (profile,) = {entry["parameters"]["profile"] for n, entry in told.items() if n.name == "manifest.json"}
         expected = {file for mark in marks for file in (mark, mark.parent / PREDICTIONS)}
         sane = not any(".." in n.parts or n.is_absolute() for n in files)

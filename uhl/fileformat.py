@@ -298,6 +298,8 @@ def _identity(path: Path) -> tuple[int, ...]:
 
 
 def _read_once(path: Path, check: Callable[[Path, Any, dict[str, Spec]], H]) -> Content[H]:
+    if path.is_dir():
+        raise UHLError(f"{path} is a folder; give an adapter's file, such as its adapter_model.safetensors")
     if not path.is_file():
         raise UHLError(
             f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb "

@@ -87,8 +87,15 @@ def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
 
 @contextmanager
 def build_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    """Yield an empty scratch folder beside ``target`` that becomes ``target`` when the block succeeds.
+
+    Raises :class:`UHLError` where there can be none.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=target.parent).cleanup()
+    except OSError as error:
+        raise UHLError(f"{target} could not be made ({error}); free space or choose another folder") from error
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         folder = Path(scratch) / "new"
         folder.mkdir()

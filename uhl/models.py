@@ -85,6 +85,7 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
     """
     whole, cut = cut_of(name)
     folder, revision = resolve(whole)
+    half = False  # of a model with encoder and decoder
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         extra = {"add_pooling_layer": False} if config.model_type in {"bert", "mpnet", "roberta"} else {}
@@ -98,6 +99,7 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
             **extra,
         )
         if absent := sorted(k for k in report["missing_keys"] if "pooler" not in k):
+            half = all(name.startswith("decoder.") for name in absent)
             raise ValueError(f"its weights lack {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.padding_side = "right"  # positions are counted from the left
@@ -105,7 +107,11 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
         if places and tokenizer.model_max_length > places:  # it does not say how many tokens the model takes
             tokenizer.model_max_length = places - 2  # some number them from 2
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
-        if whole in OFFLINE:
+        if half:
+            remedy = (
+                "It is half of a model with encoder and decoder: load it by its own class, into an uhl.models.Encoder"
+            )
+        elif whole in OFFLINE:
             remedy = f"Its folder {folder} is damaged: {REMEDY}"
         elif Path(folder).is_dir():
             remedy = "Its folder is incomplete or damaged: write it again with save_pretrained(), or copy it again"

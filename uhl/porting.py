@@ -48,7 +48,7 @@ from transformers import PreTrainedTokenizerBase
 from uhl import store
 from uhl.adapter import UHLAdapter
 from uhl.anchors import Anchors, Observed, Probe, observe, unit_states
-from uhl.config import ARMS, CONTROLS, METRICS
+from uhl.config import ARMS, CONTROLS, METRICS, PAIR
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import digest
 from uhl.fits import Wanted, Way, basis_of, head_fit, random_basis, stream_basis, upper_levels
@@ -102,7 +102,16 @@ def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | No
     if is_encoder_decoder(target.model):
         return "a model with encoder and decoder has no single stream of states to port to"
     if (arm == "dimension") != (adapter.config.projector == "dimension"):
-        return f"arm {arm} is not defined for an adapter trained under the {adapter.config.projector} projector"
+        other = "arm dimension" if arm != "dimension" else "another arm"
+        return (
+            f"arm {arm} is not defined for an adapter trained under the {adapter.config.projector} projector; port it "
+            f"by {other}"
+        )
+    if arm != "dimension" and (strait := _beside_the_stream(adapter, target)):
+        return (
+            f"{strait} neither reads nor writes {target.name}'s stream of states, {target.width} wide, as in models "
+            "with bottlenecks; there is nothing to port to it by"
+        )
     if arm in {"lineage", "embedding"} and source is None:
         return f"arm {arm} needs the source model"
     if arm == "lineage" and source is not None and source.width != target.width:
@@ -113,12 +122,18 @@ def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | No
         if any(_embeddings(e).shape[1] != e.width for e in (source, target)):
             return "arm embedding needs token embeddings of the stream's width"
     if arm not in FIXED and adapter.anchors is None:
-        return f"arm {arm} needs anchors, and the adapter's file has none"
+        return f"arm {arm} needs anchors, and the adapter's file has none; give the file as it was trained"
     if arm in REFRESHED and (adapter.anchors is None or adapter.anchors.bias is None):
         return f"arm {arm} needs anchors that hold the source's decisions; pre-train the adapter again"
     if arm in REFRESHED and adapter.info.get("tuned_on") and adapter.info.get("arm") not in REFRESHED:
         return f"arm {arm} starts from the source's head, and this file was tuned on {adapter.info['tuned_on']}"
     return None
+
+
+def _beside_the_stream(adapter: UHLAdapter, target: Encoder) -> str | None:
+    """The first weight with atoms whose side of the stream has another width than the host's states."""
+    slots = find_slots(target.model, adapter.config.types)
+    return next((slot.path for slot in slots if slot.sides(stream=True)[0] != target.width), None)
 
 
 def _embeddings(encoder: Encoder) -> Float[Tensor, "vocabulary D"]:
@@ -147,17 +162,21 @@ def port(
     ports of the same file to the same host have done (its seconds are counted all the same). `refresh` sets the task's
     bias in ``adapter``.
     """
+    for given, kind, remedy in ((adapter, UHLAdapter, "uhl.store.load"), (target, Encoder, "uhl.models.load_encoder")):
+        if not isinstance(given, kind):
+            raise UHLError(f"port() got {given!r:.60} for an {kind.__name__}; load it by {remedy}")
     reason = why_not(adapter, target, arm, source)
     if reason:
         raise UHLError(reason)
+    said = list[str]()
     begun, task, way, shared = time.time(), task or _only_task(adapter), way or Way(), shared or Shared()
-    key = (_mark(adapter), arm, task, seed, way)
+    key = (_mark(adapter, task), arm, task, seed, way)
     if key in shared.ports:
         return shared.ports[key]
     if arm not in FIXED and _of_another_release(adapter, target):
-        logger.warning(
-            "tuned on %s behind another release's port, which may differ from this one; its scores may not repeat",
-            adapter.info["tuned_on"],
+        said.append(
+            f"tuned on {adapter.info['tuned_on']} behind another release's port, which may differ from this one; its "
+            "scores may not repeat"
         )
     slots, part = find_slots(target.model, adapter.config.types), adapter.task(task)
     if arm in REFRESHED and part.own_head is not None:
@@ -169,9 +188,9 @@ def port(
         assert source is not None
         trained_on = adapter.info.get("revision", "unknown")
         if "unknown" not in {trained_on, source.revision} and trained_on != source.revision:
-            logger.warning(
-                "the adapter was trained on %s, and %s has other weights; arm %s needs the former as its source",
-                *(adapter.info.get("source"), source.name, arm),
+            said.append(
+                f"the adapter was trained on {adapter.info.get('source')}, and {source.name} has other weights; arm "
+                f"{arm} needs the former as its source"
             )
         if shared.basis is None:
             shared.basis = source_basis(adapter, source)
@@ -210,6 +229,10 @@ def port(
     if part.own_head is not None:
         done.frame = _own_coordinates(done.frame, adapter, part.kind, target, shared)
         done.report |= _strange(adapter, task, target, arm)
+    for line in said:
+        logger.warning("%s", line)
+    if said:
+        done.report["warning"] = "; ".join([*said, *filter(None, [str(done.report.get("warning", ""))])])
     done.report |= {"arm": arm, "weights": len(slots), "scale": done.scale, "seconds": round(time.time() - begun, 1)}
     if arm in REFRESHED.values():
         shared.ports[key] = done
@@ -241,9 +264,14 @@ def _strange(adapter: UHLAdapter, task: str, target: Encoder, arm: str) -> dict[
     return {"warning": said}
 
 
-def _mark(adapter: UHLAdapter) -> tuple[float, ...]:
+def _mark(adapter: UHLAdapter, task: str) -> tuple[object, ...]:
     """What tells one adapter from another, as loaded again and again from one file."""
-    return tuple(float(rows.detach().double().sum()) for rows in adapter.dictionary.parameters())
+    parts = [*adapter.dictionary.parameters(), adapter.task(task).head, adapter.task(task).head_bias]
+    sums = tuple(float(rows.detach().double().sum()) for rows in parts)
+    if (anchors := adapter.anchors) is None:
+        return sums
+    codes = (anchors.head.values, *(level.values for level in anchors.stream))
+    return (*sums, *anchors.texts, *(float(rows.double().sum()) for rows in codes))
 
 
 def _start(adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way) -> Port:
@@ -322,8 +350,11 @@ def predict_texts(
 ) -> list[dict[str, object]]:
     """What a ported adapter says of texts: ``text``, its ``label`` (of a token task: a list, a label a word) and the
     ``probability`` of that. The two parts of a pair are divided by a tab. Words beyond the length that the adapter was
-    trained with are labelled by the mean of the text. Raises :class:`UHLError` for a head of another host's.
+    trained with are labelled by the mean of the text; a text of which the length leaves some out is marked ``cut``.
+    Raises :class:`UHLError` for a head of another host's, and where what the host makes of a text is not finite.
     """
+    if isinstance(texts, str):
+        raise UHLError(f"texts are a list of texts, got the text {texts!r:.60}; put it in brackets")
     task = task or _only_task(adapter)
     part = adapter.task(task)
     if wrong := _strange(adapter, task, target, ported.arm):
@@ -334,8 +365,11 @@ def predict_texts(
         states = unit_states(target, probe, ported.frame.levels)
         codes = ported.frame.to(torch.device("cpu")).codes(states)
         found = part.classify(codes.to(part.head.device)).softmax(-1).cpu()
+    if not found.isfinite().all():
+        raise UHLError(f"{target.name}: what it makes of some text is not finite; its weights are damaged, or overflow")
+    long = _longer(target, texts, length)
     out: list[dict[str, object]] = []
-    for text, rows in zip(texts, found.split(probe.units()), strict=True):
+    for text, rows, cut in zip(texts, found.split(probe.units()), long, strict=True):
         best = rows.max(-1)
         label: object = [part.labels[i] for i in best.indices.tolist()]
         probability: object = [round(p, 4) for p in best.values.tolist()]
@@ -343,8 +377,15 @@ def predict_texts(
             label, probability = [], []
         elif part.kind != "token":
             (label,), (probability,) = label, probability  # type: ignore[misc,has-type]
-        out.append({"text": text, "label": label, "probability": probability})
+        out.append({"text": text, "label": label, "probability": probability} | ({"cut": True} if cut else {}))
     return out
+
+
+def _longer(encoder: Encoder, texts: Sequence[str], length: int) -> list[bool]:
+    """Which texts, or pairs with a tab, have more tokens than ``length``."""
+    parts = [text.split(PAIR, 1) for text in texts]
+    counted = [encoder.tokenizer(*part, truncation=False, verbose=False)["input_ids"] for part in parts]
+    return [len(ids) > length for ids in counted]  # type: ignore[arg-type]
 
 
 def source_basis(adapter: UHLAdapter, source: Encoder) -> Basis:

@@ -22,7 +22,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict, load_dataset
 
 from uhl.config import Kind
-from uhl.errors import UHLError
+from uhl.errors import UHLError, one_of
 
 SPLIT_SEED = 20240101
 LOG = logging.getLogger("uhl")
@@ -223,6 +223,9 @@ def to_bio(tags: Sequence[str]) -> list[str]:
 
 def _checked(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """The columns that the kind needs, under our names, of three splits that are not empty."""
+    one_of(spec.kind, REQUIRED, "kind of task")
+    if twice := [label for label in spec.labels if spec.labels.count(label) > 1]:
+        raise UHLError(f"{spec.path}: label {twice[0]!r} stands twice in `labels`; name each once")
     known = REQUIRED[spec.kind]
     if strange := set(spec.columns) - set(known):
         raise UHLError(f"{spec.path}: a {spec.kind} task has no column {min(strange)!r}; it has {', '.join(known)}")
@@ -232,6 +235,12 @@ def _checked(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> dict[str, pd.Da
             f"{spec.path}, split train has too few different rows, of {len(tables['train'])}, to cut the absent splits "
             "from; give more, or files for both dev and test"
         )
+    trained = set(_keys(whole["train"]))
+    for split in ("dev", "test"):
+        if both := int(_keys(whole[split]).isin(trained).sum()):
+            warnings.warn(
+                f"{spec.path}: {both} of {len(whole[split])} texts of {split} stand in train too", stacklevel=2
+            )
     return whole
 
 

@@ -119,6 +119,13 @@ class Settings(_Strict):
     tune_batch: int = Field(16, ge=1)
     tune_rate: float = Field(1e-2, gt=0, description="learning rate of the task bias")
 
+    @field_validator("labels", "arms", "splits", "baselines", "projectors", "hosts")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]!r} stands there twice; name each once")
+        return names
+
     @field_validator("copies")
     @classmethod
     def _cuts(cls, copies: tuple[str, ...]) -> tuple[str, ...]:
@@ -311,7 +318,14 @@ def manifest(path: Path) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _read_manifest(path: Path, _changed: int) -> dict[str, Any]:
-    return json.loads(path.read_text())  # type: ignore[no-any-return]
+    remedy = "delete its folder and run the cell again"
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UHLError(f"{path} is damaged ({error}); {remedy}") from error
+    if not isinstance(entry, dict) or "rows" not in entry:
+        raise UHLError(f"{path} is not a cell's manifest; {remedy}")
+    return entry
 
 
 def update_results(profile: str) -> Path:
@@ -332,7 +346,10 @@ def load_results(profile: str) -> pd.DataFrame:
         raise UHLError(f"{path} does not exist; run the profile first: make run PROFILE={profile}")
     words = ("profile", "source", "target", "task", "arm", "phase", "split", "metric")
     empty = {name: [""] for name in COLUMNS if name not in words}  # a name may look like a number, or like nothing
-    frame = pd.read_csv(path, dtype=dict.fromkeys(words, str), keep_default_na=False, na_values=empty)
+    try:
+        frame = pd.read_csv(path, dtype=dict.fromkeys(words, str), keep_default_na=False, na_values=empty)
+    except (ValueError, OSError) as error:  # pandas' own are of the former
+        raise UHLError(f"{path} is no table ({error}); delete it, and run the profile again") from error
     missing = [c for c in COLUMNS if c not in frame.columns]
     if missing:
         raise UHLError(f"{path} misses columns {', '.join(missing)}; delete it and run the profile again")
