@@ -800,13 +800,18 @@ def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, m
 
 
 def test_another_files_port_is_not_taken_for_this_ones(encoder, make_encoder):
-    """Two files of one dictionary differ in their anchors, or in their heads."""
-    (one, _), (other, _) = trained(encoder), trained(encoder, coded=150)
-    third, target, shared = copy.deepcopy(one), make_encoder(layers=2, width=24), Shared()
-    torch.nn.init.normal_(third.task("mood").head)
-    ports = [port(made, target, "mood", "anchor", shared=shared) for made in (one, other, third)]
-    assert len({id(made) for made in ports}) == 3
-    assert port(copy.deepcopy(one), target, "mood", "anchor", shared=shared) is ports[0]
+    """Two files of one dictionary differ in their heads, in what their anchors say, or in these anchors' order."""
+    one, target, shared = trained(encoder, coded=150)[0], make_encoder(layers=2, width=24), Shared()
+    head, logits, turned = (copy.deepcopy(one) for _ in range(3))
+    torch.nn.init.normal_(head.task("mood").head)
+    logits.anchors.logits = Codes.of(-logits.anchors.logits.table())
+    turned.anchors.stream[0] = Codes.of(turned.anchors.stream[0].table().flip(0))
+    ports = [port(made, target, "mood", "anchor", shared=shared) for made in (one, head, logits, turned)]
+    assert len({id(made) for made in ports}) == 4
+    refreshed = copy.deepcopy(one)
+    torch.nn.init.normal_(refreshed.task("mood").bias)
+    for same in (copy.deepcopy(one), refreshed):
+        assert port(same, target, "mood", "anchor", shared=shared) is ports[0]
 
 
 def test_a_host_whose_states_are_not_finite_is_refused(encoder, make_encoder):
@@ -826,15 +831,16 @@ def test_a_tokenizer_of_another_model_is_named(encoder, make_encoder):
         UHLError, match=r"its tokenizer gives token \d+, the model has 20 embeddings; load the tokenizer"
     ):
         port(trained(encoder)[0], target)
+    with pytest.MonkeyPatch.context() as patch:  # as of models that have no such table
+        patch.setattr(type(encoder.model), "get_input_embeddings", Mock(side_effect=NotImplementedError))
+        port(trained(encoder)[0], encoder)
 
 
 def test_a_host_beside_whose_stream_the_weights_lie_is_refused(encoder, tokenizer):
     size = {"vocab_size": 64, "hidden_size": 24, "embedding_size": 12, "intra_bottleneck_size": 12}
     config = MobileBertConfig(**size, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
     target = Encoder("tiny-mobile", AutoModel.from_config(config).eval(), tokenizer, "none")
-    with pytest.raises(
-        UHLError, match=r"neither reads nor writes tiny-mobile's stream of states, 24 wide.*bottlenecks"
-    ):
+    with pytest.raises(UHLError, match=r"neither reads nor writes tiny-mobile's stream of states, 24 wide, so no"):
         port(trained(encoder)[0], target)
 
 
@@ -858,10 +864,22 @@ def test_a_source_with_other_weights_is_said_in_the_report(encoder, make_encoder
     assert said.startswith("the adapter was trained on tiny-big, and tiny-3x24 has other weights; arm lineage needs")
 
 
-def test_texts_that_are_cut_are_marked(encoder):
-    adapter, _ = trained(encoder)
-    told = predict_texts(adapter, encoder, port(adapter, encoder), ["good film", "good film " * 40])
-    assert [row.get("cut") for row in told] == [None, True]
+@pytest.mark.parametrize(("places", "most"), [(512, 64), (22, 20)])
+def test_texts_that_are_cut_are_marked(encoder, make_encoder, places, most):
+    """What is beyond the length that the adapter was trained with, or the places of the host, is not read."""
+    adapter, host = trained(encoder)[0], make_encoder(2, 32, max_position_embeddings=places)
+    words = "good " * (most - 2)  # beside [CLS] and [SEP]
+    texts = [words.strip(), words + "bad", words + "bad bad", words[: -len("good ")].replace(" ", "\t", 1).strip()]
+    told = predict_texts(adapter, host, port(adapter, host), texts)
+    assert [row.get("cut") for row in told] == [None, True, True, None]
+    assert told[0]["probability"] == told[1]["probability"] == told[2]["probability"]
+
+
+def test_pairs_that_are_cut_are_marked(encoder):
+    adapter, _ = trained(encoder, kind="pair")
+    texts = ["good\t" + "film " * 60, "good\t" + "film " * 61, "good " * 61, "good " * 62]  # beside three of its own
+    told = predict_texts(adapter, encoder, port(adapter, encoder), texts)
+    assert [row.get("cut") for row in told] == [None, True, None, True]
 
 
 def test_embeddings_align_models_that_share_a_vocabulary(encoder, make_encoder, monkeypatch):

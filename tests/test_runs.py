@@ -7,10 +7,12 @@ import pytest
 import yaml
 
 from uhl import audit, claims, evidence, grid, report, results, runs, stats, viz
+from uhl.config import METHODS
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
 from uhl.grid import PARAMS
 from uhl.runs import Settings
+from uhl.stages import bearing
 
 
 def test_an_unknown_or_mistyped_parameter_is_an_error():
@@ -254,7 +256,7 @@ def test_cells_that_were_run_with_other_settings_are_named(tmp_path, monkeypatch
     before = file.read_text()
     for seed, own in enumerate(("bf16: true", "tune_steps: 9\nlora_rate: 0.5\nvera_rate: 0.5\nepochs: 9")):
         file.write_text(f"{before}\n{own}\n")
-        one_finished_cell(made.settings(f"movies-s{seed}/baselines-mpnet-base"))
+        one_finished_cell(made.settings(f"movies-s{seed}/baselines-mpnet-base"), ("head", "lora-r8"))
     file.write_text(before + "\nbf16: true\n")
     runs.update_results("offline")
     named = [m for m in audit.missing("offline") if "run with" in m]
@@ -268,6 +270,55 @@ def test_cells_that_were_run_with_other_settings_are_named(tmp_path, monkeypatch
     assert [m for m in audit.missing("offline") if "run with" in m] == named
 
 
+BEARING = {  # a stage: settings that its scores depend on, and some that they do not
+    "pretrain-canonical": (
+        "rate mixer_rate more_anchors lambda_f epochs bf16",
+        "dimension_rate tune_steps lora_rate steps",
+    ),
+    "pretrain-dimension": ("dimension_rate top_k", "rate anchors more_anchors teacher_weight target"),
+    "port-minilm-l3": ("max_length unlabelled target", "bf16 head_rate mixer_rate lambda_q rate refresh_steps epochs"),
+    "tune-minilm-l3": ("tune_rate tune_batch bf16 head_rate lambda_q", "mixer_rate lambda_f epochs anchors batch"),
+    "baselines-minilm-l3": ("tune_steps lora_rate anchors bf16", "epochs batch vera_rate lambda_f teacher mixer_rate"),
+    "baselines-minilm-l6": ("epochs batch full_rate", "tune_steps target vera_rate rate"),
+}
+
+
+@pytest.mark.parametrize("stage", BEARING)
+def test_what_a_cells_scores_depend_on(stage):
+    asked = Settings(arms=("anchor",), baselines=("head", "lora-r8", "full"))
+    yes, no = (set(names.split()) for names in BEARING[stage])
+    found = bearing(stage, asked)
+    assert yes <= found
+    assert not no & found
+
+
+def test_what_scores_depend_on_by_what_is_asked():
+    """Steps in place of epochs, a teacher with its rate, arms that refresh, sparse methods; every setting somewhere."""
+    assert {"steps", "batch"} <= bearing("pretrain-canonical", Settings(steps=5)) - {"epochs"}
+    assert {"teacher_weight", "full_rate"} <= bearing("pretrain-dimension", Settings(teacher="full"))
+    assert "refresh_steps" in bearing("port-minilm-l3", Settings(arms=("anchor", "refresh")))
+    assert {"mixer_rate", "lambda_f"} <= bearing("baselines-minilm-l6", Settings(baselines=("sat-lora",)))
+    assert not {"rate", "anchors"} & bearing("pretrain-canonical", Settings(source_task="amazon"))
+    every = Settings(baselines=METHODS, teacher="full", steps=5)
+    used = set().union(*(bearing(stage, asked) for stage in BEARING for asked in (every, Settings())))
+    rows = {"arms", "baselines", "splits", "hosts", "projectors", "attempts", "copies"}
+    assert used | rows == set(Settings.model_fields)
+
+
+def test_arms_that_a_profile_has_since_are_missed(tmp_path, monkeypatch):
+    evidence.restore(PARAMS.parent / "figures" / "offline-eight.zip")
+    evidence.restore(PARAMS.parent / "figures" / "offline-full.zip")
+    assert audit.missing("offline-eight") == []
+    shutil.copytree(PARAMS, tmp_path / "params")
+    monkeypatch.setattr(grid, "PARAMS", tmp_path / "params")
+    shared = tmp_path / "params" / "offline-eight" / "settings.yaml"
+    values = yaml.safe_load(shared.read_text())
+    shared.write_text(yaml.safe_dump(values | {"arms": [*values["arms"], "embedding"]}))
+    said = audit.missing("offline-eight")
+    ports = [c for c in grid.Grid.read("offline-eight").cells() if "/port-" in c and "mpnet" not in c]
+    assert {f"{cell}: embedding on test" for cell in ports} <= set(said)
+
+
 def test_a_seed_that_the_grid_has_not_is_named(tmp_path, monkeypatch):
     """It would be one more in the means of some rows; a target of the user's own has rows of its own."""
     made = grid_with_mpnet_once(tmp_path, monkeypatch)
@@ -275,8 +326,12 @@ def test_a_seed_that_the_grid_has_not_is_named(tmp_path, monkeypatch):
         one_finished_cell(made.settings(cell))
     one_finished_cell(made.settings("movies-s7/baselines-minilm-l3").model_copy(update={"target": "mine"}))
     runs.update_results("offline")
+    one_finished_cell(made.settings("movies-s1/tune-mpnet-base"))  # which the grid has once, with its first seed
+    shutil.move(
+        runs.root() / "offline/movies-s1/baselines-mpnet-base", runs.root() / "offline/movies-s1/tune-mpnet-base"
+    )
     said = "movies-s7/baselines-minilm-l3: seed 7 is not of the profile's grid; name it there, or delete the folder"
-    assert [m for m in audit.missing("offline") if "seed 7" in m] == [said]
+    assert [m for m in audit.missing("offline") if "of the profile's grid" in m] == [said]
 
 
 def test_a_source_may_be_a_folder_or_of_an_organisation(tmp_path, monkeypatch):
@@ -547,11 +602,19 @@ def test_what_an_analysis_lacks_lies_beside_it(tmp_path):
 
 def test_sizes_at_one_precision():
     """LoRA's float16 numbers halve, heads and files of ours and the sparse methods are at 8 bits already."""
-    sizes = [("x", "head", 800), ("x", "lora-r8", 80_800), ("x", "sat-lora", 500_000), ("x", "full", 2_000_800)]
-    table = pd.DataFrame(sizes, columns=["target", "arm", "adapter_bytes"]).assign(task="movies", phase="retrained")
-    tuned = table.iloc[:1].assign(arm="anchor", phase="tuned", adapter_bytes=900_000)
-    table = pd.concat([table, tuned, table.iloc[1:2].assign(target="y")], ignore_index=True)  # without a head there
-    assert results.at_eight_bits(table).tolist() == [800, 40_800, 500_000, 1_000_800, 900_000, 40_400]
+    head, header = (800, 514), 5_000  # bytes and numbers of a head, bytes of a file's header
+    sizes = [
+        ("x", "head", *head),
+        ("x", "lora-r8", 800 + header + 2 * 40_000, 514 + 40_000),
+        ("x", "vb-lora", 800 + 60_000, 514 + 75_000),
+        ("x", "sat-lora", 500_000, 490_000),
+        ("y", "lora-r8", 800 + header + 2 * 40_000, 514 + 40_000),  # without a head there
+    ]
+    table = pd.DataFrame(sizes, columns=["target", "arm", "adapter_bytes", "trainable_params"])
+    table = table.assign(task="movies", phase="retrained")
+    tuned = table.iloc[:1].assign(arm="anchor", phase="tuned", adapter_bytes=900_000, trainable_params=1_000)
+    made = results.at_eight_bits(pd.concat([table, tuned], ignore_index=True)).tolist()
+    assert made == [800, 800 + header + 40_000, 30_400, 500_000, 800 + header + 40_000 - 514, 900_000]
 
 
 def test_labels_are_told_by_the_same_seeds():

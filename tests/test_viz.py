@@ -79,6 +79,19 @@ def test_marks_of_one_cost_stand_side_by_side_and_low_scores_on_a_smaller_scale(
     assert level.get_yscale() == "linear"  # nothing is far below
 
 
+def test_no_mark_covers_another_where_many_cost_the_same():
+    """In the layout that is drawn, with its key."""
+    arms = [arm for arm in viz.LOOKS if arm in viz.FAMILIES["ours"][2] or arm in viz.FAMILIES["PEFT baseline"][2]]
+    table = pd.DataFrame({"arm": arms, "score": np.linspace(74.0, 79.0, len(arms)), "bytes": 9e5})
+    table = table.assign(target="x", task="movies", phase="tuned", low=table["score"] - 1, high=table["score"] + 1)
+    fig = viz.score_against(table, "bytes", "bytes", 1e6, "1 MB")
+    fig.draw_without_rendering()
+    marks = [box.lines[0] for box in fig.axes[0].containers]
+    drawn = [mark.get_transform().transform(mark.get_xydata())[0] * 72 / fig.dpi for mark in marks]
+    apart = [np.abs(one - other) for i, one in enumerate(drawn) for other in drawn[:i]]
+    assert all(x >= 5.4 or y >= 4.4 for x, y in apart)
+
+
 def test_a_score_of_one_seed_beside_others_has_a_dotted_interval(table):
     few = table.assign(seeds=np.where(table["phase"] == "tuned", 1, 3))
     for fig in (viz.panels(few, ["tuned"]), viz.slopes(few), viz.score_against(few, "bytes", "bytes", 1e6, "1 MB")):

@@ -262,9 +262,7 @@ def batches(
             f"the tokenizer of {encoder.name or 'the host'} has no padding token; give it one, for instance "
             "`tokenizer.pad_token = tokenizer.eos_token`"
         )
-    most = int(getattr(text_config(encoder.model), "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
-    length = min(probe.length, encoder.tokenizer.model_max_length, most)
-    texts = probe.observed
+    length, texts = _longest(encoder, probe), probe.observed
     device = next(encoder.model.parameters()).device
     most_characters = CHARACTERS if device.type == "cpu" else size * 5 * length
     groups: list[list[int]] = []
@@ -275,14 +273,32 @@ def batches(
         groups[-1].append(row)
     for rows in bar(groups, encoder.name, "batch") if progress else groups:
         chosen = [texts[i] for i in rows]
-        pairs = [text.partition(PAIR)[::2] for text in chosen] if probe.kind == "pair" else None
-        given = tuple(map(list, zip(*pairs, strict=True))) if pairs else (chosen,)
         cut: dict[str, Any] = {"truncation": True, "max_length": length, "return_tensors": "pt"}
         # on the right, too, where a decoder's tokenizer pads on the left: positions are counted from the left
-        batch = encoder.tokenizer(*given, padding=True, padding_side="right", **cut)
+        batch = encoder.tokenizer(*_parts(probe, chosen), padding=True, padding_side="right", **cut)
         if not batch["input_ids"].shape[1]:
             raise UHLError(f"{len(chosen)} texts have no token at all; leave out blank ones")
         yield rows, batch.to(device)
+
+
+def _longest(encoder: Encoder, probe: Probe) -> int:
+    """Tokens beyond which a host's texts are cut."""
+    most = int(getattr(text_config(encoder.model), "max_position_embeddings", 1 << 16)) - 2  # some number them from 2
+    return min(probe.length, encoder.tokenizer.model_max_length, most)
+
+
+def _parts(probe: Probe, texts: Sequence[str]) -> tuple[list[str], ...]:
+    """Texts as a tokenizer takes them: pairs in two lists."""
+    if probe.kind != "pair":
+        return (list(texts),)
+    first, second = zip(*(text.partition(PAIR)[::2] for text in texts), strict=True)
+    return list(first), list(second)
+
+
+def too_long(encoder: Encoder, probe: Probe) -> list[bool]:
+    """Which texts of a probe the host does not read to their end."""
+    made = encoder.tokenizer(*_parts(probe, probe.texts), truncation=False, verbose=False)["input_ids"]
+    return [len(tokens) > _longest(encoder, probe) for tokens in made]
 
 
 def _pieces(batch: BatchEncoding, place: int) -> list[Piece]:
@@ -392,7 +408,7 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
     starts = torch.tensor([0, *probe.units()]).cumsum(0).tolist()
     units = words = torch.empty(0)
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
-    vocabulary = len(encoder.model.get_input_embeddings().weight)  # type: ignore[operator,arg-type]
+    vocabulary = _vocabulary(encoder)
     with evaluating(encoder.model) as model:
         for rows, batch in batches(encoder, probe, progress=True):
             if (largest := int(batch["input_ids"].max())) >= vocabulary:
@@ -419,6 +435,14 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
             "or overflow in the precision that it was loaded in"
         )
     return Observed(units, words.flatten(1, 2), moment / max(count, 1), time.time() - begun)
+
+
+def _vocabulary(encoder: Encoder) -> int:
+    """How many tokens a host has embeddings for; no end where it does not tell."""
+    try:
+        return len(encoder.model.get_input_embeddings().weight)  # type: ignore[operator,arg-type]
+    except (NotImplementedError, AttributeError):
+        return 1 << 62
 
 
 def _picked(probe: Probe, batch: BatchEncoding, place: int, row: int) -> Float[Tensor, "words T"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ Finished = Mapping[Path, Mapping[str, Any]]  # manifests by their cells
 
 def missing(profile: str, compared: bool = True) -> list[str]:
     """What a profile's table lacks: cells of its grid (where it has one) that have not finished; and of finished ones
-    the rows that their parameters, or those of another seed's cell (but what the grid has only once), ask for, as
+    the rows that the profile, or without a grid their own parameters or those of another seed's cell, ask for, as
     `<cell>: <arm> on <split>`; cells that were run with other settings than the profile has, or with a seed that it has
     not; cells of an older protocol than others'; ports by rules that no host has now, by older ones than others to the
     same host, or of an adapter that was trained again since; and, with ``compared``, the first of what the profile
@@ -57,12 +57,15 @@ def _strange(name: Path, grid: Grid | None, entry: Mapping[str, Any]) -> list[st
     """Why a finished cell does not belong beside others of its profile's table."""
     if grid is None or not entry["rows"]:
         return []
-    if str(name) not in (cells := grid.cells()):
-        seeds = {cell.replace(f"-s{seed}/", "-s*/") for seed in grid.seeds for cell in cells}
-        if str(name).replace(f"-s{entry['seed']}/", "-s*/") in seeds:
+    if name.as_posix() not in (cells := grid.cells()):
+        first = name.as_posix().replace(f"-s{entry['seed']}/", f"-s{grid.seeds[0]}/")
+        if entry["seed"] not in grid.seeds and first in cells:
             return [f"seed {entry['seed']} is not of the profile's grid; name it there, or delete the folder"]
         return []  # a target or a task of the user's own, with rows of its own
-    asked, ran = grid.settings(str(name)), filled(entry["parameters"])
+    asked, ran = grid.settings(name.as_posix()), filled(entry["parameters"])
+    if name.name.startswith("baselines-"):  # methods that were not run have no rate here
+        there = {row["arm"] for row in entry["rows"]}
+        asked = asked.model_copy(update={"baselines": tuple(m for m in asked.baselines if m in there)})
     wanted = asked.model_dump(mode="json", include=bearing(name.name, asked))
     apart = [f"{key} {ran[key]} (now {value})" for key, value in wanted.items() if ran[key] != value]
     return [f"run with {', '.join(apart)}; delete the folder, and run it again"] if apart else []
@@ -73,17 +76,21 @@ def _lacking(profile: str, grid: Grid | None, finished: Finished) -> dict[Path, 
     folder, frame = runs.root() / profile, runs.load_results(profile)
     keys = ["task", "seed", "target", "phase", "arm", "split"]
     there = set(frame[keys].itertuples(index=False, name=None))
-    known, settings, once = grid.cells() if grid else [], {}, {}
+    known, settings, once, arms = grid.cells() if grid else [], {}, {}, {}
     for cell, entry in finished.items():
         name, own = cell.relative_to(folder).as_posix(), Settings.model_construct(**entry["parameters"])  # unchecked
         settings[cell] = grid.settings(name) if grid and name in known else own
+        port = finished.get(cell.parent / f"port-{runs.slug(own.target)}", {})
+        ported = port.get("parameters", {}).get("arms", own.arms)  # tuned as they were ported
+        arms[cell] = settings[cell].arms if name in known else ported
         stage, _, host = cell.name.partition("-")
         once[cell] = bool(stage == "baselines" and grid and grid.only_once(host, own.task_name, own.seed))
     alike = {cell: (asked.task_name, cell.name, once[cell]) for cell, asked in settings.items()}  # less their seeds
     wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
     for cell, asked in settings.items():
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
-        rows = [(*row, split) for row in _asked(cell.name, asked, finished[cell], port) for split in asked.splits]
+        wants = _asked(cell.name, asked, arms[cell], finished[cell], port)
+        rows = [(*row, split) for row in wants for split in asked.splits]
         wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
     return {
         cell: [
@@ -113,13 +120,12 @@ def _outdated(finished: Finished) -> set[Path]:
 
 
 def _asked(
-    cell: str, settings: Settings, own: Mapping[str, Any], port: Mapping[str, Any]
+    cell: str, settings: Settings, ported: Sequence[str], own: Mapping[str, Any], port: Mapping[str, Any]
 ) -> Iterator[tuple[str, str, str]]:
-    """(host, phase, arm) of the rows that a finished cell should have; ``own``: its manifest, ``port``: that of the
-    port to its target, which says what is not defined where its own does not.
+    """(host, phase, arm) of the rows that a finished cell should have, of these arms; ``own``: its manifest, ``port``:
+    that of the port to its target, which says what is not defined where its own does not.
     """
     stage, _, rest = cell.partition("-")
-    ported = port.get("parameters", {}).get("arms", settings.arms)
     undefined = own.get("undefined", port.get("undefined", ()))
     if stage == "pretrain":
         yield from ((settings.source, "source", arm) for arm in [f"uhl-{rest}"] if arm not in undefined)

@@ -77,9 +77,9 @@ def judge(
 
     found = [*rows(zero_shot), *rows(tuned), *_memory(table), *rows(narrow), *_budgets(table)]
     judged = pd.DataFrame(found, columns=COLUMNS)
-    nowhere = {(task, target, arm, "1" if phase == "zero-shot" else "23") for task, target, phase, arm in undefined}
     for place, row in judged[judged["verdict"] == NOT_RUN].iterrows():
-        if any((row["task"], row["target"], row["arm"]) == own[:3] and row["claim"][0] in own[3] for own in nowhere):
+        phase = "zero-shot" if row["claim"].startswith("1") else "tuned"
+        if (row["task"], row["target"], phase, row["arm"]) in undefined:
             judged.loc[place, ["verdict", "reason"]] = [NOT_DEFINED, f"{row['arm']} is not defined there"]
     return judged
 

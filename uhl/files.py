@@ -93,10 +93,10 @@ def build_folder(target: Path) -> Iterator[Path]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(dir=target.parent).cleanup()
+        made = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
     except OSError as error:
         raise UHLError(f"{target} could not be made ({error}); free space or choose another folder") from error
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+    with made as scratch:
         folder = Path(scratch) / "new"
         folder.mkdir()
         yield folder

@@ -99,7 +99,9 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
             **extra,
         )
         if absent := sorted(k for k in report["missing_keys"] if "pooler" not in k):
-            half = all(name.startswith("decoder.") for name in absent)
+            named = [name for name, _ in model.named_parameters()]
+            second = {name for name in named if name.startswith("decoder.")}
+            half = bool(second) and second == set(absent) and len(second) < len(named)
             raise ValueError(f"its weights lack {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokenizer.padding_side = "right"  # positions are counted from the left

@@ -47,8 +47,8 @@ from transformers import PreTrainedTokenizerBase
 
 from uhl import store
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Observed, Probe, observe, unit_states
-from uhl.config import ARMS, CONTROLS, METRICS, PAIR
+from uhl.anchors import Anchors, Observed, Probe, observe, too_long, unit_states
+from uhl.config import ARMS, CONTROLS, METRICS
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import digest
 from uhl.fits import Wanted, Way, basis_of, head_fit, random_basis, stream_basis, upper_levels
@@ -109,8 +109,8 @@ def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | No
         )
     if arm != "dimension" and (strait := _beside_the_stream(adapter, target)):
         return (
-            f"{strait} neither reads nor writes {target.name}'s stream of states, {target.width} wide, as in models "
-            "with bottlenecks; there is nothing to port to it by"
+            f"{strait} neither reads nor writes {target.name}'s stream of states, {target.width} wide, so no adapter "
+            "can be ported to it"
         )
     if arm in {"lineage", "embedding"} and source is None:
         return f"arm {arm} needs the source model"
@@ -265,13 +265,15 @@ def _strange(adapter: UHLAdapter, task: str, target: Encoder, arm: str) -> dict[
 
 
 def _mark(adapter: UHLAdapter, task: str) -> tuple[object, ...]:
-    """What tells one adapter from another, as loaded again and again from one file."""
-    parts = [*adapter.dictionary.parameters(), adapter.task(task).head, adapter.task(task).head_bias]
-    sums = tuple(float(rows.detach().double().sum()) for rows in parts)
-    if (anchors := adapter.anchors) is None:
-        return sums
-    codes = (anchors.head.values, *(level.values for level in anchors.stream))
-    return (*sums, *anchors.texts, *(float(rows.double().sum()) for rows in codes))
+    """What tells one adapter from another, as loaded again and again from one file; but for the task's bias, which arms
+    that refresh change.
+    """
+    kept = {
+        name: value for name, value in store.to_tensors(adapter).items() if not name.startswith(f"task.{task}.bias")
+    }
+    anchors, told = adapter.anchors, [adapter.info.get(name) for name in ("tuned_on", "arm", "scale")]
+    shape = None if anchors is None else (anchors.kind, anchors.own, anchors.cuts, anchors.length, anchors.words)
+    return digest(kept), shape, *map(str, told)
 
 
 def _start(adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way) -> Port:
@@ -367,7 +369,7 @@ def predict_texts(
         found = part.classify(codes.to(part.head.device)).softmax(-1).cpu()
     if not found.isfinite().all():
         raise UHLError(f"{target.name}: what it makes of some text is not finite; its weights are damaged, or overflow")
-    long = _longer(target, texts, length)
+    long = too_long(target, probe)
     out: list[dict[str, object]] = []
     for text, rows, cut in zip(texts, found.split(probe.units()), long, strict=True):
         best = rows.max(-1)
@@ -379,13 +381,6 @@ def predict_texts(
             (label,), (probability,) = label, probability  # type: ignore[misc,has-type]
         out.append({"text": text, "label": label, "probability": probability} | ({"cut": True} if cut else {}))
     return out
-
-
-def _longer(encoder: Encoder, texts: Sequence[str], length: int) -> list[bool]:
-    """Which texts, or pairs with a tab, have more tokens than ``length``."""
-    parts = [text.split(PAIR, 1) for text in texts]
-    counted = [encoder.tokenizer(*part, truncation=False, verbose=False)["input_ids"] for part in parts]
-    return [len(ids) > length for ids in counted]  # type: ignore[arg-type]
 
 
 def source_basis(adapter: UHLAdapter, source: Encoder) -> Basis:

@@ -229,19 +229,25 @@ def _checked(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> dict[str, pd.Da
     known = REQUIRED[spec.kind]
     if strange := set(spec.columns) - set(known):
         raise UHLError(f"{spec.path}: a {spec.kind} task has no column {min(strange)!r}; it has {', '.join(known)}")
+    _count_shared(spec, tables)
     whole = _complete_splits({split: _columns(spec, split, table, known) for split, table in tables.items()})
     if whole["train"].empty:
         raise UHLError(
             f"{spec.path}, split train has too few different rows, of {len(tables['train'])}, to cut the absent splits "
             "from; give more, or files for both dev and test"
         )
-    trained = set(_keys(whole["train"]))
-    for split in ("dev", "test"):
-        if both := int(_keys(whole[split]).isin(trained).sum()):
-            warnings.warn(
-                f"{spec.path}: {both} of {len(whole[split])} texts of {split} stand in train too", stacklevel=2
-            )
     return whole
+
+
+def _count_shared(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> None:
+    """Log how many texts of a given dev or test split stand in train too, to the letter."""
+    names = [spec.columns.get(key, key) for key in TEXTS]
+    texts = {split: table[[name for name in names if name in table]].astype(str) for split, table in tables.items()}
+    trained = set(texts["train"].itertuples(index=False, name=None))
+    for split in ("dev", "test"):
+        both = sum(row in trained for row in texts[split].itertuples(index=False, name=None)) if split in texts else 0
+        if both:
+            LOG.warning("%s: %d of %d texts of %s stand in train too", spec.path, both, len(texts[split]), split)
 
 
 def _columns(spec: TaskSpec, split: str, table: pd.DataFrame, keys: Sequence[str]) -> pd.DataFrame:

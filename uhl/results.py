@@ -94,8 +94,7 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
     if frame.empty:
         raise UHLError(f"profile {profile} has no rows of {split}; its cells score what `splits` names")
     tables = gather(profile, split)
-    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items() if _usual(key[3]))
-    finished = manifests(profile)
+    known, finished = _priors_of(tables), manifests(profile)
     rows = []
     for key, group in frame.groupby(["task", "target", "phase", "arm"], sort=False):
         task, target, phase, arm = map(str, key)
@@ -126,14 +125,15 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
 
 def at_eight_bits(table: pd.DataFrame) -> pd.Series:
     """What each method's file would have at 8 bits a number, as ours and the sparse ones have (or 4), for sizes at one
-    precision: of the others' files, all that is not the head, which has 8, is float16 and takes half. The head's bytes
-    are those of the method `head` on the same model and task, where that ran; no scales and no lower score are charged.
+    precision: of the others' files, every number that trains beside the head, which has 8 already, is a float16 and
+    takes a byte less. Of VB-LoRA, whose file does not hold what trains, about half. No scales are charged, and no lower
+    score. Where the method `head` was not run on the same model and task, its numbers are taken for theirs.
     """
     keys = ["task", "target", "phase"]
-    heads = table[table["arm"] == "head"].set_index(keys)["adapter_bytes"]
+    heads = table[table["arm"] == "head"].set_index(keys)["trainable_params"]
     head = table[keys].join(heads.rename("head"), on=keys)["head"].fillna(0.0)
-    halved = table["arm"].isin(set(METHODS) - {"head", *SPARSE})
-    return table["adapter_bytes"].where(~halved, head + (table["adapter_bytes"] - head) / 2)
+    numbers = (table["trainable_params"] - head).where(table["arm"] != "vb-lora", table["adapter_bytes"] / 2)
+    return table["adapter_bytes"] - numbers.where(table["arm"].isin(set(METHODS) - {"head", *SPARSE}), 0)
 
 
 def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
@@ -297,6 +297,11 @@ def _usual(arm: str) -> bool:
     return not arm.endswith("shuffled")
 
 
+def _priors_of(tables: Cells) -> dict[str, stats.Prior | None]:
+    """How much seeds vary in the scores of each task."""
+    return priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items() if _usual(key[3]))
+
+
 def priors_apart(tables: Cells) -> dict[str, stats.Prior | None]:
     """How much seeds vary in the paired differences of each task, by those of :data:`PAIRS`: for each table of
     differences, so that one has the same interval in all of them.
@@ -361,7 +366,7 @@ def before_and_after(table: pd.DataFrame, tables: Cells, groups: Groups) -> pd.D
     """The rows of :func:`summary` without labels and tuned; where an arm was tuned with fewer seeds than it was ported
     with, its score without labels is over those, so that the two differ in nothing but the labels.
     """
-    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items() if _usual(key[3]))
+    known = _priors_of(tables)
     shown = table[table["phase"].isin(["zero-shot", "tuned"])].copy()
     for place, row in shown[shown["phase"] == "zero-shot"].iterrows():
         before, after = (tables.get((row["task"], row["target"], p, row["arm"]), {}) for p in ("zero-shot", "tuned"))
@@ -383,7 +388,7 @@ def leaderboard(table: pd.DataFrame, moved: pd.DataFrame) -> pd.DataFrame:
     zero = moved[moved["phase"] == "zero-shot"].set_index(keys)["score"].rename("zero-shot")
     trained = table[table["phase"].isin(["tuned", "retrained"])]
     rest = table[(table["phase"] == "zero-shot") & ~table.set_index(keys).index.isin(trained.set_index(keys).index)]
-    both = pd.concat([trained, rest]).join(zero, on=keys)
+    both = pd.concat([trained, rest.assign(seconds=np.nan)]).join(zero, on=keys)  # its seconds are a port's
     out = both.assign(step=both["seconds"] / both["steps"].where(both["steps"] > 0))
     names = {"arm": "method", "trainable_params": "trainable", "adapter_bytes": "file size"}
     names |= {

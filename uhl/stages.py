@@ -20,7 +20,7 @@ from uhl import evidence, models, runs, store, tasks
 from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_states
 from uhl.augment import ByTurns, Perturbed
-from uhl.baselines import RATES, Start, run_baseline, start
+from uhl.baselines import RATES, SPARSE, Start, run_baseline, start
 from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import MAX_TEXTS, MAX_UNITS
@@ -54,32 +54,38 @@ NOT_OF_TUNING = {
     *RATES.values(),
 }
 NOT_OF_PORTING = NOT_OF_TUNING - {"refresh_steps"} | {"tune_steps", "tune_batch", "tune_rate"}
+DATA = {
+    *("profile", "source", "seed", "task", "kind", "columns", "labels", "config", "source_task", "train_size"),
+    *("unlabelled", "eval_size", "max_length"),
+}  # settings that every score depends on
 TUNED_ARMS = ("dimension", "lineage", "anchor", "zero-atoms", "random-p", "untrained")
 
 
 def bearing(stage: str, settings: Settings) -> set[str]:
-    """Names of the settings that a cell's scores depend on, but of those that name its rows: methods, arms and splits.
+    """Names of the settings that a cell's scores depend on, but of those that name its rows (methods, arms, splits) and
+    of those that the adapter's file has, whose sha256 stands in the manifest.
 
     Cells whose rows stand side by side agree in them, but in seed, task and model.
     """
     kind, _, rest = stage.partition("-")
-    on_source = kind == "pretrain" or (kind == "baselines" and rest == runs.slug(settings.source))
-    unused = {"baselines", "arms", "splits", "hosts", "projectors", "attempts", "copies", *RATES.values()}
-    unused |= {"epochs"} if settings.steps else set()
-    unused |= NOT_OF_THE_SOURCE if on_source else {"steps", "epochs", "batch"}
-    if kind == "pretrain":
-        unused |= {"rate" if rest == "dimension" else "dimension_rate"}
-        unused -= teachers_rate(settings)
-    if kind == "baselines":
-        unused |= NOT_OF_BASELINES - {"target", "tune_steps", "tune_batch"} | {"rate"}
-        unused -= {RATES[method] for method in settings.baselines if method in RATES}
-    if kind in {"port", "tune"}:  # which the adapter's file has, and its sha256 stands in the manifest
-        unused |= {name for name in Settings.model_fields if "anchor" in name} | {"rate", "dimension_rate"}
-    if kind == "port":
-        unused |= NOT_OF_PORTING - {"refresh_steps"} | (set() if {*REFRESHED} & {*settings.arms} else {"refresh_steps"})
+    methods, on_source = settings.baselines, rest == runs.slug(settings.source)
+    length = {"steps"} if settings.steps else {"epochs"}
+    trained, sparse = {"head_rate", "bf16"}, {"mixer_rate", "lambda_q", "alpha", "top_k"}
+    if kind == "pretrain" and not settings.borrowed:
+        own = {"rate", *(name for name in Settings.model_fields if "anchor" in name)}
+        own = {"dimension_rate"} if rest == "dimension" else own
+        taught = {"teacher", "teacher_weight"} | teachers_rate(settings) if settings.teacher else {"teacher"}
+        return DATA | trained | sparse | length | {"batch", "lambda_f"} | own | taught
     if kind == "tune":
-        unused |= NOT_OF_TUNING
-    return set(Settings.model_fields) - unused
+        return DATA | trained | {"target", "tune_steps", "tune_batch", "tune_rate", "lambda_q"}
+    if kind == "port":
+        return DATA | {"target"} | ({"refresh_steps"} if {*REFRESHED} & {*settings.arms} else set())
+    if kind == "baselines":
+        place = length | {"batch", "lambda_f"} if on_source else {"target", "tune_steps", "tune_batch"}
+        rates = {RATES[method] for method in methods if method in RATES}
+        shared = DATA | trained | {"anchors", "anchor_text"} | place | rates
+        return shared | sparse if {*SPARSE} & {*methods} else shared - {"lambda_f"}
+    return set(DATA)
 
 
 def load_data(settings: Settings) -> Task:

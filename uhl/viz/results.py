@@ -173,7 +173,8 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
     table = with_alone(table)
     fig, cells = task_grid(table, 2.25, 2.6, 0.6, label, ": test score, %", sharex=True, sharey="row")
     fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
-    least, most = float(table[column][table[column] > 0].min()), max(2.5 * float(table[column].max()), 5 * limit)
+    costs = table[column][table[column] > 0]
+    least, most = float(costs.min()) if len(costs) else 1.0, max(2.5 * float(table[column].max()), 5 * limit)
     for ax, task, _, _ in cells:
         own = table[table["task"] == task]
         trained = own["low"][(own["phase"] != "zero-shot") & ~own["arm"].isin(CONTROLS)]
@@ -184,6 +185,13 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
             ax.axhspan(bottom, fold, color="#f3f3f3", zorder=0)
             ax.set_yticks([*range(0, int(fold) - 4, 20), *range(int(5 * np.ceil(fold / 5)), 101, 5)])
         ax.set(xlim=(-0.7 * least, most), ylim=(bottom, top))
+    first, last = np.ceil(np.log10(least)), np.log10(most)
+    powers = 10.0 ** np.arange(first - 1, last, 1 if last - first < 4 else 2)
+    ticks = [m * v for v in powers for m in ((1, 3) if last - first < 2 else (1,)) if least < m * v < most]
+    ax.set_xticks([0, *ticks], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in ticks)])
+    named = [key_mark(NAMES.get(a, a), *LOOKS[a]) for a in in_order(table["arm"], LOOKS) if a not in CONTROLS]
+    hollow_mark, filled = key_mark("without labels", OURS, mfc="white"), key_mark("trained with labels", OURS)
+    key_below(fig, [*named, key_mark("control", CONTROL, "_", ms=10), hollow_mark, filled, *key_alone(table)], 3)
     fig.draw_without_rendering()  # the layout that marks are spread in
     for ax, _, _, rows in cells:
         rows = rows.assign(last=rows["arm"].isin(CONTROLS)).sort_values(["last", column], ascending=[True, False])
@@ -201,13 +209,6 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
             interval_mark(ax, cell, float(cell[column]), upright=True, hollow=hollow, elinewidth=0.8, **look)
         ax.axvline(limit, color="black", linestyle=":", linewidth=1)
         note(ax, f" budget\n {budget}", limit, 0.02, ax.get_xaxis_transform(), ha="left", va="bottom", fontsize=8)
-    first, last = np.ceil(np.log10(least)), np.log10(most)
-    powers = 10.0 ** np.arange(first - 1, last, 1 if last - first < 4 else 2)
-    ticks = [m * v for v in powers for m in ((1, 3) if last - first < 2 else (1,)) if least < m * v < most]
-    ax.set_xticks([0, *ticks], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in ticks)])
-    named = [key_mark(NAMES.get(a, a), *LOOKS[a]) for a in in_order(table["arm"], LOOKS) if a not in CONTROLS]
-    hollow_mark, filled = key_mark("without labels", OURS, mfc="white"), key_mark("trained with labels", OURS)
-    key_below(fig, [*named, key_mark("control", CONTROL, "_", ms=10), hollow_mark, filled, *key_alone(table)], 3)
     return fig
 
 
