@@ -1052,9 +1052,11 @@ def test_porting_a_peft_model_is_the_same_port(encoder, make_encoder, tmp_path, 
     if headed:
         host = BertForSequenceClassification(target.model.config).eval()
         host.bert = copy.deepcopy(target.model)
-    model = PeftModel.from_pretrained(host, folder)
+    with caplog.at_level("INFO", "uhl"):
+        model = PeftModel.from_pretrained(host, folder)
+    assert "at depths 0 to 1, to be ported to this host before it runs: uhl.port_model(model, tokenizer)" in caplog.text
     inner = host.bert if headed else host
-    with pytest.raises(UHLError, match="no projectors of its own"):
+    with pytest.raises(UHLError, match=r"no projectors of its own for this host; port it first: uhl.port_model\("):
         inner(**encoder.tokenizer(["good"], return_tensors="pt"))
     with caplog.at_level("INFO", "uhl"):
         done = uhl.port_model(model, target.tokenizer)

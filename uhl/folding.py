@@ -232,8 +232,8 @@ class Folds:
         """The host's frame: the given one, or the dimension frame of the adapter's projector as it stands."""
         if self.given is None and self.adapter.config.projector == "canonical":
             raise UHLError(
-                "a canonical adapter has no projectors of its own for this host; make them with uhl.port(adapter, "
-                "host, task) and pass its frame (attach(..., frame), or set_frame on the PEFT model's base_model)"
+                "a canonical adapter has no projectors of its own for this host; port it first: "
+                "uhl.port_model(model, tokenizer) of a PEFT model, else attach() with the frame of uhl.port()"
             )
         cache, device = self._cache, self.adapter.device
         if self.given is None:

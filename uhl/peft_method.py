@@ -165,12 +165,14 @@ class UHLModel(BaseTuner):
         config = self.peft_config[name]
         left = ", ".join(config._left)  # type: ignore[attr-defined]
         head = f"; the file's head ({left}) is of another host, so this host's own stays as it is" if left else ""
-        arm = (
-            self._arms.get(name, "a given frame") if attached.ported else f"the `{adapter.config.projector}` projector"
-        )
+        arm = f"by the `{adapter.config.projector}` projector"
+        if attached.ported:
+            arm = f"by {self._arms.get(name, 'a given frame')}"
+        elif adapter.config.projector == "canonical":
+            arm = "to be ported to this host before it runs: uhl.port_model(model, tokenizer)"
         return (
             f"adapter {name!r}, trained on {card.source(adapter.info)}: {len(slots)} weights in {layers} "
-            f"layers at depths {depths[0]:g} to {depths[-1]:g}, by {arm}{head}"
+            f"layers at depths {depths[0]:g} to {depths[-1]:g}, {arm}{head}"
         )
 
     def _hook(self) -> None:
