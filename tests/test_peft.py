@@ -641,7 +641,7 @@ def test_a_canonical_adapter_needs_a_port_and_says_so(config):
     adapter = UHLAdapter(config.model_copy(update={"projector": "canonical"}))
     adapter.add_task("mood", ("a", "b"), "sentence")
     host = bert()
-    with pytest.raises(UHLError, match=r"make them with uhl.port"):
+    with pytest.raises(UHLError, match=r"port it first: uhl.port_model"):
         attach(host, adapter, "mood")
     assert not any(hasattr(m, "base_layer") for m in host.modules())
 

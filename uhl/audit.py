@@ -76,21 +76,20 @@ def _lacking(profile: str, grid: Grid | None, finished: Finished) -> dict[Path, 
     folder, frame = runs.root() / profile, runs.load_results(profile)
     keys = ["task", "seed", "target", "phase", "arm", "split"]
     there = set(frame[keys].itertuples(index=False, name=None))
-    known, settings, once, arms = grid.cells() if grid else [], {}, {}, {}
-    for cell, entry in finished.items():
-        name, own = cell.relative_to(folder).as_posix(), Settings.model_construct(**entry["parameters"])  # unchecked
-        settings[cell] = grid.settings(name) if grid and name in known else own
-        port = finished.get(cell.parent / f"port-{runs.slug(own.target)}", {})
-        ported = port.get("parameters", {}).get("arms", own.arms)  # tuned as they were ported
-        arms[cell] = settings[cell].arms if name in known else ported
-        stage, _, host = cell.name.partition("-")
-        once[cell] = bool(stage == "baselines" and grid and grid.only_once(host, own.task_name, own.seed))
-    alike = {cell: (asked.task_name, cell.name, once[cell]) for cell, asked in settings.items()}  # less their seeds
+    known, settings = grid.cells() if grid else [], dict[Path, Settings]()
+    alike: dict[Path, tuple[str, str, bool]] = {}  # what a cell shares with those of other seeds
     wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
-    for cell, asked in settings.items():
+    for cell, entry in finished.items():
+        name, asked = cell.relative_to(folder).as_posix(), Settings.model_construct(**entry["parameters"])  # unchecked
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
-        wants = _asked(cell.name, asked, arms[cell], finished[cell], port)
-        rows = [(*row, split) for row in wants for split in asked.splits]
+        arms = port.get("parameters", {}).get("arms", asked.arms)  # tuned as they were ported
+        if grid and name in known:
+            asked = grid.settings(name)
+            arms = asked.arms
+        stage, _, host = cell.name.partition("-")
+        once = bool(stage == "baselines" and grid and grid.only_once(host, asked.task_name, asked.seed))
+        settings[cell], alike[cell] = asked, (asked.task_name, cell.name, once)
+        rows = [(*row, split) for row in _asked(cell.name, asked, arms, entry, port) for split in asked.splits]
         wanted.setdefault(alike[cell], {}).update(dict.fromkeys(rows))
     return {
         cell: [

@@ -164,15 +164,10 @@ def _spread(ax: Axes, places: np.ndarray, wide: float = 5.5, tall: float = 4.5) 
     return moved
 
 
-def score_against(table: pd.DataFrame, column: str, label: str, limit: float, budget: str) -> Figure:
-    """Score over what a method adds to the host (``column``), a panel a task and model, with the budget's ``limit``.
-
-    Hollow marks had no labels; controls are bars behind. Marks that would cover one another stand side by side, to the
-    left of what they cost. Shaded, below all trained methods: a scale a sixth of that above.
-    """
-    table = with_alone(table)
-    fig, cells = task_grid(table, 2.25, 2.6, 0.6, label, ": test score, %", sharex=True, sharey="row")
-    fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
+def _scale_axes(
+    cells: Sequence[tuple[Axes, str, str, pd.DataFrame]], table: pd.DataFrame, column: str, limit: float
+) -> None:
+    """Costs on a logarithmic scale with a place for 0, scores on one that is folded below all trained methods."""
     costs = table[column][table[column] > 0]
     least, most = float(costs.min()) if len(costs) else 1.0, max(2.5 * float(table[column].max()), 5 * limit)
     for ax, task, _, _ in cells:
@@ -189,6 +184,18 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
     powers = 10.0 ** np.arange(first - 1, last, 1 if last - first < 4 else 2)
     ticks = [m * v for v in powers for m in ((1, 3) if last - first < 2 else (1,)) if least < m * v < most]
     ax.set_xticks([0, *ticks], ["0", *(f"{v:g}" if v < 1000 else EngFormatter(sep="")(v) for v in ticks)])
+
+
+def score_against(table: pd.DataFrame, column: str, label: str, limit: float, budget: str) -> Figure:
+    """Score over what a method adds to the host (``column``), a panel a task and model, with the budget's ``limit``.
+
+    Hollow marks had no labels; controls are bars behind. Marks that would cover one another stand side by side, to the
+    left of what they cost. Shaded, below all trained methods: a scale a sixth of that above.
+    """
+    table = with_alone(table)
+    fig, cells = task_grid(table, 2.25, 2.6, 0.6, label, ": test score, %", sharex=True, sharey="row")
+    fig.set_figheight(fig.get_figheight() + 1.0)  # for the key
+    _scale_axes(cells, table, column, limit)
     named = [key_mark(NAMES.get(a, a), *LOOKS[a]) for a in in_order(table["arm"], LOOKS) if a not in CONTROLS]
     hollow_mark, filled = key_mark("without labels", OURS, mfc="white"), key_mark("trained with labels", OURS)
     key_below(fig, [*named, key_mark("control", CONTROL, "_", ms=10), hollow_mark, filled, *key_alone(table)], 3)
