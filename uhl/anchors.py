@@ -297,8 +297,11 @@ def _parts(probe: Probe, texts: Sequence[str]) -> tuple[list[str], ...]:
 
 def too_long(encoder: Encoder, probe: Probe) -> list[bool]:
     """Which texts of a probe the host does not read to their end."""
+    if not probe.texts:
+        return []
+    most = _longest(encoder, probe)
     made = encoder.tokenizer(*_parts(probe, probe.texts), truncation=False, verbose=False)["input_ids"]
-    return [len(tokens) > _longest(encoder, probe) for tokens in made]
+    return [len(tokens) > most for tokens in made]
 
 
 def _pieces(batch: BatchEncoding, place: int) -> list[Piece]:
@@ -408,7 +411,7 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
     starts = torch.tensor([0, *probe.units()]).cumsum(0).tolist()
     units = words = torch.empty(0)
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
-    vocabulary = _vocabulary(encoder)
+    vocabulary = int(getattr(text_config(encoder.model), "vocab_size", 1 << 62))
     with evaluating(encoder.model) as model:
         for rows, batch in batches(encoder, probe, progress=True):
             if (largest := int(batch["input_ids"].max())) >= vocabulary:
@@ -435,14 +438,6 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
             "or overflow in the precision that it was loaded in"
         )
     return Observed(units, words.flatten(1, 2), moment / max(count, 1), time.time() - begun)
-
-
-def _vocabulary(encoder: Encoder) -> int:
-    """How many tokens a host has embeddings for; no end where it does not tell."""
-    try:
-        return len(encoder.model.get_input_embeddings().weight)  # type: ignore[operator,arg-type]
-    except (NotImplementedError, AttributeError):
-        return 1 << 62
 
 
 def _picked(probe: Probe, batch: BatchEncoding, place: int, row: int) -> Float[Tensor, "words T"]:

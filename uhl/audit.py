@@ -32,10 +32,12 @@ def missing(profile: str, compared: bool = True) -> list[str]:
     finished = manifests(profile)
     old = (cell.relative_to(folder) for cell in manifests(profile, older=True))
     left += [f"{cell}: measured by an older release than others; delete the folder, and run it again" for cell in old]
-    outdated, rows = _outdated(finished), _lacking(profile, grid, finished)
+    asked = {folder / c: grid.settings(c) for c in cells if folder / c in finished} if grid else {}
+    outdated, rows = _outdated(finished), _lacking(profile, grid, finished, asked)
     for cell, entry in finished.items():
         name = cell.relative_to(folder)
-        left += [f"{name}: {why}" for why in _strange(name, grid, entry)]
+        if grid and entry["rows"]:
+            left += [f"{name}: {why}" for why in _strange(name, grid, entry, asked.get(cell))]
         if cell in outdated:
             left.append(f"{name}: ported by other rules than this release's; delete the folder, and run it again")
         for lent, digest in entry.get("adapters", {}).items():
@@ -53,16 +55,16 @@ def missing(profile: str, compared: bool = True) -> list[str]:
     return left
 
 
-def _strange(name: Path, grid: Grid | None, entry: Mapping[str, Any]) -> list[str]:
-    """Why a finished cell does not belong beside others of its profile's table."""
-    if grid is None or not entry["rows"]:
-        return []
-    if name.as_posix() not in (cells := grid.cells()):
+def _strange(name: Path, grid: Grid, entry: Mapping[str, Any], asked: Settings | None) -> list[str]:
+    """Why a finished cell does not belong beside others of its profile's table; ``asked``: what the grid runs it with,
+    None where it is not of the grid.
+    """
+    if asked is None:
         first = name.as_posix().replace(f"-s{entry['seed']}/", f"-s{grid.seeds[0]}/")
-        if entry["seed"] not in grid.seeds and first in cells:
+        if entry["seed"] not in grid.seeds and first in grid.cells():
             return [f"seed {entry['seed']} is not of the profile's grid; name it there, or delete the folder"]
         return []  # a target or a task of the user's own, with rows of its own
-    asked, ran = grid.settings(name.as_posix()), filled(entry["parameters"])
+    ran = filled(entry["parameters"])
     if name.name.startswith("baselines-"):  # methods that were not run have no rate here
         there = {row["arm"] for row in entry["rows"]}
         asked = asked.model_copy(update={"baselines": tuple(m for m in asked.baselines if m in there)})
@@ -71,20 +73,22 @@ def _strange(name: Path, grid: Grid | None, entry: Mapping[str, Any]) -> list[st
     return [f"run with {', '.join(apart)}; delete the folder, and run it again"] if apart else []
 
 
-def _lacking(profile: str, grid: Grid | None, finished: Finished) -> dict[Path, list[str]]:
-    """Rows that each finished cell lacks."""
-    folder, frame = runs.root() / profile, runs.load_results(profile)
+def _lacking(
+    profile: str, grid: Grid | None, finished: Finished, wanted_of: Mapping[Path, Settings]
+) -> dict[Path, list[str]]:
+    """Rows that each finished cell lacks; ``wanted_of``: what the grid runs its cells with."""
+    frame = runs.load_results(profile)
     keys = ["task", "seed", "target", "phase", "arm", "split"]
     there = set(frame[keys].itertuples(index=False, name=None))
-    known, settings = grid.cells() if grid else [], dict[Path, Settings]()
+    settings: dict[Path, Settings] = {}
     alike: dict[Path, tuple[str, str, bool]] = {}  # what a cell shares with those of other seeds
     wanted: dict[tuple[str, str, bool], dict[tuple[str, str, str, str], None]] = {}
     for cell, entry in finished.items():
-        name, asked = cell.relative_to(folder).as_posix(), Settings.model_construct(**entry["parameters"])  # unchecked
+        asked = Settings.model_construct(**entry["parameters"])  # unchecked: perhaps older
         port = finished.get(cell.parent / f"port-{runs.slug(asked.target)}", {})
         arms = port.get("parameters", {}).get("arms", asked.arms)  # tuned as they were ported
-        if grid and name in known:
-            asked = grid.settings(name)
+        if cell in wanted_of:
+            asked = wanted_of[cell]
             arms = asked.arms
         stage, _, host = cell.name.partition("-")
         once = bool(stage == "baselines" and grid and grid.only_once(host, asked.task_name, asked.seed))
