@@ -36,16 +36,15 @@ from uhl.models import Encoder
 from uhl.porting import Shared, at_work, port, source_basis
 from uhl.runs import Settings
 from uhl.stages import (
-    NOT_OF_THE_SOURCE,
     adapter_for,
     agreement,
     anchor_pool,
+    decisive,
     generic_texts,
     load_data,
     make_anchors,
     not_taught,
     pretrain,
-    teachers_rate,
 )
 from uhl.tasks import Task, score
 from uhl.train import Classifier, Prediction, predict
@@ -263,16 +262,12 @@ def trained_otherwise(
         changes["bf16"] = runs.filled(runs.manifest(base)["parameters"])["bf16"]
     own = settings.model_copy(update=changes | {"profile": f"{settings.profile}-{how}", "splits": ("dev",)})
     cell = runs.cell_dir(own, "pretrain-canonical")
-    unused = {*NOT_OF_THE_SOURCE, "hosts", "dimension_rate", *RATES.values()} - teachers_rate(settings)
-
-    def used(parameters: dict[str, object]) -> dict[str, object]:
-        return {name: value for name, value in parameters.items() if name not in unused}
-
+    asked = decisive(own, "pretrain-canonical")
     with runs.locked(cell / ".lock"):
         file = cell / "manifest.json"
         found = json.loads(file.read_text()) if file.is_file() else {"parameters": {}}
-        kept = runs.protocol(found), used(runs.filled(found["parameters"]))
-        if kept != (runs.PROTOCOL, used(own.model_dump(mode="json"))):
+        had = runs.filled(found["parameters"])
+        if (runs.protocol(found), {name: had[name] for name in asked}) != (runs.PROTOCOL, asked):
             _, outcome = pretrain(own, "canonical", noise=noise, second=second)
             found = json.loads(outcome.finish("pretrain-canonical").read_text())
     (row,) = found["rows"]

@@ -53,11 +53,6 @@ from uhl.train import Watch
 
 TUNE = "tune-anchor"
 METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
-# by no trial, but its own rate
-UNUSED = {*RATES.values(), "dimension_rate", "baselines", "arms", "projectors", "refresh_steps", "attempts", "copies"}
-TEACHING = {"teacher", "teacher_weight"}
-UNUSED_BY_RETRAINING = {"steps", "epochs", "batch", "rate", "lambda_f", "tune_rate"}
-UNUSED_BY_TUNING = {"steps", "epochs", "batch", "rate", "mixer_rate", "lambda_f"}  # the adapter has them behind it
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
 
@@ -154,12 +149,12 @@ def run(
     profile = f"{settings.profile}-search/" + "-".join([*named, *(f"{k}-{_text(v)}" for k, v in values.items())])
     chosen = settings.model_copy(update={"profile": profile, "splits": ("dev",), **values})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
-    others = _unused(settings, method) - set(values)  # another default there makes no other trial
+    names = _bearing(settings, method) | {*values}  # another default elsewhere makes no other trial
     own = _adapter(settings, method)
     with runs.locked(runs.root() / profile / ".lock"):
         found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
         asked = runs.filled(found["parameters"]), chosen.model_dump(mode="json")
-        kept, wanted = (_without(parameters, others) for parameters in asked)
+        kept, wanted = ({name: parameters[name] for name in names} for parameters in asked)
         by = {"adapter": own, "protocol": runs.PROTOCOL}
         if kept != wanted or any(found.get(name) != value for name, value in by.items()):
             try:
@@ -194,12 +189,11 @@ def _host(settings: Settings) -> str:
     return settings.hosts[0]
 
 
-def _unused(settings: Settings, method: str) -> set[str]:
-    """Settings that no trial of a method depends on: those of other methods, and of the other side of a port."""
-    if _host(settings) == "source":
-        unused = UNUSED | stages.NOT_OF_THE_SOURCE
-        return unused - stages.teachers_rate(settings) if method.startswith("uhl-") else unused | TEACHING
-    return UNUSED | TEACHING | (UNUSED_BY_TUNING if method == TUNE else UNUSED_BY_RETRAINING)
+def _bearing(settings: Settings, method: str) -> set[str]:
+    """Settings that a method's trials depend on."""
+    kind, on_host = ("tune", settings.target) if method == TUNE else ("baselines", getattr(settings, _host(settings)))
+    stage = method.replace("uhl", "pretrain") if method.startswith("uhl-") else f"{kind}-{runs.slug(on_host)}"
+    return stages.bearing(stage, settings.model_copy(update={"baselines": (method,)}))
 
 
 def methods_on(host: str) -> tuple[str, ...]:
@@ -230,10 +224,6 @@ def _adapter(settings: Settings, method: str) -> str | None:
 
 def _text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _without(parameters: dict[str, object], names: set[str]) -> dict[str, object]:
-    return {k: v for k, v in parameters.items() if k not in names}
 
 
 # --- studies ---------------------------------------------------------------------------------------------------------
@@ -276,7 +266,7 @@ def study(settings: Settings, method: str, space: Space, url: str | None = None)
 
     In the profile's own database a new study is seeded; workers that share one draw by chance.
     """
-    kept = _without(settings.model_dump(mode="json"), _unused(settings, method) | set(space) | {"profile"})
+    kept = settings.model_dump(mode="json", include=_bearing(settings, method) - {*space, "profile"})
     kept |= {"protocol": runs.PROTOCOL}
     tried = {name: t.model_dump() if isinstance(t, Range) else list(t) for name, t in sorted(space.items())}
     own = _adapter(settings, method)

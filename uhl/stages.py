@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,20 +41,6 @@ from uhl.tasks import Task, digest
 from uhl.teacher import Teacher, teach
 from uhl.train import Classifier, Prediction, TrainLog, Watch, train
 
-NOT_OF_BASELINES = {
-    *("target", "source_task", "hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
-    *("more_anchors", "generic_anchors", "anchor_words", "anchor_cuts", "anchor_dims", "teacher", "teacher_weight"),
-    *("tune_steps", "tune_batch", "tune_rate", "dimension_rate"),
-}  # settings that no baseline depends on, beside the other methods' rates
-NOT_OF_THE_SOURCE = {
-    *("target", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies"),
-    *("tune_steps", "tune_batch", "tune_rate"),
-}  # settings that nothing trained on the source depends on
-NOT_OF_TUNING = {
-    *("hosts", "projectors", "baselines", "arms", "refresh_steps", "attempts", "copies", "teacher", "teacher_weight"),
-    *RATES.values(),
-}
-NOT_OF_PORTING = NOT_OF_TUNING - {"refresh_steps"} | {"tune_steps", "tune_batch", "tune_rate"}
 DATA = {
     *("profile", "source", "seed", "task", "kind", "columns", "labels", "config", "source_task", "train_size"),
     *("unlabelled", "eval_size", "max_length"),
@@ -65,7 +52,8 @@ def bearing(stage: str, settings: Settings) -> set[str]:
     """Names of the settings that a cell's scores depend on, but of those that name its rows (methods, arms, splits) and
     of those that the adapter's file has, whose sha256 stands in the manifest.
 
-    Cells whose rows stand side by side agree in them, but in seed, task and model.
+    Cells whose rows stand side by side agree in them, but in seed, task and model; what is read again in place of a
+    run agrees in all.
     """
     kind, _, rest = stage.partition("-")
     methods, on_source = settings.baselines, rest == runs.slug(settings.source)
@@ -74,8 +62,9 @@ def bearing(stage: str, settings: Settings) -> set[str]:
     if kind == "pretrain" and not settings.borrowed:
         own = {"rate", *(name for name in Settings.model_fields if "anchor" in name)}
         own = {"dimension_rate"} if rest == "dimension" else own
-        taught = {"teacher", "teacher_weight"} | teachers_rate(settings) if settings.teacher else {"teacher"}
-        return DATA | trained | sparse | length | {"batch", "lambda_f"} | own | taught
+        taught = {"teacher_weight", RATES.get(settings.teacher, "teacher")} if settings.teacher else set()
+        own |= {"teacher"} | taught
+        return DATA | trained | sparse | length | {"batch", "lambda_f"} | own
     if kind == "tune":
         return DATA | trained | {"target", "tune_steps", "tune_batch", "tune_rate", "lambda_q"}
     if kind == "port":
@@ -86,6 +75,14 @@ def bearing(stage: str, settings: Settings) -> set[str]:
         shared = DATA | trained | {"anchors", "anchor_text"} | place | rates
         return shared | sparse if {*SPARSE} & {*methods} else shared - {"lambda_f"}
     return set(DATA)
+
+
+def decisive(settings: Settings, stage: str, **only: tuple[str, ...]) -> dict[str, Any]:
+    """The :func:`bearing` settings of a cell in which no more was asked than ``only`` (`arms` or `baselines`), and the
+    splits that are scored.
+    """
+    names = bearing(stage, settings.model_copy(update=only))
+    return settings.model_dump(mode="json", include={*names, "splits"})
 
 
 def load_data(settings: Settings) -> Task:
@@ -304,11 +301,6 @@ def _teacher(settings: Settings, method: str, task: Task, asked: Probe) -> Teach
     return teach(method, encoder, task, begin, config, folder, asked, sizes, about)
 
 
-def teachers_rate(settings: Settings) -> set[str]:
-    """The setting of a teacher's learning rate, which what it teaches depends on."""
-    return {RATES[settings.teacher]} if settings.teacher in RATES else set()
-
-
 def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:
     """The adapter that was trained on ``source_task``, as the task's: no label of the task has a part in it.
 
@@ -367,9 +359,9 @@ def zero_shot(settings: Settings) -> Outcome:
     """
     task, target = load_data(settings), freeze(load_encoder(settings.target))
     source = freeze(load_encoder(settings.source))
-    folder, shared = runs.cell_dir(settings, f"port-{runs.slug(settings.target)}"), Shared()
-    common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_PORTING}
-    common |= {"data": digest(task), "revisions": [source.revision, target.revision]}
+    stage, shared = f"port-{runs.slug(settings.target)}", Shared()
+    folder = runs.cell_dir(settings, stage)
+    common = {"data": digest(task), "revisions": [source.revision, target.revision]}
     outcome = Outcome(settings, task)
     outcome.score_majority(target)
     outcomes, used, reports, undefined = [outcome], dict[str, str](), {}, {}
@@ -380,7 +372,8 @@ def zero_shot(settings: Settings) -> Outcome:
             undefined[arm] = reason
             continue
         check_labels(adapter, settings.task_name, task)
-        about = common | {"arm": arm, "adapter": used[path.parent.name], "rules": _rules(arm, adapter, target)}
+        about = decisive(settings, stage, arms=(arm,)) | common
+        about |= {"arm": arm, "adapter": used[path.parent.name], "rules": _rules(arm, adapter, target)}
         found = Outcome.kept(settings, task, folder / arm, about)
         if found is None:
             found = _zero_shot(settings, task, arm, adapter, path, target, source, shared)
@@ -519,8 +512,8 @@ def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
     """:func:`tune` for those of the settings' arms that are defined, and `untrained`. Each is kept in a folder of its
     own as soon as it is scored, and a cell that was interrupted reads it back.
     """
-    folder, task = runs.cell_dir(settings, f"tune-{runs.slug(settings.target)}"), load_data(settings)
-    common = {k: v for k, v in settings.model_dump().items() if k not in NOT_OF_TUNING}
+    stage, task = f"tune-{runs.slug(settings.target)}", load_data(settings)
+    folder, common = runs.cell_dir(settings, stage), decisive(settings, stage)
     common["data"], rules = digest(task), rules_of(settings)
     common["revisions"] = [_revision(name) for name in (settings.source, settings.target)]
     outcomes: dict[str, Outcome] = {}
@@ -608,14 +601,15 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     now, reads those back and trains the others.
     """
     (name, folder), task = _place(settings, host), load_data(settings)
-    shared = {k: v for k, v in settings.model_dump().items() if k not in {*NOT_OF_BASELINES, *RATES.values()}}
-    shared |= {"host": name, "revision": _revision(name), "data": digest(task, probe(settings, task).first().texts)}
+    shared: dict[str, Any] = {"host": name, "revision": _revision(name)}
+    shared["data"] = digest(task, probe(settings, task).first().texts)
     if host == "target":
         shared |= _as_tuned(settings)
     begin: Start | None = None
     outcomes: dict[str, Outcome] = {}
     for method in settings.baselines:
-        about = shared | {"method": method, "rate": getattr(settings, RATES.get(method, "rate"))}
+        about = decisive(settings, folder.name, baselines=(method,)) | shared
+        about |= {"method": method, "rate": getattr(settings, RATES.get(method, "rate"))}
         outcome = Outcome.kept(settings, task, folder / method, about)
         if outcome is None:
             begin = begin or baseline_start(settings, host)
