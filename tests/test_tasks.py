@@ -418,6 +418,17 @@ def test_test_texts_that_are_trained_on_are_counted(tmp_path, caplog):
     assert said.endswith("2 of 12 texts of test stand in train too")
 
 
+@pytest.mark.parametrize("count", [3, 60])
+def test_a_label_that_only_the_cut_dev_has_is_known(tmp_path, count):
+    rows = [{"text": f"film {i}", "label": f"x{i}"} for i in range(count)]  # each row has its own
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    task = load_task(TaskSpec(str(tmp_path), "sentence"))
+    assert set(task.labels) == {row["label"] for row in rows}
+    for split in task.data.values():
+        for row in split:
+            assert task.labels[row["label"]] == row["text"].replace("film ", "x")
+
+
 def test_unknown_label(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_jsonl(tmp_path / "test.jsonl", [{"sentence": "x", "label": 7}])

@@ -110,15 +110,16 @@ def _outdated(finished: Finished) -> set[Path]:
 
     Cells of earlier releases do not tell theirs; those of a cell with no anchored port are None.
     """
-    rules = {c: e.get("rules", RULES) for c, e in finished.items() if c.name.startswith(("port-", "tune-"))}
-    newest: dict[str, int] = {}
-    for cell, made in rules.items():
-        host = cell.name.partition("-")[2]
-        newest[host] = max(newest.get(host, 0), made or 0)
+    by_host: dict[str, dict[Path, int]] = {}
+    for cell, entry in finished.items():
+        kind, _, host = cell.name.partition("-")
+        if kind in {"port", "tune"} and (rules := entry.get("rules", RULES)):
+            by_host.setdefault(host, {})[cell] = rules
     return {
         cell
-        for cell, made in rules.items()
-        if made and (made not in (RULES, LARGER_RULES) or made < newest[cell.name.partition("-")[2]])
+        for made in by_host.values()
+        for cell, rules in made.items()
+        if rules not in (RULES, LARGER_RULES) or rules < max(made.values())
     }
 
 

@@ -34,7 +34,7 @@ class TaskSpec:
 
     ``path`` is a hub id, a folder with ``train.*`` and optionally ``dev.*`` (or ``validation.*``), ``test.*`` and
     ``unlabelled.*``, or one file. ``columns`` maps ours (text, text_pair, label, tokens, tags) to the file's.
-    ``labels`` fixes the order of the classes; without it they are the sorted labels of the training split.
+    ``labels`` fixes the order of the classes; without it they are the sorted labels of the given training rows.
     """
 
     path: str
@@ -79,7 +79,7 @@ def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], 
         LOG.warning("%s: the labels of %s are withheld; other splits, or a part of train, stand in", spec.path, split)
         del found[split]
     tables = _checked(spec, found)
-    labels, convert = _label_map(spec, tables)
+    labels, convert = _label_map(spec, found["train"])
     data = {split: Dataset.from_dict(convert(split, table)) for split, table in tables.items()}
     if free is not None:
         data["unlabelled"] = Dataset.from_dict(_free(spec, free, tables).to_dict("list"))
@@ -331,7 +331,10 @@ def _whole_groups(rows: pd.DataFrame, most: int) -> np.ndarray:
     return np.isin(groups, chosen or [0])
 
 
-def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[str, ...], Any]:
+def _label_map(spec: TaskSpec, train: pd.DataFrame) -> tuple[tuple[str, ...], Any]:
+    """Labels in order, and what turns a split into numbers; where none are named, they are those of train as it was
+    given: one that few rows have may stand in no other split than the dev that is cut from it.
+    """
     column = "tags" if spec.kind == "token" else "label"
 
     def text(value: Any) -> str:
@@ -339,7 +342,7 @@ def _label_map(spec: TaskSpec, tables: dict[str, pd.DataFrame]) -> tuple[tuple[s
             return spec.labels[int(value)] if 0 <= int(value) < len(spec.labels) else str(value)
         return str(value).strip()
 
-    seen = tables["train"][column]
+    seen = train[spec.columns.get(column, column)]
     known = {text(v) for row in seen for v in row} if spec.kind == "token" else {text(v) for v in seen}
     labels = spec.labels or tuple(sorted(known, key=lambda tag: (tag != "O", tag)))
     if spec.kind == "token" and (strange := [tag for tag in labels if not re.fullmatch("O|[BIES]-.+", tag)]):
