@@ -23,22 +23,6 @@ def test_stated_sizes(full):
     assert full.dictionary.u.shape == full.dictionary.v.shape == (128, 256)
 
 
-def test_atoms_may_start_where_their_routes_look():
-    """Then all that an atom reads of the tokens that choose it has one sign; along random directions it has both."""
-    made = {start: UHLAdapter(Sizes(atom_start=start)) for start in ("random", "routes")}
-    routes = made["routes"].router.weight
-    assert torch.equal(routes, made["random"].router.weight)  # nothing else is drawn otherwise
-    x = torch.randn(400, 256, generator=torch.Generator().manual_seed(0))
-    chosen = route(x, routes, torch.zeros(128), 2).index
-    for start in made:
-        read = (x @ made[start].dictionary.v.T).gather(1, chosen)
-        assert (read > 0).all() == (start == "routes")
-        torch.testing.assert_close(made[start].dictionary.v.norm(dim=1), torch.ones(128))
-        assert not made[start].dictionary.u.any()
-    with pytest.raises(UHLError, match="a static router reads no input; leave .* atom_start at `random`"):
-        Sizes(router="static", atom_start="routes")
-
-
 @pytest.mark.parametrize("dim", [64, 255, 256, 312, 384, 1024, 3072])
 def test_projector_has_unit_gain_at_every_dimension(full, dim):
     p = full.projector(dim, write=True)

@@ -297,8 +297,7 @@ def test_what_scores_depend_on_by_what_is_asked():
     assert {"steps", "batch"} <= bearing("pretrain-canonical", Settings(steps=5)) - {"epochs"}
     assert {"teacher_weight", "full_rate"} <= bearing("pretrain-dimension", Settings(teacher="full"))
     assert "refresh_steps" in bearing("port-minilm-l3", Settings(arms=("anchor", "refresh")))
-    assert {"mixer_rate", "lambda_f", "atom_start"} <= bearing("baselines-minilm-l6", Settings(baselines=("sat-lora",)))
-    assert "atom_start" not in bearing("baselines-minilm-l6", Settings(baselines=("lora-r8",)))
+    assert {"mixer_rate", "lambda_f"} <= bearing("baselines-minilm-l6", Settings(baselines=("sat-lora",)))
     assert not {"rate", "anchors"} & bearing("pretrain-canonical", Settings(source_task="amazon"))
     every = Settings(baselines=METHODS, teacher="full", steps=5)
     used = set().union(*(bearing(stage, asked) for stage in BEARING for asked in (every, Settings())))

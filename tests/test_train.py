@@ -274,19 +274,6 @@ def test_sparse_baselines_start_as_the_host_and_are_what_their_file_holds(make_e
         assert not any(n.startswith("tasks.main.head") for n in stored)
 
 
-def test_atoms_of_sparse_baselines_start_with_routes_where_they_read_the_stream(encoder):
-    slots, width = find_slots(encoder.model), encoder.width
-    plain, led = (SATAdapter(Sizes(atom_start=start), slots, width, False) for start in ("random", "routes"))
-    assert torch.equal(plain.router.weight, led.router.weight)
-    assert {name.split("x")[0] == str(width) for name in led.dictionary} == {True, False}
-    for name, atoms in led.dictionary.items():
-        along = torch.nn.functional.cosine_similarity(atoms.v[:, :width], led.router.weight[:, : atoms.v.shape[1]])
-        if name.startswith(f"{width}x"):
-            torch.testing.assert_close(along, torch.ones(128))
-        else:
-            assert torch.equal(atoms.v, plain.dictionary[name].v)
-
-
 def test_the_peak_of_memory_is_that_of_a_step(make_encoder, task, tmp_path):
     """More tokens at a time take more; AdamW's moments and the gradients of all parameters are in it."""
     found = {}

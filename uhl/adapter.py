@@ -127,8 +127,6 @@ class UHLAdapter(nn.Module):
         self.projector = Projector(config.width, generator)
         self.mixer = Mixer(config.atoms, config.hidden, generator)
         self.router = Router(config.atoms, config.width, generator) if config.router == "token" else None
-        if self.router is not None and config.atom_start == "routes":
-            self.dictionary.follow(self.router.weight)
         self.tasks = nn.ModuleDict()
         self.anchors: Anchors | None = None
         self.info: dict[str, object] = {}

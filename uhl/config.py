@@ -30,7 +30,6 @@ PAIR = "\t"  # between the two parts of a pair that is one text
 ProjectorKind = Literal["dimension", "canonical"]
 RouterKind = Literal["token", "static"]
 Routing = Literal["layer", "weight", "model"]
-AtomStart = Literal["random", "routes"]
 ROUTINGS: tuple[Routing, ...] = ("layer", "weight", "model")
 MAX_FILE = 16 << 20  # bytes of an adapter's file
 Arm = Literal[
@@ -68,9 +67,6 @@ class Sizes(_Strict):
     projector: ProjectorKind = Field("dimension", description="how P is obtained on the source")
     router: RouterKind = Field("token", description="atoms chosen per token, or (static) per task, which can be merged")
     routing: Routing = Field("layer", description="a token's routes: one a layer, one a weight, or one for all layers")
-    atom_start: AtomStart = Field(
-        "random", description="what atoms read before training: any directions, or what their routes look for"
-    )
     types: tuple[WeightType, ...] = Field(WEIGHT_TYPES, min_length=1, description="weight types that carry atoms")
     seed: int = Field(0, ge=0, lt=1 << 63, description="of the initial parameters")
 
@@ -83,11 +79,8 @@ class Sizes(_Strict):
 
     @model_validator(mode="after")
     def _routes(self) -> Sizes:
-        if self.router == "static" and (self.routing != "layer" or self.atom_start != "random"):
-            raise ValueError(
-                "a static router reads no input; leave routing at `layer` and atom_start at `random`, or choose "
-                "router='token'"
-            )
+        if self.router == "static" and self.routing != "layer":
+            raise ValueError("a static router reads no input; leave routing at `layer`, or choose router='token'")
         return self
 
     def routed(self) -> str:
@@ -95,9 +88,8 @@ class Sizes(_Strict):
         return "static router" if self.router == "static" else f"token router, one route a {self.routing}"
 
     def stored(self) -> dict[str, object]:
-        """As a file's header holds them: without what older files do not name, where it is as it was for these."""
-        before = {"routing": "layer", "atom_start": "random"}
-        return self.model_dump(mode="json", exclude={key for key, was in before.items() if getattr(self, key) == was})
+        """As a file's header holds them: without ``routing`` where it is `layer`, so that older releases read on."""
+        return self.model_dump(mode="json", exclude={"routing"} if self.routing == "layer" else None)
 
 
 class TrainConfig(_Strict):
@@ -138,7 +130,7 @@ def _peft_type() -> PeftType:
 
 @dataclass
 class UHLConfig(PeftConfig):
-    """Configuration of the PEFT method `UNIHYPERLORA`; the first eleven fields are those of :class:`Sizes`.
+    """Configuration of the PEFT method `UNIHYPERLORA`; the first ten fields are those of :class:`Sizes`.
 
     ``target_modules`` (names, or a regular expression) defaults to every weight of a known type, found in the host at
     hand and not stored, so that the same adapter serves other hosts. ``task`` names the task whose parts are used.
@@ -153,7 +145,6 @@ class UHLConfig(PeftConfig):
     projector: str = field(default="dimension", metadata={"help": "dimension or canonical"})
     router: str = field(default="token", metadata={"help": "token, or static (can be merged)"})
     routing: str = field(default="layer", metadata={"help": "a token's routes: one a layer, a weight, or a model"})
-    atom_start: str = field(default="random", metadata={"help": "what atoms read at first: random, or what routes do"})
     types: list[str] | None = field(default=None, metadata={"help": "weight types that carry atoms; all by default"})
     seed: int | None = field(default=None, metadata={"help": "of the initial parameters; by default torch's own"})
     task: str = field(default="main", metadata={"help": "the task whose parts are used"})

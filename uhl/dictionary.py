@@ -15,21 +15,13 @@ from uhl.quant import fake_quantise
 class AtomDictionary(nn.Module):
     """Parameters ``u`` (A, writes) and ``v`` (A, reads), which are both C by default.
 
-    V starts as unit rows, U at zero, so a new adapter changes nothing. The rows are drawn at random, or are the
-    router's (:meth:`follow`).
+    V starts as unit rows, U at zero, so a new adapter changes nothing.
     """
 
     def __init__(self, atoms: int, reads: int, generator: torch.Generator, writes: int | None = None) -> None:
         super().__init__()
         self.u = nn.Parameter(torch.zeros(atoms, writes or reads))
         self.v = nn.Parameter(nn.functional.normalize(torch.randn(atoms, reads, generator=generator), dim=1))
-
-    @torch.no_grad()
-    def follow(self, routes: Float[Tensor, "A reads"]) -> None:
-        """Let each atom read what its route looks for: tokens that choose it then have large values of one sign along
-        its V, and what U learns from them adds up; along a random V they have values of any sign.
-        """
-        self.v.copy_(nn.functional.normalize(routes, dim=1))
 
     def forward(self) -> tuple[Float[Tensor, "A writes"], Float[Tensor, "A reads"]]:
         """U and V as the file gives them back."""

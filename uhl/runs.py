@@ -32,7 +32,7 @@ from pydantic import Field, field_validator
 
 from uhl import files, pruning
 from uhl.adapter import check_task_name
-from uhl.config import ARMS, Arm, AtomStart, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
+from uhl.config import ARMS, Arm, Kind, Method, ProjectorKind, Sizes, TrainConfig, _Strict
 from uhl.errors import UHLError
 from uhl.files import sha256, write_csv, write_text
 from uhl.progress import batch as batch
@@ -109,7 +109,6 @@ class Settings(_Strict):
     lambda_q: float = Field(1e-5, ge=0)
     alpha: float = Field(1.0, gt=0)
     top_k: int = Field(2, ge=1)
-    atom_start: AtomStart = Field("random", description="what atoms read before training: random directions, or routes")
     arms: tuple[Arm, ...] = Field(ARMS, min_length=1, description="arms and controls that are ported")
     refresh_steps: int = Field(200, ge=1, description="label-free steps of the arms that refresh")
     attempts: tuple[str, ...] = Field(("head", "scale"), description="groups of notebook 07; uhl.attempts.GROUPS")
@@ -172,8 +171,7 @@ class Settings(_Strict):
 
     def adapter_config(self, projector: str) -> Sizes:
         """Sizes of an adapter trained under these settings."""
-        same = {name: getattr(self, name) for name in ("seed", "alpha", "top_k", "atom_start")}
-        return Sizes(projector=projector, **same)
+        return Sizes(projector=projector, seed=self.seed, alpha=self.alpha, top_k=self.top_k)
 
     def train_config(self, **changes: object) -> TrainConfig:
         """Training settings; ``changes`` override single ones."""

@@ -39,22 +39,18 @@ class Strengths(nn.Module):
 class SATAdapter(UHLAdapter):
     """Atoms of one host, which has the weights ``slots`` and a residual stream of ``width``.
 
-    ``functional``: HF-SAT-LoRA, whose mixer is a function; else SAT-LoRA. Atoms that start with routes are those that
-    read the stream, as the router does.
+    ``functional``: HF-SAT-LoRA, whose mixer is a function; else SAT-LoRA.
     """
 
     def __init__(self, config: Sizes, slots: Sequence[Slot], width: int, functional: bool) -> None:
         super().__init__(config)
         generator = torch.Generator().manual_seed(config.seed)
         shapes = dict.fromkeys((s.d_in, s.d_out) for s in slots)
-        made = {f"{i}x{o}": AtomDictionary(config.atoms, i, generator, o) for i, o in shapes}
-        self.dictionary: nn.Module = nn.ModuleDict(made)  # type: ignore[assignment]
+        self.dictionary: nn.Module = nn.ModuleDict(  # type: ignore[assignment]
+            {f"{i}x{o}": AtomDictionary(config.atoms, i, generator, o) for i, o in shapes}
+        )
         self.projector = nn.Module()  # type: ignore[assignment]
         self.router = Router(config.atoms, width, generator)
-        if config.atom_start == "routes":
-            for atoms in made.values():
-                if atoms.v.shape[1] == width:
-                    atoms.follow(self.router.weight)
         self.functional = functional
         if not functional:
             self.mixer = Strengths(len(slots), config.atoms, generator)  # type: ignore[assignment]

@@ -58,7 +58,7 @@ def bearing(stage: str, settings: Settings) -> set[str]:
     kind, _, rest = stage.partition("-")
     methods, on_source = settings.baselines, rest == runs.slug(settings.source)
     length = {"steps"} if settings.steps else {"epochs"}
-    trained, sparse = {"head_rate", "bf16"}, {"mixer_rate", "lambda_q", "alpha", "top_k", "atom_start"}
+    trained, sparse = {"head_rate", "bf16"}, {"mixer_rate", "lambda_q", "alpha", "top_k"}
     if kind == "pretrain" and not settings.borrowed:
         own = {"rate", *(name for name in Settings.model_fields if "anchor" in name)}
         own = {"dimension_rate"} if rest == "dimension" else own
