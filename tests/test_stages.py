@@ -770,8 +770,10 @@ def test_an_interrupted_cell_of_ports_reads_back_the_arms_that_were_scored(tiny_
         assert np.array_equal(again.counts(arm), whole.counts(arm))
     stages.zero_shot(settings.model_copy(update={"tune_rate": 0.5 * tiny_world.tune_rate}))
     assert asked == ["refresh"]
+    stages.zero_shot(settings.model_copy(update={"refresh_steps": tiny_world.refresh_steps + 1}))
+    assert asked == ["refresh", "refresh"]  # no other arm depends on it
     stages.zero_shot(settings.model_copy(update={"max_length": 8}))
-    assert asked == ["refresh", *ran]
+    assert asked == ["refresh", "refresh", *ran]
 
 
 def test_what_was_kept_is_read_back_by_a_release_with_more_settings(tiny_world, monkeypatch):
