@@ -265,11 +265,9 @@ def trained_otherwise(
     asked = decisive(own, "pretrain-canonical")
     with runs.locked(cell / ".lock"):
         file = cell / "manifest.json"
-        found = json.loads(file.read_text()) if file.is_file() else {"parameters": {}}
-        had = runs.filled(found["parameters"])
-        if (runs.protocol(found), {name: had[name] for name in asked}) != (runs.PROTOCOL, asked):
+        if (found := runs.same(file, asked)) is None:
             _, outcome = pretrain(own, "canonical", noise=noise, second=second)
-            found = json.loads(outcome.finish("pretrain-canonical").read_text())
+            found = runs.manifest(outcome.finish("pretrain-canonical"))
     (row,) = found["rows"]
     return own, adapter_for(own, "anchor")[0], row["score"]
 

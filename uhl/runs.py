@@ -316,6 +316,13 @@ def manifest(path: Path) -> dict[str, Any]:
     return _read_manifest(path, path.stat().st_mtime_ns)
 
 
+def same(path: Path, asked: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A cell's manifest, where there is one that was made by this protocol with such settings (JSON values)."""
+    found = manifest(path) if path.is_file() else {"parameters": {}}
+    had = filled(found["parameters"])
+    return found if protocol(found) == PROTOCOL and all(had[name] == asked[name] for name in asked) else None
+
+
 @lru_cache(maxsize=4096)
 def _read_manifest(path: Path, _changed: int) -> dict[str, Any]:
     remedy = "delete its folder and run the cell again"

@@ -149,14 +149,11 @@ def run(
     profile = f"{settings.profile}-search/" + "-".join([*named, *(f"{k}-{_text(v)}" for k, v in values.items())])
     chosen = settings.model_copy(update={"profile": profile, "splits": ("dev",), **values})
     path = runs.cell_dir(chosen, "trial") / "manifest.json"
-    names = _bearing(settings, method) | {*values}  # another default elsewhere makes no other trial
+    wanted = chosen.model_dump(mode="json", include=_bearing(settings, method) | {*values})
     own = _adapter(settings, method)
     with runs.locked(runs.root() / profile / ".lock"):
-        found = json.loads(path.read_text()) if path.is_file() else {"parameters": {}}
-        asked = runs.filled(found["parameters"]), chosen.model_dump(mode="json")
-        kept, wanted = ({name: parameters[name] for name in names} for parameters in asked)
-        by = {"adapter": own, "protocol": runs.PROTOCOL}
-        if kept != wanted or any(found.get(name) != value for name, value in by.items()):
+        found = runs.same(path, wanted)  # another default elsewhere makes no other trial
+        if found is None or found.get("adapter") != own:
             try:
                 if method.startswith("uhl-"):
                     _, outcome = stages.pretrain(chosen, method.removeprefix("uhl-"), watch)

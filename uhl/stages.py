@@ -62,19 +62,22 @@ def bearing(stage: str, settings: Settings) -> set[str]:
     if kind == "pretrain" and not settings.borrowed:
         own = {"rate", *(name for name in Settings.model_fields if "anchor" in name)}
         own = {"dimension_rate"} if rest == "dimension" else own
-        taught = {"teacher_weight", RATES.get(settings.teacher, "teacher")} if settings.teacher else set()
-        own |= {"teacher"} | taught
-        return DATA | trained | sparse | length | {"batch", "lambda_f"} | own
+        taught = {"teacher_weight"} | _rates([settings.teacher]) if settings.teacher else set()
+        return DATA | trained | sparse | length | {"batch", "lambda_f", "teacher"} | own | taught
     if kind == "tune":
         return DATA | trained | {"target", "tune_steps", "tune_batch", "tune_rate", "lambda_q"}
     if kind == "port":
         return DATA | {"target"} | ({"refresh_steps"} if {*REFRESHED} & {*settings.arms} else set())
     if kind == "baselines":
         place = length | {"batch", "lambda_f"} if on_source else {"target", "tune_steps", "tune_batch"}
-        rates = {RATES[method] for method in methods if method in RATES}
-        shared = DATA | trained | {"anchors", "anchor_text"} | place | rates
+        shared = DATA | trained | {"anchors", "anchor_text"} | place | _rates(methods)
         return shared | sparse if {*SPARSE} & {*methods} else shared - {"lambda_f"}
     return set(DATA)
+
+
+def _rates(methods: Sequence[str]) -> set[str]:
+    """The settings of some methods' learning rates."""
+    return {RATES[method] for method in methods if method in RATES}
 
 
 def decisive(settings: Settings, stage: str, **only: tuple[str, ...]) -> dict[str, Any]:
