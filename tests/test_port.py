@@ -296,7 +296,7 @@ def test_on_a_host_larger_than_the_source_the_ported_head_imitates_less(encoder,
         for place, told, stale in ((host.name, rules, False), (host.name, others, True), ("x", others, False)):
             caplog.clear()
             adapter.info |= {"tuned_on": place, "port_rules": told}
-            with caplog.at_level("WARNING", "uhl"):
+            with caplog.at_level("WARNING", "uhl.porting"):
                 port(adapter, host, shared=replace(shared, ports={}))
             assert ("behind another release's port" in caplog.text) == stale
 
@@ -611,7 +611,7 @@ def test_texts_with_logits_alone_pin_down_what_the_head_reads(encoder, make_enco
 def test_another_model_than_the_source_is_named(encoder, make_encoder, caplog):
     adapter, _ = trained(encoder, coded=120, tuned=False)
     adapter.info |= {"source": "first", "revision": "1"}
-    with caplog.at_level("WARNING", "uhl"):
+    with caplog.at_level("WARNING", "uhl.porting"):
         for revision in ("1", "2"):
             uhl.port(adapter, make_encoder(), arm="lineage", source=replace(encoder, name="second", revision=revision))
     (told,) = (r.message for r in caplog.records if "other weights" in r.message)
@@ -660,7 +660,7 @@ def test_a_poor_port_is_called_one(encoder, make_encoder, caplog):
     assert good["kappa"] > 0.8
     assert "warning" not in good
     assert good["agreement"] > 0.9
-    with caplog.at_level("WARNING", "uhl"):
+    with caplog.at_level("WARNING", "uhl.porting"):
         poor = port(adapter, make_encoder(2, 24, seed=3), "mood", "shuffled").report
         assert not caplog.text  # a control
         adapter.anchors = adapter.anchors.cut(16, 16)
@@ -682,7 +682,7 @@ def test_a_tagger_needs_more_agreement(kind, warned):
 
 def test_a_port_without_anchors_in_it_is_judged_on_them(encoder, make_encoder, caplog):
     adapter, _ = trained(encoder)
-    with caplog.at_level("WARNING", "uhl"):
+    with caplog.at_level("WARNING", "uhl.porting"):
         own = port(adapter, encoder, "mood", "lineage", encoder).report
         assert own["agreement"] > 0.95
         assert "warning" not in own

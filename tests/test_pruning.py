@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from uhl import compression, evidence, results, runs, stages, viz
+from uhl import archives, compression, results, runs, stages, viz
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import load_encoder, revision
@@ -217,9 +217,9 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     with pytest.raises(UHLError, match="measured otherwise than the others"):
         results.compressed("t")
     compression.measure(settings)
-    archive = evidence.pack("t", tmp_path / "t.zip")
+    archive = archives.pack("t", tmp_path / "t.zip")
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
-    assert [f.name for f in evidence.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]
+    assert [f.name for f in archives.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]
     assert results.compressed("t").equals(table)
     path = runs.cell_dir(settings, "pretrain-canonical") / "adapter.safetensors"
     path.write_bytes(b"of another training")

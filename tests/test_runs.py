@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from uhl import audit, claims, evidence, grid, report, results, runs, stats, viz
+from uhl import archives, audit, claims, grid, report, results, runs, stats, viz
 from uhl.config import METHODS
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
@@ -182,23 +182,23 @@ def test_one_setting_sets_a_profile_apart_from_the_one_it_is_compared_with(profi
 
 def test_a_profile_is_compared_with_the_one_that_its_grid_names():
     """On the same examples and seeds, arm by arm, without baselines."""
-    archives = PARAMS.parent / "figures"
-    evidence.restore(archives / "offline-transfer.zip")
+    figures = PARAMS.parent / "figures"
+    archives.restore(figures / "offline-transfer.zip")
     wanted = "offline-full: nothing of it is here to compare with; uhl restore --profile offline-full"
     assert audit.missing("offline-transfer") == [wanted]
     assert results.beside("offline-transfer").empty
-    evidence.restore(archives / "offline-full.zip")
+    archives.restore(figures / "offline-full.zip")
     assert audit.missing("offline-transfer") == []
     shutil.rmtree(runs.root() / "offline-full" / "amazon-s1" / "port-minilm-l3")
     runs.update_results("offline-full")
     (said,) = audit.missing("offline-transfer")
     assert said == "offline-full, to compare with, lacks 1 cells or rows, first amazon-s1/port-minilm-l3"
-    evidence.restore(archives / "offline-full.zip")
+    archives.restore(figures / "offline-full.zip")
     assert results.beside("offline-full").empty
     found = results.beside("offline-transfer").set_index(["task", "target", "phase", "arm"])
     assert not {"no-adapter", "head", "lora-r8", "sat-lora"} & set(found.index.get_level_values("arm"))
     own, lent = (
-        pd.read_csv(archives / folder / "summary.csv").set_index(found.index.names)["score"]
+        pd.read_csv(figures / folder / "summary.csv").set_index(found.index.names)["score"]
         for folder in ("", "offline-transfer")
     )
     for key, row in found.iterrows():
@@ -306,8 +306,8 @@ def test_what_scores_depend_on_by_what_is_asked():
 
 
 def test_arms_that_a_profile_has_since_are_missed(tmp_path, monkeypatch):
-    evidence.restore(PARAMS.parent / "figures" / "offline-eight.zip")
-    evidence.restore(PARAMS.parent / "figures" / "offline-full.zip")
+    archives.restore(PARAMS.parent / "figures" / "offline-eight.zip")
+    archives.restore(PARAMS.parent / "figures" / "offline-full.zip")
     assert audit.missing("offline-eight") == []
     shutil.copytree(PARAMS, tmp_path / "params")
     monkeypatch.setattr(grid, "PARAMS", tmp_path / "params")
@@ -538,12 +538,12 @@ def one_finished_cell(settings, methods=("head",)):
     np.savez(folder / "predictions.npz", **kept)
 
 
-def test_predictions_of_a_users_own_task_stay_out_of_the_figures(tmp_path, monkeypatch):
-    monkeypatch.setenv("UHL_DATA", str(tmp_path))
-    for profile, task in (("offline", "movies"), ("local", str(tmp_path / "sst2"))):
-        one_finished_cell(Settings(profile=profile, task=task))
+def test_each_profile_has_its_archive_beside_its_figures(tmp_path):
+    for profile in ("local", "offline"):
+        one_finished_cell(Settings(profile=profile))
         report.update_readme(profile, tmp_path, partial=True)
     assert sorted(p.relative_to(tmp_path / "figures").as_posix() for p in (tmp_path / "figures").rglob("*.*")) == [
+        "local.zip",
         "local/README.md",
         "local/results.csv",
         "offline.zip",
@@ -593,7 +593,7 @@ def test_what_an_analysis_lacks_lies_beside_it(tmp_path):
     )
     (cell,) = pd.read_csv(folder / "cells.csv").to_dict("records")
     assert cell == {"cell": "movies-s0/baselines-minilm-l3", "hardware": runs.hardware(), "commit": runs.commit()}
-    evidence.restore(PARAMS.parent / "figures" / "offline-full.zip")
+    archives.restore(PARAMS.parent / "figures" / "offline-full.zip")
     whole = viz.arm_scores(pd.DataFrame({"arm": [], "score": []}), "x")
     folder = report.finish("offline-full", {"tuned": (whole, table)}, {}).parent
     assert pd.read_csv(folder / "missing.csv").empty

@@ -1,10 +1,13 @@
 """The stages on tiny hosts, for the three kinds of task: the results contract, archives, searches, files."""
 
+import io
 import json
+import logging
 import multiprocessing
 import os
 import shutil
 import time
+import zipfile
 from copy import deepcopy
 from dataclasses import replace
 
@@ -18,6 +21,7 @@ from transformers import TrainerState
 from world import sentences
 
 from uhl import (
+    archives,
     attempts,
     audit,
     budget,
@@ -45,7 +49,7 @@ from uhl.peft_method import attach
 from uhl.porting import at_work, port, predict_texts
 from uhl.runs import Settings
 from uhl.tasks import load_task
-from uhl.train import Classifier, predict, train
+from uhl.train import Classifier, Prediction, predict, train
 
 pytestmark = pytest.mark.unchecked
 
@@ -338,14 +342,14 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
         outcome.finish(f"pretrain-{kind}")
     before = results.summary("t")
     folder = tmp_path / "adapters"
-    assert [f.name for f in evidence.keep_adapters("t", folder)] == [
+    assert [f.name for f in archives.keep_adapters("t", folder)] == [
         f"mood-s0-{k}.safetensors" for k in ("canonical", "dimension")
     ]
-    archive = evidence.pack("t", tmp_path / "t.zip")
-    assert evidence.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
-    assert evidence.restore(archive) == []  # what is there stays
+    archive = archives.pack("t", tmp_path / "t.zip")
+    assert archives.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
+    assert archives.restore(archive) == []  # what is there stays
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
-    cells = evidence.restore(archive)
+    cells = archives.restore(archive)
     assert [cell.name for cell in cells] == ["pretrain-canonical", "pretrain-dimension"]
     files = [p for cell in cells for p in cell.iterdir()]
     assert sorted(p.name for p in files) == ["manifest.json", "manifest.json", "predictions.npz", "predictions.npz"]
@@ -355,21 +359,70 @@ def test_an_archive_gives_back_the_tables(tiny_world, tmp_path, monkeypatch):
     with pytest.raises(UHLError, match="a cell restored from an archive may have none"):
         stages.zero_shot(ported)
     (folder / "mood-s0-dimension.safetensors").unlink()  # one may lack
-    assert evidence.restore(archive, folder) == []  # into the cells that are there
+    assert archives.restore(archive, folder) == []  # into the cells that are there
     assert [f.parent.name for f in runs.root().glob("t/*/*/adapter.safetensors")] == ["pretrain-canonical"]
     stages.zero_shot(ported)
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "with"))
-    assert len(evidence.restore(archive, folder)) == 2
+    assert len(archives.restore(archive, folder)) == 2
     assert [f.parent.name for f in runs.root().glob("t/*/*/adapter.safetensors")] == ["pretrain-canonical"]
-    assert [f.name for f in evidence.keep_adapters("t", folder)] == ["mood-s0-canonical.safetensors"]
+    assert [f.name for f in archives.keep_adapters("t", folder)] == ["mood-s0-canonical.safetensors"]
     (path,) = runs.root().glob("t/*/*/adapter.safetensors")
     path.write_bytes(b"of a training that was interrupted before its manifest")
-    assert evidence.keep_adapters("t", folder) == []
+    assert archives.keep_adapters("t", folder) == []
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "none"))
     shutil.copy(files[0], folder / "mood-s0-canonical.safetensors")
     with pytest.raises(UHLError, match=r"mood-s0-canonical.safetensors is corrupt.*trained another"):
-        evidence.restore(archive, folder)
+        archives.restore(archive, folder)
     assert not runs.root().exists()
+
+
+def test_a_file_beyond_the_limit_is_told(tiny_world, monkeypatch, caplog):
+    with caplog.at_level(logging.WARNING, "uhl"):
+        stages.pretrain(tiny_world.model_copy(update={"steps": 1}), "canonical")
+    assert not caplog.text
+    monkeypatch.setattr(stages, "LIMIT_BYTES", 1000)
+    with caplog.at_level(logging.WARNING, "uhl"):
+        stages.pretrain(tiny_world.model_copy(update={"steps": 1}), "canonical")
+    assert "more than 1,000; lower `more_anchors`" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pair", "token"])
+def test_an_archive_of_own_data_holds_none_of_it(own_files, tmp_path, monkeypatch, kind):
+    settings = own_files(kind).model_copy(update={"baselines": ("head",)})
+    outcome = merge(stages.baselines(settings, "source").values())
+    said = Prediction([0, 1], [1, 1], [], 50.0, 0.0)
+    outcome.predictions |= {f"{evidence.TEACHER}/{split}": said for split in settings.splits}
+    cell = outcome.finish("baselines-big").parent
+    before, whole = results.summary("t"), dict(evidence.predictions(cell))
+    archive = archives.pack("t", tmp_path / "t.zip")
+    assert archives.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
+    with zipfile.ZipFile(archive) as file, file.open("mood-s0/baselines-big/predictions.npz") as inner:
+        held = np.load(io.BytesIO(inner.read()))
+        assert {name.rpartition("/")[2] for name in held.files} == {"labels", "examples"}
+    test = tmp_path / "mood.v2" / "test.jsonl"
+    rows, elsewhere = test.read_text(), tmp_path / "elsewhere"
+    monkeypatch.setenv("UHL_RUNS", str(elsewhere))
+    with zipfile.ZipFile(archive) as file, zipfile.ZipFile(tmp_path / "bad.zip", "w") as bad:
+        for name in file.namelist():
+            bad.writestr(name, file.read(name) if name.endswith("json") else file.read(name)[:99])
+    with pytest.raises(UHLError, match="predictions of mood-s0/baselines-big in the archive are damaged"):
+        archives.restore(tmp_path / "bad.zip")
+    test.write_text("\n".join(reversed(rows.splitlines())))
+    with pytest.raises(UHLError, match="mood-s0/baselines-big was scored on other test examples than mood has here"):
+        archives.restore(archive)
+    test.write_text(rows)
+    moved = test.parent.rename(tmp_path / "lost")
+    with pytest.raises(UHLError, match=r"mood\.v2"):
+        archives.restore(archive)
+    assert not elsewhere.exists()
+    moved.rename(test.parent)
+    (cell,) = archives.restore(archive)
+    assert results.summary("t").equals(before)
+    back = evidence.predictions(cell)
+    needed = {name for name in whole if not name.startswith(evidence.TEACHER) or name.endswith("/labels")}
+    assert set(back) == needed
+    assert all((back[name] == whole[name]).all() and back[name].dtype == whole[name].dtype for name in needed)
+    assert archives.pack("t", tmp_path / "third.zip").read_bytes() == archive.read_bytes()
 
 
 def test_a_search_goes_on_where_it_was_stopped_and_never_scores_test(tiny_world, monkeypatch):

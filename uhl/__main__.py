@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from uhl import audit, claims, evidence, report, results, runs, store, viz
+from uhl import archives, audit, claims, report, results, runs, store, viz
 from uhl.config import ARMS, TrainConfig
 from uhl.errors import UHLError
 from uhl.fileformat import Header, read_either
@@ -99,13 +99,13 @@ def copies(options: argparse.Namespace) -> None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip; with --adapters copy the
-    adapters that it trained, and the texts in them, into adapters/<profile>.
+    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip, of your own data no labels;
+    with --adapters copy the adapters that it trained, and the texts in them, into adapters/<profile>.
     """
-    path = evidence.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
-    print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes, the labels of what was scored among them")
+    path = archives.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
+    print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes")
     if options.adapters:
-        copies = evidence.keep_adapters(options.profile, HERE / report.adapters_of(options.profile))
+        copies = archives.keep_adapters(options.profile, HERE / report.adapters_of(options.profile))
         if not copies:
             raise UHLError(f"no trained adapter of {options.profile} is here; make run PROFILE={options.profile}")
         for file in copies:
@@ -117,7 +117,7 @@ def restore(options: argparse.Namespace) -> None:
     with them the trained adapters that adapters/<profile> has.
     """
     archive = options.archive or HERE / "figures" / f"{options.profile}.zip"
-    made = evidence.restore(archive, HERE / report.adapters_of(archive.stem))
+    made = archives.restore(archive, HERE / report.adapters_of(archive.stem))
     print(f"{len(made)} cells restored into {runs.root()}")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from uhl import budget, models, runs, stats, tasks, viz
+from uhl import budget, evidence, models, runs, stats, tasks, viz
 from uhl.adapter import UHLAdapter
 from uhl.files import sha256, write_npz, write_text
 from uhl.frame import Frame
@@ -73,8 +73,7 @@ class Outcome:
         zeros: dict[str, object] = dict.fromkeys(("adapter_bytes", "trainable_params", "extra_flops_pct", "seconds"), 0)
         for split in self.settings.splits:
             guess, value = tasks.majority(self.task, split)
-            gold = list(self.task.data[split]["tags" if self.task.kind == "token" else "label"])
-            found = Prediction(guess, gold, [], value, 0.0)
+            found = Prediction(guess, tasks.gold_labels(self.task, split), [], value, 0.0)
             self._add(encoder, split, found, zeros | {"arm": "no-adapter", "phase": "zero-shot"})
 
     def _add(self, encoder: Encoder, split: str, found: Prediction, known: Mapping[str, object]) -> None:
@@ -90,8 +89,7 @@ class Outcome:
 
     def groups(self, split: str = "test") -> np.ndarray | None:
         """The review of each example, where the task's examples come in groups."""
-        rows = self.task.data[split]
-        return np.array(rows["group"], dtype=np.int32) if "group" in rows.column_names else None
+        return evidence.groups(self.task, split)
 
     @property
     def split(self) -> str:
@@ -168,10 +166,8 @@ class Outcome:
         """
         arrays = {f"{split}/group": g for split in ("dev", "test") if (g := self.groups(split)) is not None}
         for name, found in self.predictions.items():
-            flat = [np.atleast_1d(x) for x in found.labels], [np.atleast_1d(x) for x in found.gold]
-            arrays[f"{name}/labels"] = np.concatenate(flat[0]).astype(np.int16)
-            arrays[f"{name}/gold"] = np.concatenate(flat[1]).astype(np.int16)
-            arrays[f"{name}/length"] = np.array([len(x) for x in flat[1]], dtype=np.int32)
+            arrays[f"{name}/labels"], _ = evidence.flat(found.labels)
+            arrays[f"{name}/gold"], arrays[f"{name}/length"] = evidence.flat(found.gold)
         return write_npz(path, arrays)
 
 

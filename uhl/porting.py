@@ -60,7 +60,7 @@ from uhl.peft_method import attach, tuner_of
 from uhl.refresh import refresh
 from uhl.ridge import ridge
 
-logger = logging.getLogger("uhl")
+logger = logging.getLogger("uhl.porting")
 
 SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
 RULES = 4  # of the anchored port: a head that was tuned belongs to the rules that it was ported by

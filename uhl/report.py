@@ -12,13 +12,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from uhl import card, evidence, runs, store, viz
+from uhl import archives, card, runs, store, viz
 from uhl.audit import missing, undefined
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
-from uhl.grid import Grid, task_file
 from uhl.results import cell_of, summary
 from uhl.runs import manifests
 from uhl.viz import NAMES, in_order
@@ -206,8 +205,8 @@ def adapters_of(profile: str) -> Path:
 
 def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool = False) -> None:
     """Put the table and, below it, the ``verdicts`` on the claims into :func:`readme_of` the repository at ``place``,
-    and the figures with their CSVs into :func:`figures_of`. Manifests and predictions go into one archive, unless a
-    task is the user's own: predictions hold its labels. Where :func:`adapters_of` is there, adapters go into it.
+    and the figures with their CSVs into :func:`figures_of`. Manifests and predictions go into one archive. Where
+    :func:`adapters_of` is there, adapters go into it.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -232,7 +231,6 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
         if file.suffix in {".png", ".csv"}:
             _copy(file, into / file.name)
     _copy(runs.root() / profile / "results.csv", into / "results.csv")
-    if not any(task_file(profile, task) for task in Grid.read(profile).trained):
-        evidence.pack(profile, place / "figures" / f"{profile}.zip")
+    archives.pack(profile, place / "figures" / f"{profile}.zip")
     if (folder := place / adapters_of(profile)).is_dir():
-        evidence.keep_adapters(profile, folder)
+        archives.keep_adapters(profile, folder)

@@ -454,11 +454,12 @@ def resumed(
 def quiet() -> None:
     """No progress bars and no chatter, for batch runs and for notebooks whose output is compared.
 
-    A poor port is said in its report, and not logged beside.
+    What is odd about data or a file is still said. A poor port is said in its report, and not logged beside.
     """
     import datasets
 
-    logging.getLogger("uhl").setLevel(logging.ERROR)
+    logging.getLogger("uhl").setLevel(logging.WARNING)
+    logging.getLogger("uhl.porting").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # transformers warns itself
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

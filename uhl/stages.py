@@ -22,6 +22,7 @@ from uhl.adapter import UHLAdapter
 from uhl.anchors import DEPTHS, Anchors, Codes, Observed, Probe, observe, unit_states
 from uhl.augment import ByTurns, Perturbed
 from uhl.baselines import RATES, SPARSE, Start, run_baseline, start
+from uhl.budget import LIMIT_BYTES
 from uhl.config import PAIR
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import MAX_TEXTS, MAX_UNITS
@@ -33,7 +34,7 @@ from uhl.host import find_slots
 from uhl.layer import Attached
 from uhl.models import Encoder, load_encoder
 from uhl.outcome import Outcome, merge
-from uhl.peft_method import attach
+from uhl.peft_method import LOG, attach
 from uhl.porting import FIXED, REFRESHED, Port, Shared, at_work, port, port_rules, source_basis, why_not
 from uhl.quant import fake_quantise
 from uhl.runs import Settings
@@ -278,15 +279,16 @@ def pretrain(
         "layers": encoder.layers,
     } | ({} if teacher is None else {"teacher": teacher.method})
     path = store.save(adapter, folder / "adapter.safetensors")
+    if (size := path.stat().st_size) > LIMIT_BYTES:
+        LOG.warning("%s has %s bytes, more than %s; lower `more_anchors`", path, f"{size:,}", f"{LIMIT_BYTES:,}")
     found = store.load(path)
     frame = basis.frame(slots) if projector == "canonical" else None
     outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses})
     if teacher is not None:
         outcome.details["teacher"] = teacher.about
         for split in settings.splits:
-            gold = task.data[split]["tags" if task.kind == "token" else "label"]
-            flat = np.concatenate([np.atleast_1d(x) for x in gold]).tolist()
-            said = Prediction(teacher.decided[split], flat, [], teacher.scores[split], 0.0)
+            flat, _ = evidence.flat(tasks.gold_labels(task, split))
+            said = Prediction(teacher.decided[split], flat.tolist(), [], teacher.scores[split], 0.0)
             outcome.predictions[f"{evidence.TEACHER}/{split}"] = said
     outcome.score_adapter(found, path, encoder, frame, 1.0, arm=f"uhl-{projector}", phase="source", **log.costs())
     return found, outcome

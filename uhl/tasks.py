@@ -307,6 +307,13 @@ def _on_first_pieces(words: Sequence[int | None], values: Sequence[V], nothing: 
     return [nothing if w is None or w == b else values[w] for w, b in zip(words, before, strict=False)]
 
 
+def gold_labels(task: Task, split: str) -> list[Any]:
+    """Gold labels of a split, in its order: a class an example, or a list of tags."""
+    if task.kind == "token":
+        return [list(tags) for tags in task.data[split]["tags"]]
+    return list(task.data[split]["label"])
+
+
 def score(task: Task, predictions: Sequence[Any] | np.ndarray, gold: Sequence[Any] | np.ndarray) -> float:
     """Test metric in percent: accuracy of classes, or entity F1 over word-level tags (lists, aligned, no padding)."""
     if task.kind == "token":
@@ -322,10 +329,10 @@ def score(task: Task, predictions: Sequence[Any] | np.ndarray, gold: Sequence[An
 
 def majority(task: Task, split: str = "test") -> tuple[list[Any], float]:
     """Predictions and score of the most frequent training class (a token task: ``O`` everywhere, F1 0)."""
-    rows = task.data[split]
+    truth = gold_labels(task, split)
+    guess: list[Any]
     if task.kind == "token":
-        nothing = [[outside(task)] * len(tags) for tags in rows["tags"]]
-        return nothing, score(task, nothing, rows["tags"])
-    label = int(np.bincount(task.data["train"]["label"]).argmax())
-    guess = [label] * len(rows)
-    return guess, score(task, guess, rows["label"])
+        guess = [[outside(task)] * len(tags) for tags in truth]
+    else:
+        guess = [int(np.bincount(task.data["train"]["label"]).argmax())] * len(truth)
+    return guess, score(task, guess, truth)

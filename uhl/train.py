@@ -50,7 +50,7 @@ from uhl.frame import Frame
 from uhl.layer import Attached
 from uhl.models import Encoder
 from uhl.progress import batch
-from uhl.tasks import IGNORE, Task, encode, every_word, kept_words, score
+from uhl.tasks import IGNORE, Task, encode, every_word, gold_labels, kept_words, score
 
 
 class Classifier(nn.Module):
@@ -471,7 +471,6 @@ def predict(
     rows = encode(task.kind, task.data[split], encoder.tokenizer, max_length)
     collate, device = collator(encoder, task), next(classifier.parameters()).device
     labels: list[Any] = [None] * len(rows)
-    gold: list[Any] = [None] * len(rows)
     logits: list[Any] = [None] * len(rows)
     atoms = tokens = 0.0
     classifier.eval()
@@ -486,9 +485,8 @@ def predict(
             keep = answer != IGNORE if task.kind == "token" else ...
             logits[place] = row[keep]
             labels[place] = row[keep].argmax(-1).tolist()
-            gold[place] = int(answer) if task.kind != "token" else None
+    gold = gold_labels(task, split)
     if task.kind == "token":
-        gold = [list(tags) for tags in task.data[split]["tags"]]
         kept = kept_words(task.data[split], encoder.tokenizer, max_length)
         labels = [every_word(*found, task) for found in zip(labels, gold, kept, strict=True)]
     return Prediction(labels, gold, logits, score(task, labels, gold), atoms / tokens if tokens else 0.0)  # type: ignore[arg-type]
