@@ -10,6 +10,7 @@ import time
 import zipfile
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -423,6 +424,39 @@ def test_an_archive_of_own_data_holds_none_of_it(own_files, tmp_path, monkeypatc
     assert set(back) == needed
     assert all((back[name] == whole[name]).all() and back[name].dtype == whole[name].dtype for name in needed)
     assert archives.pack("t", tmp_path / "third.zip").read_bytes() == archive.read_bytes()
+
+
+def test_baselines_of_the_profile_beside_are_not_run_again(tiny_world, task, monkeypatch):
+    two = tiny_world.model_copy(update={"baselines": ("head", "bitfit")})
+    first = merge(stages.baselines(two, "target").values())
+    entry = json.loads(first.finish("baselines-small").read_text())
+    grid = SimpleNamespace(beside="t")
+    monkeypatch.setattr(stages, "Grid", SimpleNamespace(known=lambda profile: None if profile == "t" else grid))
+    made, really = [], stages.run_baseline
+    monkeypatch.setattr(stages, "run_baseline", lambda method, *rest: made.append(method) or really(method, *rest))
+    mine = two.model_copy(update={"profile": "u", "arms": ("anchor",), "baselines": ("head", "lora-r8", "bitfit")})
+    found = stages.baselines(mine, "target")
+    assert made == ["lora-r8"]
+    theirs = {row["arm"]: row for row in entry["rows"] if row["split"] == "test"}
+    for method in two.baselines:
+        assert found[method].rows == [row | {"profile": "u"} for row in first.rows if row["arm"] == method]
+        said, before = (outcome.predictions[f"{method}/test"] for outcome in (found[method], first))
+        assert (said.labels, said.gold, said.score) == (before.labels, before.gold, before.score)
+        assert found[method].table()["score"].item() == theirs[method]["score"]
+        assert found[method].curves[method] == first.curves[method]
+    told = json.loads(merge(found.values()).finish("baselines-small").read_text())
+    assert entry["commit"] in told["commit"]
+    assert told["hardware"] == entry["hardware"]
+    for change in ({"bitfit_rate": 0.5}, {"seed": 1}, {"tune_steps": 5}, {"splits": ("test",)}):
+        made.clear()
+        stages.baselines(mine.model_copy(update=change | {"baselines": ("bitfit",)}), "target")
+        assert made == ["bitfit"]
+    made.clear()
+    data = task.data["test"]
+    other = replace(task, data=DatasetDict({**task.data, "test": data.select(range(len(data) - 1))}))
+    monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
+    stages.baselines(mine.model_copy(update={"baselines": ("head",)}), "target")
+    assert made == ["head"]
 
 
 def test_a_search_goes_on_where_it_was_stopped_and_never_scores_test(tiny_world, monkeypatch):

@@ -52,7 +52,7 @@ class Grid(_Strict):
     ``ported`` are further targets, not tuned on and with the baselines that their own files name; those of them that
     are in ``once`` are treated like ``targets`` for the tasks named there, with the first seed. Where there is a
     ``source_task`` all tasks have the adapter that is trained on that one. ``beside``: a profile of the same source and
-    tasks, whose cells differ by one setting, for :func:`uhl.results.beside`.
+    tasks, whose cells differ by one setting, for :func:`uhl.results.beside`; baselines that it has are not run again.
     """
 
     profile: str

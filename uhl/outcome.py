@@ -6,8 +6,6 @@ A cell ends with :meth:`Outcome.finish`, which writes predictions, figures and, 
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,8 @@ from uhl.porting import at_work
 from uhl.runs import Settings
 from uhl.tasks import Task
 from uhl.train import Classifier, Prediction, predict
+
+BROKEN = (*evidence.UNREADABLE, KeyError, TypeError, AttributeError)  # what reading a damaged outcome raises
 
 
 def flops_pct(attached: Attached, encoder: Encoder) -> float:
@@ -113,7 +113,7 @@ class Outcome:
     ) -> Path:
         """Write the cell's predictions, figures and, last, its manifest; returns the manifest's path."""
         folder = runs.cell_dir(self.settings, stage)
-        written = [self._save_predictions(folder / "predictions.npz")]
+        written = [self._save_predictions(folder / evidence.PREDICTIONS)]
         made = [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
         written += [file for picture in made for file in (picture, picture.with_suffix(".csv"))]
         used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
@@ -128,7 +128,7 @@ class Outcome:
         ran. Files that were written stay beside that folder.
         """
         (folder / "outcome.json").unlink(missing_ok=True)  # it says that the predictions are those of its run
-        self._save_predictions(folder / "predictions.npz")
+        self._save_predictions(folder / evidence.PREDICTIONS)
         self.hardware = {runs.hardware()}
         where = {"commit": runs.commit(), "hardware": runs.hardware()}
         entry: dict[str, Any] = {"about": _dated(about), **where, "rows": self.rows, "curves": self.curves}
@@ -151,13 +151,32 @@ class Outcome:
             found.paths = [folder.parent / name for name in entry.get("files", {})]
             if any(sha256(path) != entry["files"][path.name] for path in found.paths):
                 return None
-            with np.load(folder / "predictions.npz") as arrays:
-                for row in found.rows:
-                    name = f"{row['arm']}/{row['split']}"
-                    found.predictions[name] = _stored(arrays, name, row, task.kind == "token")
-        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error):
+            found._read_predictions(folder)
+        except BROKEN:
             return None  # there is none, or it is not whole
         return found
+
+    @classmethod
+    def of_cell(cls, settings: Settings, task: Task, cell: Path, entry: Mapping[str, Any], arm: str) -> Outcome | None:
+        """One arm of a finished cell, whose manifest is ``entry``, as an outcome of these settings; None where it was
+        scored on other examples.
+        """
+        rows = [{**row, "profile": settings.profile} for row in entry["rows"] if row["arm"] == arm]
+        found = cls(settings, task, rows, commits=set(entry["commit"].split(", ")), hardware={entry["hardware"]})
+        try:
+            found.curves = {arm: [(step, loss) for step, loss in entry["curves"][arm]]}
+            found._read_predictions(cell)
+        except BROKEN:
+            return None
+        known = {f"{arm}/{split}": tasks.gold_labels(task, split) for split in settings.splits}
+        return found if {name: said.gold for name, said in found.predictions.items()} == known else None
+
+    def _read_predictions(self, folder: Path) -> None:
+        """Predictions of the rows, from where :meth:`_save_predictions` wrote them; raises one of :data:`BROKEN`."""
+        with np.load(folder / evidence.PREDICTIONS) as arrays:
+            for row in self.rows:
+                name = f"{row['arm']}/{row['split']}"
+                self.predictions[name] = _stored(arrays, name, row, self.task.kind == "token")
 
     def _save_predictions(self, path: Path) -> Path:
         """Predictions and gold labels, compressed, so that scores can be recomputed without a model.

@@ -29,6 +29,7 @@ from uhl.fileformat import MAX_TEXTS, MAX_UNITS
 from uhl.files import sha256
 from uhl.fits import Way, basis_of, upper_levels
 from uhl.frame import LAST, Basis, Frame
+from uhl.grid import Grid
 from uhl.head import HeadFit, fit_head
 from uhl.host import find_slots
 from uhl.layer import Attached
@@ -603,7 +604,7 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     as many steps as ours: ``steps`` or ``epochs`` on the source, on the target what tuning has.
 
     Each is kept in a folder of its own as soon as it is scored. A cell that was interrupted, or that has more methods
-    now, reads those back and trains the others.
+    now, reads those back and trains the others; so it does with those that :func:`_run_beside` knows.
     """
     (name, folder), task = _place(settings, host), load_data(settings)
     shared: dict[str, Any] = {"host": name, "revision": _revision(name)}
@@ -616,12 +617,26 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
         about = decisive(settings, folder.name, baselines=(method,)) | shared
         about |= {"method": method, "rate": getattr(settings, RATES.get(method, "rate"))}
         outcome = Outcome.kept(settings, task, folder / method, about)
+        outcome = outcome or _run_beside(settings, task, folder.name, method)
         if outcome is None:
             begin = begin or baseline_start(settings, host)
             outcome = baseline(settings, host, method, begin)
             outcome.keep(folder / method, about)
         outcomes[method] = outcome
     return outcomes
+
+
+def _run_beside(settings: Settings, task: Task, stage: str, method: str) -> Outcome | None:
+    """A baseline as the profile has it that the grid names `beside` this one, where it was run there with the same
+    settings and scored on the same examples.
+    """
+    grid = Grid.known(settings.profile)
+    if grid is None or grid.beside is None:
+        return None
+    theirs = settings.model_copy(update={"profile": grid.beside})
+    cell = runs.cell_dir(theirs, stage)
+    entry = runs.same(cell / "manifest.json", decisive(theirs, stage, baselines=(method,)))
+    return None if entry is None else Outcome.of_cell(settings, task, cell, entry, method)
 
 
 def _as_tuned(settings: Settings) -> dict[str, int | float]:
