@@ -1,12 +1,15 @@
+import io
 import json
 import shutil
+import zipfile
 
 import numpy as np
 import pandas as pd
 import pytest
 import yaml
 
-from uhl import archives, audit, claims, grid, report, results, runs, stats, viz
+from uhl import archives, audit, claims, grid, report, results, runs, stages, stats, viz
+from uhl.baselines import SPARSE
 from uhl.config import METHODS
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
@@ -178,6 +181,20 @@ def test_one_setting_sets_a_profile_apart_from_the_one_it_is_compared_with(profi
     own, other = (Settings(**runs.read_yaml(PARAMS / name / "settings.yaml")) for name in compared)
     apart = {name for name, value in own if value != getattr(other, name)}
     assert apart - {"arms", "baselines"} == {"profile", setting}
+
+
+@pytest.mark.parametrize("profile", [p for p in grid.profiles() if grid.Grid.read(p).beside])
+def test_baselines_are_run_alike_in_a_profile_and_the_one_it_is_compared_with(profile):
+    """So that those of the other are taken; the sparse ones have the adapter's own settings."""
+    mine = grid.Grid.read(profile)
+    theirs = grid.Grid.read(mine.beside)
+    shared = [cell for cell in mine.cells() if "/baselines-" in cell and cell in theirs.cells()]
+    assert shared
+    for cell in shared:
+        both = mine.settings(cell), theirs.settings(cell)
+        for method in set(both[0].baselines) & set(both[1].baselines) - {*SPARSE}:
+            own, other = (stages.decisive(s, cell.split("/")[1], baselines=(method,)) for s in both)
+            assert {name for name in own if own[name] != other[name]} == {"profile"}
 
 
 def test_a_profile_is_compared_with_the_one_that_its_grid_names():
@@ -539,9 +556,15 @@ def one_finished_cell(settings, methods=("head",)):
 
 
 def test_each_profile_has_its_archive_beside_its_figures(tmp_path):
-    for profile in ("local", "offline"):
-        one_finished_cell(Settings(profile=profile))
+    own = tmp_path / "movies.v2"
+    own.mkdir()
+    for profile, task in (("local", str(own)), ("offline", "movies")):
+        one_finished_cell(Settings(profile=profile, task=task))
         report.update_readme(profile, tmp_path, partial=True)
+        with zipfile.ZipFile(tmp_path / "figures" / f"{profile}.zip") as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith("npz"))
+            held = np.load(io.BytesIO(archive.read(name)))
+        assert ("head/test/gold" in held.files) == (profile == "offline")
     assert sorted(p.relative_to(tmp_path / "figures").as_posix() for p in (tmp_path / "figures").rglob("*.*")) == [
         "local.zip",
         "local/README.md",

@@ -43,13 +43,14 @@ from uhl.anchors import observe
 from uhl.augment import ByTurns, Perturbed
 from uhl.config import ARMS, METHODS
 from uhl.errors import DivergenceError, UHLError
+from uhl.files import npz
 from uhl.fits import basis_of, upper_levels
 from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
 from uhl.porting import at_work, port, predict_texts
 from uhl.runs import Settings
-from uhl.tasks import load_task
+from uhl.tasks import load_task, plain_text
 from uhl.train import Classifier, Prediction, predict, train
 
 pytestmark = pytest.mark.unchecked
@@ -400,14 +401,22 @@ def test_an_archive_of_own_data_holds_none_of_it(own_files, tmp_path, monkeypatc
     with zipfile.ZipFile(archive) as file, file.open("mood-s0/baselines-big/predictions.npz") as inner:
         held = np.load(io.BytesIO(inner.read()))
         assert {name.rpartition("/")[2] for name in held.files} == {"labels", "examples"}
+        texts = {text for split in ("train", "dev", "test") for text in plain_text(outcome.task, split)}
+        assert not any(text in file.read(name).decode(errors="ignore") for name in file.namelist() for text in texts)
+    for name, broken in {"short": held.files[:1], "long": [*held.files, "head/other/labels"]}.items():
+        with zipfile.ZipFile(archive) as file, zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as bad:
+            bad.writestr("mood-s0/baselines-big/manifest.json", file.read("mood-s0/baselines-big/manifest.json"))
+            arrays = {key: held[key] if key in held.files else [0] for key in broken}
+            bad.writestr("mood-s0/baselines-big/predictions.npz", npz(arrays))
     test = tmp_path / "mood.v2" / "test.jsonl"
     rows, elsewhere = test.read_text(), tmp_path / "elsewhere"
     monkeypatch.setenv("UHL_RUNS", str(elsewhere))
     with zipfile.ZipFile(archive) as file, zipfile.ZipFile(tmp_path / "bad.zip", "w") as bad:
         for name in file.namelist():
             bad.writestr(name, file.read(name) if name.endswith("json") else file.read(name)[:99])
-    with pytest.raises(UHLError, match="predictions of mood-s0/baselines-big in the archive are damaged"):
-        archives.restore(tmp_path / "bad.zip")
+    for name in ("bad", "short", "long"):
+        with pytest.raises(UHLError, match="predictions of mood-s0/baselines-big in the archive are damaged"):
+            archives.restore(tmp_path / f"{name}.zip")
     test.write_text("\n".join(reversed(rows.splitlines())))
     with pytest.raises(UHLError, match="mood-s0/baselines-big was scored on other test examples than mood has here"):
         archives.restore(archive)
@@ -428,8 +437,12 @@ def test_an_archive_of_own_data_holds_none_of_it(own_files, tmp_path, monkeypatc
 
 def test_baselines_of_the_profile_beside_are_not_run_again(tiny_world, task, monkeypatch):
     two = tiny_world.model_copy(update={"baselines": ("head", "bitfit")})
+    monkeypatch.setattr(runs, "commit", lambda: "first")
+    monkeypatch.setattr(runs, "hardware", lambda: "one and another")
     first = merge(stages.baselines(two, "target").values())
     entry = json.loads(first.finish("baselines-small").read_text())
+    monkeypatch.setattr(runs, "commit", lambda: "second")
+    monkeypatch.setattr(runs, "hardware", lambda: "one")
     grid = SimpleNamespace(beside="t")
     monkeypatch.setattr(stages, "Grid", SimpleNamespace(known=lambda profile: None if profile == "t" else grid))
     made, really = [], stages.run_baseline
@@ -445,17 +458,26 @@ def test_baselines_of_the_profile_beside_are_not_run_again(tiny_world, task, mon
         assert found[method].table()["score"].item() == theirs[method]["score"]
         assert found[method].curves[method] == first.curves[method]
     told = json.loads(merge(found.values()).finish("baselines-small").read_text())
-    assert entry["commit"] in told["commit"]
-    assert told["hardware"] == entry["hardware"]
+    assert (told["commit"], told["hardware"]) == ("first, second", "another and one")
     for change in ({"bitfit_rate": 0.5}, {"seed": 1}, {"tune_steps": 5}, {"splits": ("test",)}):
         made.clear()
         stages.baselines(mine.model_copy(update=change | {"baselines": ("bitfit",)}), "target")
         assert made == ["bitfit"]
     made.clear()
-    data = task.data["test"]
-    other = replace(task, data=DatasetDict({**task.data, "test": data.select(range(len(data) - 1))}))
-    monkeypatch.setattr(stages.tasks, "load_task", lambda name: other)
-    stages.baselines(mine.model_copy(update={"baselines": ("head",)}), "target")
+    once = mine.model_copy(update={"baselines": ("head",)})
+    for split in ("train", "test"):
+        data = task.data[split]
+        other = replace(task, data=DatasetDict({**task.data, split: data.select(range(len(data) - 1))}))
+        monkeypatch.setattr(stages.tasks, "load_task", lambda name, other=other: other)
+        stages.baselines(once.model_copy(update={"profile": f"u-{split}"}), "target")
+        assert made == ["head"]
+        made.clear()
+    monkeypatch.setattr(stages.tasks, "load_task", lambda name: task)
+    stages.baselines(once.model_copy(update={"profile": "v"}), "target")
+    assert not made
+    known = entry["models"] | {"small": "another revision"}
+    (runs.cell_dir(two, "baselines-small") / "manifest.json").write_text(json.dumps(entry | {"models": known}))
+    stages.baselines(once.model_copy(update={"profile": "w"}), "target")
     assert made == ["head"]
 
 

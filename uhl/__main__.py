@@ -99,8 +99,8 @@ def copies(options: argparse.Namespace) -> None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip, of your own data no labels;
-    with --adapters copy the adapters that it trained, and the texts in them, into adapters/<profile>.
+    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip, without gold labels of your own
+    data; with --adapters copy the adapters that it trained, and the texts in them, into adapters/<profile>.
     """
     path = archives.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
     print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes")
@@ -114,7 +114,7 @@ def pack(options: argparse.Namespace) -> None:
 
 def restore(options: argparse.Namespace) -> None:
     """Put the cells of an archive back into the runs folder, so that tables and figures can be made without a run, and
-    with them the trained adapters that adapters/<profile> has.
+    with them the trained adapters that adapters/<profile> has. Your own data is read again for its gold labels.
     """
     archive = options.archive or HERE / "figures" / f"{options.profile}.zip"
     made = archives.restore(archive, HERE / report.adapters_of(archive.stem))

@@ -1,7 +1,8 @@
 """Archives of finished cells: a profile's manifests and predictions in one file, its adapters in a folder.
 
-Nothing of a user's own data goes into one: of its examples an archive has the `labels` that each arm said (see
-:mod:`uhl.evidence`), with a hash of the `examples` in place of what the data tells.
+No text and no gold label of data that does not come with packages goes into one: of its examples an archive has the
+`labels` that each arm said (see :mod:`uhl.evidence`), with a hash of the gold ones, `examples`, in place of what the
+data tells. Manifests do name the task's path, columns and classes, and scores.
 """
 
 from __future__ import annotations
@@ -16,49 +17,55 @@ import zipfile
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from uhl import evidence
 from uhl.errors import UHLError
-from uhl.files import check_sha256, sha256, write_atomic
-from uhl.runs import Settings, manifest, manifests, root, update_results
+from uhl.files import check_sha256, npz, sha256, write_atomic
+from uhl.runs import Settings, filled, manifest, manifests, root, update_results
 from uhl.stages import load_data
-from uhl.tasks import Task, gold_labels
+from uhl.tasks import OFFLINE, Task, gold_labels
 
 ADAPTER = "adapter.safetensors"
 MARKS = ("*-s*/*/manifest.json", "*-s*/compress/*/outcome.json")  # written last, when what lies beside them is whole
+SCORED = ("task", "kind", "columns", "labels", "config", "unlabelled", "eval_size")  # what examples depend on
+P = TypeVar("P", Path, PurePosixPath)
 
 
 def pack(profile: str, path: str | Path) -> Path:
     """Write a profile's finished cells and pruned copies, what they say and predict, into one zip, the same bytes each
-    time. Cells without predictions (notebooks 00 and 01) stay out, and so does what a user's own data says of them.
+    time. Cells without predictions (notebooks 00 and 01) stay out, and copies of a source whose cell is not there.
     """
     folder = root() / profile
-    found = [mark for pattern in MARKS for mark in sorted(folder.glob(pattern))]
-    marks = [mark for mark in found if (mark.parent / evidence.PREDICTIONS).is_file()]
-    if not any(mark.name == "manifest.json" for mark in marks):
+    cells, copies = (sorted(folder.glob(pattern)) for pattern in MARKS)
+    told = {mark: manifest(mark) for mark in cells if (mark.parent / evidence.PREDICTIONS).is_file()}
+    if not told:
         raise UHLError(f"profile {profile} has no finished cell in {folder}; run it first: make run PROFILE={profile}")
-
-    own = _described({mark.parent: manifest(mark) for mark in marks if mark.name == "manifest.json"})
+    marks = [*told, *(m for m in copies if (m.parent / evidence.PREDICTIONS).is_file() and _cell(m) in told)]
 
     def write(tmp: Path) -> None:
         with zipfile.ZipFile(tmp, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
-            for file in (file for mark in marks for file in (mark, mark.parent / evidence.PREDICTIONS)):
-                name = file.relative_to(folder)
-                entry = zipfile.ZipInfo(name.as_posix(), (1980, 1, 1, 0, 0, 0))
-                entry.compress_type = zipfile.ZIP_DEFLATED
-                hidden = file.name == evidence.PREDICTIONS and name.parts[0] in own
-                archive.writestr(entry, _bare(file.parent) if hidden else file.read_bytes())
+            for mark in marks:
+                file = mark.parent / evidence.PREDICTIONS
+                said = _bare(mark.parent) if _own(told[_cell(mark)]) else file.read_bytes()
+                for written, data in ((mark, mark.read_bytes()), (file, said)):
+                    entry = zipfile.ZipInfo(written.relative_to(folder).as_posix(), (1980, 1, 1, 0, 0, 0))
+                    entry.compress_type = zipfile.ZIP_DEFLATED
+                    archive.writestr(entry, data)
 
     return write_atomic(path, write)
 
 
-def _described(entries: Mapping[Any, Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Parameters of the folders, such as ``sst2-s0``, whose task is a user's own, by their cells' manifests."""
-    told = {cell.parent.name: entry["parameters"] for cell, entry in entries.items()}
-    return {folder: parameters for folder, parameters in told.items() if parameters.get("kind")}
+def _cell(mark: P) -> P:
+    """The manifest that says what a mark's scores are of: itself, or of a pruned copy that of the source's adapter."""
+    return mark if mark.name == "manifest.json" else mark.parents[2] / "pretrain-canonical" / "manifest.json"
+
+
+def _own(entry: Mapping[str, Any]) -> bool:
+    """Whether a cell's data does not come with packages, as that of :data:`uhl.tasks.OFFLINE` does."""
+    return filled(entry["parameters"])["task"] not in OFFLINE
 
 
 def _bare(cell: Path) -> bytes:
@@ -67,7 +74,7 @@ def _bare(cell: Path) -> bytes:
     for arm, split in [name.split("/")[:2] for name in kept]:
         if arm != evidence.TEACHER:
             kept[f"{arm}/{split}/examples"] = _hash(evidence.examples(cell, arm, split))
-    return _bytes(kept)
+    return npz(kept)
 
 
 def _whole(data: bytes, task: Task, cell: PurePosixPath) -> bytes:
@@ -75,28 +82,26 @@ def _whole(data: bytes, task: Task, cell: PurePosixPath) -> bytes:
     try:
         with np.load(io.BytesIO(data)) as file:
             stored = {name: file[name] for name in file.files}
-    except evidence.UNREADABLE as error:
+        for arm, split in [name.split("/")[:2] for name in stored if name.endswith("/labels")]:
+            if arm == evidence.TEACHER:
+                continue
+            gold, length = evidence.flat(gold_labels(task, split))
+            if not np.array_equal(stored.pop(f"{arm}/{split}/examples"), _hash(gold.tobytes() + length.tobytes())):
+                raise UHLError(
+                    f"{cell} was scored on other {split} examples than {task.name} has here; give the data of that run"
+                )
+            if len(stored[f"{arm}/{split}/labels"]) != len(gold):
+                raise ValueError(f"{len(gold)} labels of {arm} expected")
+            stored |= {f"{arm}/{split}/gold": gold, f"{arm}/{split}/length": length}
+    except UHLError:
+        raise
+    except evidence.BROKEN as error:
         raise UHLError(f"predictions of {cell} in the archive are damaged ({error}); pack it again") from error
-    for place in [name.removesuffix("/examples") for name in stored if name.endswith("/examples")]:
-        split = place.rpartition("/")[2]
-        stored[f"{place}/gold"], stored[f"{place}/length"] = gold, length = evidence.flat(gold_labels(task, split))
-        if not np.array_equal(stored.pop(f"{place}/examples"), _hash(gold.tobytes() + length.tobytes())):
-            raise UHLError(
-                f"{cell} was scored on other {split} examples than {task.name} has here; give the data of that run"
-            )
-        if (of := evidence.groups(task, split)) is not None:
-            stored[f"{split}/group"] = of
-    return _bytes(stored)
+    return npz(stored)
 
 
 def _hash(examples: bytes) -> np.ndarray:
     return np.frombuffer(hashlib.sha256(examples).digest(), dtype=np.uint8)
-
-
-def _bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
-    made = io.BytesIO()
-    np.savez_compressed(made, **arrays)  # type: ignore[arg-type]
-    return made.getvalue()
 
 
 def keep_adapters(profile: str, folder: Path) -> list[Path]:
@@ -140,15 +145,15 @@ def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
         (profile,) = {entry["parameters"]["profile"] for n, entry in told.items() if n.name == "manifest.json"}
         expected = {file for mark in marks for file in (mark, mark.parent / evidence.PREDICTIONS)}
         sane = not any(".." in n.parts or n.is_absolute() for n in files)
+        sane = sane and all(_cell(mark) in told for mark in marks)
         if set(files) != expected or not sane or "/" in profile or ".." in profile:
             raise UHLError(f"{path} holds other files than cells' manifests and predictions; pack it again")
-    except (*evidence.UNREADABLE, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, UHLError):
-            raise
+    except UHLError:
+        raise
+    except evidence.BROKEN as error:
         raise UHLError(f"{path} is not an archive of runs ({error}); make one with: python -m uhl pack") from error
     made, back, now = [], dict[PurePosixPath, bytes](), time.time()
-    own = _described({n.parent: entry for n, entry in told.items() if n.name == "manifest.json"})
-    data = lru_cache(None)(lambda folder: load_data(Settings(**own[folder])))
+    data = lru_cache(None)(lambda known: load_data(Settings(**json.loads(known))))
     for mark in sorted(marks):
         place = root() / profile / mark.parent
         new = not (place / mark.name).is_file()
@@ -160,8 +165,9 @@ def restore(path: str | Path, adapters: Path | None = None) -> list[Path]:
                 back[mark.parent / ADAPTER] = file.read_bytes()
         if new:
             said = files[mark.parent / evidence.PREDICTIONS]
-            if (folder := mark.parts[0]) in own:
-                said = _whole(said, data(folder), mark.parent)
+            if _own(cell := told[_cell(mark)]):
+                known = {name: filled(cell["parameters"])[name] for name in sorted(SCORED)}
+                said = _whole(said, data(json.dumps(known)), mark.parent)
             back |= {mark.parent / evidence.PREDICTIONS: said, mark: files[mark]}
             made.append(place)
     for name, content in back.items():  # of each cell what says that it is whole last

@@ -250,7 +250,7 @@ def _port_cost(shape: str, count: int, cuts: int, threads: int) -> dict[str, obj
     but a regression), so that no luck spares one: with fragments the last pass over everything is among them.
     """
     torch.set_num_threads(threads)
-    logging.getLogger("uhl").setLevel(logging.ERROR)  # a port to random weights is a poor one
+    logging.getLogger("uhl.porting").setLevel(logging.ERROR)  # a port to random weights is a poor one
     texts = random.Random(0).sample(sorted(set(tasks.generic_text())), count)
     probe = Probe(texts, words=1, coded=count, own=count, cuts=cuts)
     tokenizer = AutoTokenizer.from_pretrained(models.resolve("minilm-l6")[0])

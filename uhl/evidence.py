@@ -19,11 +19,11 @@ import numpy as np
 from uhl import stats
 from uhl.errors import UHLError
 from uhl.runs import manifest
-from uhl.tasks import Task
 
 PREDICTIONS = "predictions.npz"
 TEACHER = "teacher"  # in place of an arm, with decisions and no row of results
 UNREADABLE = (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error)
+BROKEN = (*UNREADABLE, LookupError, TypeError, AttributeError)  # what reading raises of a file that is whole, and wrong
 
 
 def predictions(cell: Path) -> dict[str, np.ndarray]:
@@ -45,12 +45,6 @@ def flat(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
     """Labels of examples, one each or one a word, as one array, and how many of them each example has."""
     rows = [np.atleast_1d(x) for x in labels]
     return np.concatenate(rows).astype(np.int16), np.array([len(x) for x in rows], dtype=np.int32)
-
-
-def groups(task: Task, split: str) -> np.ndarray | None:
-    """The group of each example of a split, such as its review; None where examples stand alone."""
-    rows = task.data[split]
-    return np.array(rows["group"], dtype=np.int32) if "group" in rows.column_names else None
 
 
 def _of(cell: Path, arm: str, split: str) -> list[np.ndarray]:

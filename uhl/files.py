@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -82,7 +83,14 @@ def write_csv(path: str | Path, table: pd.DataFrame, digits: int = 6) -> Path:
 
 def write_npz(path: str | Path, arrays: Mapping[str, np.ndarray]) -> Path:
     """:func:`write_atomic` for arrays by name, compressed; ``path`` ends in `.npz`."""
-    return write_atomic(path, lambda tmp: np.savez_compressed(tmp, **arrays))  # type: ignore[arg-type]
+    return write_atomic(path, lambda tmp: tmp.write_bytes(npz(arrays)))
+
+
+def npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """The bytes of a compressed `.npz`."""
+    made = io.BytesIO()
+    np.savez_compressed(made, **arrays)  # type: ignore[arg-type]
+    return made.getvalue()
 
 
 @contextmanager

@@ -93,8 +93,8 @@ class Grid(_Strict):
 
     @classmethod
     def known(cls, profile: str) -> Grid | None:
-        """The grid of a profile of ``params/``; None of any other."""
-        return cls.read(profile) if (PARAMS / profile).is_dir() else None
+        """The grid of a profile that has one; None of any other."""
+        return cls.read(profile) if profile in profiles() else None
 
     @property
     def hosts(self) -> tuple[str, ...]:

@@ -27,8 +27,6 @@ from uhl.runs import Settings
 from uhl.tasks import Task
 from uhl.train import Classifier, Prediction, predict
 
-BROKEN = (*evidence.UNREADABLE, KeyError, TypeError, AttributeError)  # what reading a damaged outcome raises
-
 
 def flops_pct(attached: Attached, encoder: Encoder) -> float:
     """An adapter's FLOPs on its host in percent of the host's linear layers."""
@@ -89,7 +87,8 @@ class Outcome:
 
     def groups(self, split: str = "test") -> np.ndarray | None:
         """The review of each example, where the task's examples come in groups."""
-        return evidence.groups(self.task, split)
+        rows = self.task.data[split]
+        return np.array(rows["group"], dtype=np.int32) if "group" in rows.column_names else None
 
     @property
     def split(self) -> str:
@@ -117,7 +116,8 @@ class Outcome:
         made = [viz.save_fig(fig, folder / name, data) for name, (fig, data) in (figures or {}).items()]
         written += [file for picture in made for file in (picture, picture.with_suffix(".csv"))]
         used = dict.fromkeys([self.settings.source, *(str(row["target"]) for row in self.rows)])
-        extra |= {"labels": list(self.task.labels), "models": {name: models.revision(name) for name in used}}
+        extra |= {"data": tasks.digest(self.task), "labels": list(self.task.labels)}
+        extra |= {"models": {name: models.revision(name) for name in used}}
         extra |= {"curves": self.curves, "commit": ", ".join(sorted({*self.commits, runs.commit()}))}
         extra |= {"adapters": self.adapters, "rules": self.rules} if self.adapters else {}
         extra["hardware"] = " and ".join(sorted(self.hardware or {runs.hardware()}))
@@ -144,39 +144,43 @@ class Outcome:
             told = runs.filled(entry["about"])
             if any(told.get(name) != value for name, value in json.loads(json.dumps(_dated(about))).items()):
                 return None
-            curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
-            found = cls(settings, task, entry["rows"], curves=curves, commits={entry["commit"]})
-            found.hardware, found.details = {entry["hardware"]}, entry.get("details", {})
+            found = cls._read(settings, task, folder, entry["rows"], entry)
+            found.details = entry.get("details", {})
             found.adapters, found.rules = entry.get("adapters", {}), entry.get("rules")
             found.paths = [folder.parent / name for name in entry.get("files", {})]
             if any(sha256(path) != entry["files"][path.name] for path in found.paths):
                 return None
-            found._read_predictions(folder)
-        except BROKEN:
+        except evidence.BROKEN:
             return None  # there is none, or it is not whole
         return found
 
     @classmethod
     def of_cell(cls, settings: Settings, task: Task, cell: Path, entry: Mapping[str, Any], arm: str) -> Outcome | None:
-        """One arm of a finished cell, whose manifest is ``entry``, as an outcome of these settings; None where it was
-        scored on other examples.
+        """One arm of a finished cell, whose manifest is ``entry``, as an outcome of these settings; None where the arm
+        is not there or not whole, or the cell's data was other, as far as it tells.
         """
         rows = [{**row, "profile": settings.profile} for row in entry["rows"] if row["arm"] == arm]
-        found = cls(settings, task, rows, commits=set(entry["commit"].split(", ")), hardware={entry["hardware"]})
+        wanted = {f"{arm}/{split}": tasks.gold_labels(task, split) for split in settings.splits}
         try:
-            found.curves = {arm: [(step, loss) for step, loss in entry["curves"][arm]]}
-            found._read_predictions(cell)
-        except BROKEN:
+            found = cls._read(settings, task, cell, rows, {**entry, "curves": {arm: entry["curves"][arm]}})
+        except evidence.BROKEN:
             return None
-        known = {f"{arm}/{split}": tasks.gold_labels(task, split) for split in settings.splits}
-        return found if {name: said.gold for name, said in found.predictions.items()} == known else None
+        alike = entry.get("data", digest := tasks.digest(task)) == digest
+        return found if alike and {name: said.gold for name, said in found.predictions.items()} == wanted else None
 
-    def _read_predictions(self, folder: Path) -> None:
-        """Predictions of the rows, from where :meth:`_save_predictions` wrote them; raises one of :data:`BROKEN`."""
+    @classmethod
+    def _read(
+        cls, settings: Settings, task: Task, folder: Path, rows: list[dict[str, object]], entry: Mapping[str, Any]
+    ) -> Outcome:
+        """Rows with their predictions, curves, and where they ran; raises one of :data:`uhl.evidence.BROKEN`."""
+        curves = {arm: [(step, loss) for step, loss in losses] for arm, losses in entry["curves"].items()}
+        found = cls(settings, task, rows, curves=curves, commits=set(entry["commit"].split(", ")))
+        found.hardware = set(entry["hardware"].split(" and "))
         with np.load(folder / evidence.PREDICTIONS) as arrays:
-            for row in self.rows:
+            for row in rows:
                 name = f"{row['arm']}/{row['split']}"
-                self.predictions[name] = _stored(arrays, name, row, self.task.kind == "token")
+                found.predictions[name] = _stored(arrays, name, row, task.kind == "token")
+        return found
 
     def _save_predictions(self, path: Path) -> Path:
         """Predictions and gold labels, compressed, so that scores can be recomputed without a model.

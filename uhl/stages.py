@@ -59,7 +59,7 @@ def bearing(stage: str, settings: Settings) -> set[str]:
     """
     kind, _, rest = stage.partition("-")
     methods, on_source = settings.baselines, rest == runs.slug(settings.source)
-    length = {"steps"} if settings.steps else {"epochs"}
+    length = {"steps"} | (set() if settings.steps else {"epochs"})
     trained, sparse = {"head_rate", "bf16"}, {"mixer_rate", "lambda_q", "alpha", "top_k"}
     if kind == "pretrain" and not settings.borrowed:
         own = {"rate", *(name for name in Settings.model_fields if "anchor" in name)}
@@ -72,7 +72,7 @@ def bearing(stage: str, settings: Settings) -> set[str]:
         return DATA | {"target"} | ({"refresh_steps"} if {*REFRESHED} & {*settings.arms} else set())
     if kind == "baselines":
         place = length | {"batch", "lambda_f"} if on_source else {"target", "tune_steps", "tune_batch"}
-        shared = DATA | trained | {"anchors", "anchor_text"} | place | _rates(methods)
+        shared = (DATA - {"source_task"}) | trained | {"anchors", "anchor_text"} | place | _rates(methods)
         return shared | sparse if {*SPARSE} & {*methods} else shared - {"lambda_f"}
     return set(DATA)
 
@@ -280,8 +280,9 @@ def pretrain(
         "layers": encoder.layers,
     } | ({} if teacher is None else {"teacher": teacher.method})
     path = store.save(adapter, folder / "adapter.safetensors")
-    if (size := path.stat().st_size) > LIMIT_BYTES:
-        LOG.warning("%s has %s bytes, more than %s; lower `more_anchors`", path, f"{size:,}", f"{LIMIT_BYTES:,}")
+    if adapter.anchors and (size := path.stat().st_size) > LIMIT_BYTES:
+        told = f"{size:,} bytes, more than {LIMIT_BYTES:,}"
+        LOG.warning("%s has %s; lower `more_anchors`, `generic_anchors` or `anchors`", path, told)
     found = store.load(path)
     frame = basis.frame(slots) if projector == "canonical" else None
     outcome = Outcome(settings, task, paths=[path], curves={f"uhl-{projector}": log.losses})
@@ -427,7 +428,7 @@ def agreement(settings: Settings, found: Prediction, split: str = "test") -> flo
         raise UHLError(f"{path} is missing; run notebook 02 for the same profile, task and seed")
     said = evidence.of_source(cell, split)
     said = np.empty(0) if said is None else said
-    labels = np.concatenate([np.atleast_1d(x) for x in found.labels])
+    labels, _ = evidence.flat(found.labels)
     if len(labels) != len(said):
         raise UHLError(f"{path} has {len(said)} {split} decisions, {len(labels)} are needed; run notebook 02 likewise")
     return float((labels == said).mean())
@@ -604,7 +605,7 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     as many steps as ours: ``steps`` or ``epochs`` on the source, on the target what tuning has.
 
     Each is kept in a folder of its own as soon as it is scored. A cell that was interrupted, or that has more methods
-    now, reads those back and trains the others; so it does with those that :func:`_run_beside` knows.
+    now, reads those back and trains the others; so it does with those of the profile that the grid names `beside`.
     """
     (name, folder), task = _place(settings, host), load_data(settings)
     shared: dict[str, Any] = {"host": name, "revision": _revision(name)}
@@ -613,11 +614,13 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
         shared |= _as_tuned(settings)
     begin: Start | None = None
     outcomes: dict[str, Outcome] = {}
+    grid = Grid.known(settings.profile)
     for method in settings.baselines:
         about = decisive(settings, folder.name, baselines=(method,)) | shared
         about |= {"method": method, "rate": getattr(settings, RATES.get(method, "rate"))}
         outcome = Outcome.kept(settings, task, folder / method, about)
-        outcome = outcome or _run_beside(settings, task, folder.name, method)
+        if outcome is None and grid is not None and grid.beside is not None:
+            outcome = _run_beside(grid.beside, settings, task, folder.name, method, name)
         if outcome is None:
             begin = begin or baseline_start(settings, host)
             outcome = baseline(settings, host, method, begin)
@@ -626,17 +629,14 @@ def baselines(settings: Settings, host: str) -> dict[str, Outcome]:
     return outcomes
 
 
-def _run_beside(settings: Settings, task: Task, stage: str, method: str) -> Outcome | None:
-    """A baseline as the profile has it that the grid names `beside` this one, where it was run there with the same
-    settings and scored on the same examples.
-    """
-    grid = Grid.known(settings.profile)
-    if grid is None or grid.beside is None:
-        return None
-    theirs = settings.model_copy(update={"profile": grid.beside})
+def _run_beside(profile: str, settings: Settings, task: Task, stage: str, method: str, host: str) -> Outcome | None:
+    """A baseline as another profile has it, where it was run there with the same settings, data and host."""
+    theirs = settings.model_copy(update={"profile": profile})
     cell = runs.cell_dir(theirs, stage)
     entry = runs.same(cell / "manifest.json", decisive(theirs, stage, baselines=(method,)))
-    return None if entry is None else Outcome.of_cell(settings, task, cell, entry, method)
+    if entry is None or entry.get("models", {}).get(host) != models.revision(host):
+        return None
+    return Outcome.of_cell(settings, task, cell, entry, method)
 
 
 def _as_tuned(settings: Settings) -> dict[str, int | float]:

@@ -29,7 +29,7 @@ from uhl import runs
 from uhl.anchors import Probe, unit_states
 from uhl.baselines import Baseline, Start, run_baseline
 from uhl.config import Sizes, TrainConfig
-from uhl.evidence import UNREADABLE
+from uhl.evidence import BROKEN, flat
 from uhl.files import write_npz
 from uhl.models import Encoder
 from uhl.tasks import IGNORE, Task, digest, plain_text
@@ -114,7 +114,7 @@ def teach(
         seconds = time.time() - begun
         train, unlabelled = (_says(made, encoder, _probe(part, task, config.max_length)) for part in texts)
         scored = {s: predict(made.classifier, encoder, task, s, max_length=config.max_length) for s in SCORED}
-        decided = {s: np.concatenate([np.atleast_1d(x) for x in p.labels]).tolist() for s, p in scored.items()}
+        decided = {s: flat(p.labels)[0].tolist() for s, p in scored.items()}
         scores = {split: p.score for split, p in scored.items()}
         found = Teacher(method, train, unlabelled, _says(made, encoder, asked), decided, scores, seconds)
         _keep(found, folder / "says.npz", mark)
@@ -150,5 +150,5 @@ def _kept(file: Path, method: str, mark: str) -> Teacher | None:
             train, unlabelled, anchors = (torch.from_numpy(stored[name]) for name in (*SPLITS, "anchors"))
             decided = {split: stored[split].tolist() for split in SCORED}
         return Teacher(method, train, unlabelled, anchors, decided, about["scores"], about["seconds"])
-    except (*UNREADABLE, KeyError):
+    except BROKEN:
         return None
