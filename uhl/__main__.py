@@ -99,8 +99,8 @@ def copies(options: argparse.Namespace) -> None:
 
 
 def pack(options: argparse.Namespace) -> None:
-    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip, without gold labels of your own
-    data; with --adapters copy the adapters that it trained, and the texts in them, into adapters/<profile>.
+    """Write a profile's manifests and predictions into one archive, figures/<profile>.zip, without gold labels of your
+    own data; with --adapters copy the adapters that it trained, and the texts in them, into adapters/<profile>.
     """
     path = archives.pack(options.profile, HERE / "figures" / f"{options.profile}.zip")
     print(f"{path.relative_to(HERE)}: {path.stat().st_size:,} bytes")
