@@ -163,6 +163,9 @@ def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]
 
 
+UNFINISHED = {"offline-taught"}  # profiles whose committed tables say that they are not complete
+
+
 @pytest.mark.parametrize("profile", sorted(path.stem for path in ROOT.glob("figures/*.zip")))
 def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path, monkeypatch, profile):
     """What README says that `uhl restore` and `make table` do, without the figures."""
@@ -173,7 +176,9 @@ def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path
     monkeypatch.setenv("UHL_RUNS", str(tmp_path))
     for name in {profile, report.FIRST}:  # others are compared with that
         archives.restore(ROOT / "figures" / f"{name}.zip")
-    assert audit.missing(profile) == pd.read_csv(ROOT / report.figures_of(profile) / "missing.csv")["missing"].tolist()
+    lacks = audit.missing(profile)
+    assert lacks == pd.read_csv(ROOT / report.figures_of(profile) / "missing.csv")["missing"].tolist()
+    assert bool(lacks) == (profile in UNFINISHED)
     made, kept = runs.load_results(profile), pd.read_csv(ROOT / report.figures_of(profile) / "results.csv")
     assert made["score"].tolist() == pytest.approx(kept["score"].tolist())
     assert (made["arm"] == kept["arm"]).all()

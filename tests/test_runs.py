@@ -295,7 +295,10 @@ BEARING = {  # a stage: settings that its scores depend on, and some that they d
     "pretrain-dimension": ("dimension_rate top_k", "rate anchors more_anchors teacher_weight target"),
     "port-minilm-l3": ("max_length unlabelled target", "bf16 head_rate mixer_rate lambda_q rate refresh_steps epochs"),
     "tune-minilm-l3": ("tune_rate tune_batch bf16 head_rate lambda_q", "mixer_rate lambda_f epochs anchors batch"),
-    "baselines-minilm-l3": ("tune_steps lora_rate anchors bf16", "epochs batch vera_rate lambda_f teacher source_task"),
+    "baselines-minilm-l3": (
+        "tune_steps lora_rate anchors bf16",
+        "epochs batch vera_rate lambda_f teacher mixer_rate source_task",
+    ),
     "baselines-minilm-l6": ("epochs steps batch full_rate", "tune_steps target vera_rate rate"),
 }
 
@@ -311,6 +314,7 @@ def test_what_a_cells_scores_depend_on(stage):
 
 def test_what_scores_depend_on_by_what_is_asked():
     """Steps in place of epochs, a teacher with its rate, arms that refresh, sparse methods; every setting somewhere."""
+    assert {"steps", "batch"} <= bearing("pretrain-canonical", Settings(steps=5)) - {"epochs"}
     assert "epochs" not in bearing("pretrain-canonical", Settings(steps=5))
     assert {"teacher_weight", "full_rate"} <= bearing("pretrain-dimension", Settings(teacher="full"))
     assert "refresh_steps" in bearing("port-minilm-l3", Settings(arms=("anchor", "refresh")))

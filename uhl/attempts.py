@@ -287,7 +287,7 @@ def taught(
     """
     probe = anchors.probe
     if labels:
-        texts, decided = tasks.plain_text(task, "train"), list(task.data["train"]["label"])
+        texts, decided = tasks.plain_text(task, "train"), tasks.gold_labels(task, "train")
         own, origins = len(texts), list(range(len(texts)))
     else:
         texts, decided = probe.observed, anchors.decided().argmax(1).tolist()
@@ -303,7 +303,7 @@ def taught(
         elif row < own:  # fragments of what is held out are left out
             rows["dev"].append(made)
     if len(known := {row["label"] for row in rows["train"]}) == 1:
-        gold = list(task.data["dev"]["label"])
+        gold = tasks.gold_labels(task, "dev")
         guess = [*known] * len(gold)
         return Prediction(guess, gold, [], score(task, guess, gold), 0.0)
     data = {split: Dataset.from_list(found) for split, found in rows.items()}

@@ -59,7 +59,7 @@ def bearing(stage: str, settings: Settings) -> set[str]:
     """
     kind, _, rest = stage.partition("-")
     methods, on_source = settings.baselines, rest == runs.slug(settings.source)
-    length = {"steps"} | (set() if settings.steps else {"epochs"})
+    length = {"steps"} if settings.steps else {"steps", "epochs"}
     trained, sparse = {"head_rate", "bf16"}, {"mixer_rate", "lambda_q", "alpha", "top_k"}
     if kind == "pretrain" and not settings.borrowed:
         own = {"rate", *(name for name in Settings.model_fields if "anchor" in name)}
