@@ -21,7 +21,6 @@ import pandas as pd
 from datasets import Dataset, DatasetDict
 
 from uhl import attempts, results, runs, stages, store, student
-from uhl.anchors import observe
 from uhl.grid import PARAMS, Grid
 from uhl.models import load_encoder
 from uhl.porting import Shared, at_work, port
@@ -85,7 +84,7 @@ def ports(settings: Settings, task: Task) -> None:
                 adapter.anchors = attempts.anew(own, adapter, source, stages.probe(own, other))
             for name in Grid.read("local").targets:
                 target = stages.freeze(load_encoder(name))
-                shared = Shared(observe(target, adapter.anchors.probe))  # type: ignore[union-attr]
+                shared = Shared()
                 for arm in ("anchor", "zero-atoms"):
                     made = port(adapter, target, task.name, arm, source, seed, shared)
                     with at_work(adapter, target, task.name, made.frame, made.scale) as attached:

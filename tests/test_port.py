@@ -235,9 +235,9 @@ def test_a_file_with_fragments_ports_as_before_it_was_written(encoder, make_enco
     seen = observe(target, found.anchors.probe)
     for cut in ({"cuts": False}, {"texts": 50}, {"texts": 50, "cuts": False}, {"coded": 20}):
         found.anchors = adapter.anchors.cut(**cut)
-        count = cut.get("texts", len(texts))
+        count, asked = cut.get("texts", len(texts)), found.anchors.probe
         assert len(found.anchors.logits.table()) == count + (0 if "cuts" in cut else 2 * min(60, count))
-        fewer = port(found, target, shared=Shared(seen.cut(adapter.anchors.probe, found.anchors.probe)))
+        fewer = port(found, target, shared=Shared.of(seen.cut(adapter.anchors.probe, asked), asked))
         own = port(found, target)
         torch.testing.assert_close(fewer.frame.head, own.frame.head, rtol=1e-3, atol=1e-4)
         assert len(store.load(store.save(found, path)).anchors.texts) == count
@@ -288,7 +288,7 @@ def test_on_a_host_larger_than_the_source_the_ported_head_imitates_less(encoder,
         assert port_rules(adapter, host) == porting.RULES  # nothing says how wide the source was
         adapter.info = {"layers": shape[0], "shape": encoder.shape}
         assert port_rules(adapter, host) == rules
-        shared = Shared(observe(host, adapter.anchors.probe))
+        shared = Shared.of(observe(host, adapter.anchors.probe), adapter.anchors.probe)
         found, same, less = (port(adapter, host, shared=shared, way=Way(imitation=i)) for i in (None, own, unlike))
         assert torch.equal(found.frame.head, same.frame.head)
         assert not torch.equal(found.frame.head, less.frame.head)
@@ -762,7 +762,9 @@ def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, m
     watched = []
     for name in ("observe", "_anchored"):
         does = getattr(uhl.porting, name)
-        monkeypatch.setattr(uhl.porting, name, lambda *a, does=does, name=name: watched.append(name) or does(*a))
+        monkeypatch.setattr(
+            uhl.porting, name, lambda *a, does=does, name=name, **k: watched.append(name) or does(*a, **k)
+        )
     made = trained(encoder)[0]
     begun_alone = {arm: copy.deepcopy(made) for arm in arms}  # refreshing changes the bias
     ported_alone = {arm: port(own, target, "mood", arm, encoder, way=way) for arm, own in begun_alone.items()}
@@ -790,13 +792,56 @@ def test_arms_that_share_their_work_are_ported_as_alone(encoder, make_encoder, m
         watched.clear()
         port(adapter, target, "mood", "refresh", seed=seed, shared=shared, way=chosen)
         assert watched == ["_anchored"]
-    begun = time.time()
-    found = port(copy.deepcopy(made), target, "mood", "anchor", shared=Shared(replace(shared.seen, seconds=7.0)))
-    assert 6.9 <= float(found.report["seconds"]) <= 7.1 + time.time() - begun
-    late = Shared(replace(shared.seen, seconds=7.0))
+    begun, seen = time.time(), [replace(part, seconds=7.0) for part in (shared.coded, shared.rest)]
+    found = port(copy.deepcopy(made), target, "mood", "zero-atoms", shared=Shared(*seen))
+    assert 13.9 <= float(found.report["seconds"]) <= 14.1 + time.time() - begun
+    late = Shared(*seen)
     for _ in range(2):  # refresh alone, and from a port that was made before
         again = port(copy.deepcopy(made), target, "mood", "refresh", shared=late, way=way)
         assert float(again.report["seconds"]) >= 7
+
+
+@pytest.mark.unchecked
+def test_a_bare_host_reads_no_more_texts_than_a_port_needs(encoder, make_encoder, monkeypatch):
+    """Those with logits alone it reads with the atoms at work, but where none act, or it may be the source itself."""
+    adapter, target = trained(encoder, coded=40, tuned=False, own=60, cuts=2)[0], make_encoder(layers=2, width=24)
+    adapter.info = {"layers": encoder.layers}
+    watched = []
+    monkeypatch.setattr(porting, "observe", lambda e, p, start=0: watched.append(start) or observe(e, p, start))
+    acting, none = Way(scales=(1.0,)), Way(scales=(0.0,))
+    cases = [("anchor", acting, target, [0]), ("shuffled", acting, target, [0]), ("random-p", acting, target, [0])]
+    cases += [("anchor", none, target, [0, 40]), ("zero-atoms", Way(), target, [0, 40])]
+    cases += [("anchor", acting, encoder, [0, 40]), ("anchor", Way(scales=(1.0,), known=False), encoder, [0])]
+    whole = observe(target, adapter.anchors.probe)
+    for arm, way, host, starts in cases:
+        watched.clear()
+        found = port(copy.deepcopy(adapter), host, "mood", arm, way=way)
+        assert watched == starts, (arm, host.name)
+        if host is target:
+            told = [replace(part, seconds=7.0) for part in whole.parts(40)]
+            begun, shared = time.time(), Shared(*told)
+            again = port(copy.deepcopy(adapter), host, "mood", arm, way=way, shared=shared)
+            assert watched == starts
+            torch.testing.assert_close(again.frame.head, found.frame.head, rtol=1e-3, atol=1e-4)
+            least = 7 * len(starts)
+            assert least - 0.1 <= float(again.report["seconds"]) <= least + 0.1 + time.time() - begun
+
+
+def test_what_is_observed_in_two_parts_is_what_is_observed_in_one(encoder):
+    probe = Probe(sentences(50), words=2, coded=20, own=30, cuts=2)
+    whole, parts = observe(encoder, probe), [observe(encoder, probe.first()), observe(encoder, probe, start=20)]
+    assert [part.units.shape[1] for part in parts] == [part.units.shape[1] for part in whole.parts(20)]
+    torch.testing.assert_close(torch.cat([part.units for part in parts], 1), whole.units, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts[0].words, whole.words, rtol=1e-4, atol=1e-5)
+    assert parts[1].words.shape[1] == 0
+    assert sum(part.states for part in parts) == whole.states
+    one, two = basis_of(whole, 16), basis_of(parts[0], 16, rest=parts[1])
+    for a, b in ((one.read[0], two.read[0]), (one.write[0], two.write[0]), (one.head, two.head)):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    first, rest = whole.parts(20)
+    assert torch.equal(basis_of(first, 16, rest=rest).head, one.head)
+    nothing = observe(encoder, probe, start=len(probe.observed))
+    assert (nothing.units.shape, nothing.states) == ((encoder.layers + 1, 0, 24), 0)
 
 
 def test_another_files_port_is_not_taken_for_this_ones(encoder, make_encoder):
@@ -992,13 +1037,22 @@ def test_units_may_be_read_from_a_text_on(encoder, kind):
 
 
 def test_batches_of_long_texts_are_small(encoder, monkeypatch):
-    monkeypatch.setattr(anchors, "CHARACTERS", 300)
+    monkeypatch.setattr(anchors, "TOKENS", 100)
     texts = sorted([*sentences(40), *(" ".join(sentences(9)) for _ in range(5)), "film " * 200])
-    found = [rows for rows, _ in batches(encoder, Probe(texts, length=64), size=8)]
-    assert sorted(i for rows in found for i in rows) == list(range(46))
-    assert max(map(len, found)) == 8
-    assert all(len(rows) == 1 or len(rows) * max(len(texts[i]) for i in rows) <= 300 for rows in found)
-    assert any(len(rows) < 5 for rows in found)
+    found = list(batches(encoder, Probe(texts, length=64), size=8))
+    assert sorted(i for rows, _ in found for i in rows) == list(range(46))
+    assert max(len(rows) for rows, _ in found) == 8
+    assert all(len(rows) == 1 or batch["input_ids"].numel() <= 100 for rows, batch in found)
+    assert any(len(rows) < 5 for rows, _ in found)
+
+
+def test_batches_hold_texts_of_as_many_tokens_not_characters(encoder):
+    """A padded token costs what a real one does, and an unknown word, however long, is one token."""
+    words = ["film", "x" * 30]
+    texts = [" ".join([words[i % 2]] * (3 + i % 5)) for i in range(80)]
+    found = [batch["attention_mask"] for _, batch in batches(encoder, Probe(texts), size=16)]
+    assert [mask.shape for mask in found] == [(16, 5 + i) for i in range(5)]
+    assert all(mask.all() for mask in found)
 
 
 def test_sentence_means_ignore_padding(encoder):

@@ -38,7 +38,7 @@ from uhl.quant import dequantise, quantise
 DEPTHS = (0.0, 1 / 3, 2 / 3, 1.0)  # of the stream's codes; the embeddings' output is depth 0
 FIRST_WORDS = 32  # of a text, among which words are chosen: later ones may be cut off
 FRAGMENT = 3  # words that a fragment has at least
-CHARACTERS = 2048  # of the texts of a batch on a CPU, about; for more the states of all levels outgrow the host
+TOKENS = 512  # of a batch on a CPU, padding among them; for more the states of all levels outgrow the host
 
 Span = tuple[int, int, int]  # a word: part of a pair (0 or 1), first character, end
 
@@ -251,9 +251,9 @@ def pieces_of(pieces: Sequence[Piece], spans: Sequence[Span], first: bool = Fals
 def batches(
     encoder: Encoder, probe: Probe, size: int = 64, progress: bool = False, start: int = 0
 ) -> Iterator[tuple[list[int], BatchEncoding]]:
-    """Yield (row indices, tokenised batch) over what is observed, from row ``start`` on, sorted by length so that
-    little is padded: at most ``size`` in a batch, and on CPUs fewer of long ones: passes there are no slower for it,
-    and take less memory.
+    """Yield (row indices, tokenised batch) over what is observed, from row ``start`` on, sorted by count of tokens
+    so that little is padded: at most ``size`` in a batch, and on CPUs fewer of long ones: passes there are no slower
+    for it, and take less memory.
 
     ``progress`` shows a bar on a terminal; elsewhere (notebooks, logs) there is none.
     """
@@ -264,20 +264,20 @@ def batches(
         )
     length, texts = _longest(encoder, probe), probe.observed
     device = next(encoder.model.parameters()).device
-    most_characters = CHARACTERS if device.type == "cpu" else size * 5 * length
+    most = TOKENS if device.type == "cpu" else size * length
     groups: list[list[int]] = []
-    for row in sorted(range(start, len(texts)), key=lambda i: len(texts[i])):
-        wide = min(len(texts[row]), 5 * length)  # characters, of which a token has about five
-        if not groups or len(groups[-1]) == size or wide * (len(groups[-1]) + 1) > most_characters:
+    counts = [min(count, length) for count in _counts(encoder, probe, start)]
+    for count, row in sorted(zip(counts, range(start, len(texts)), strict=True)):
+        if not groups or len(groups[-1]) == size or count * (len(groups[-1]) + 1) > most:
             groups.append([])
         groups[-1].append(row)
     for rows in bar(groups, encoder.name, "batch") if progress else groups:
-        chosen = [texts[i] for i in rows]
         cut: dict[str, Any] = {"truncation": True, "max_length": length, "return_tensors": "pt"}
         # on the right, too, where a decoder's tokenizer pads on the left: positions are counted from the left
-        batch = encoder.tokenizer(*_parts(probe, chosen), padding=True, padding_side="right", **cut)
+        parts = _parts(probe, [texts[i] for i in rows])
+        batch = encoder.tokenizer(*parts, padding=True, padding_side="right", **cut)
         if not batch["input_ids"].shape[1]:
-            raise UHLError(f"{len(chosen)} texts have no token at all; leave out blank ones")
+            raise UHLError(f"{len(rows)} texts have no token at all; leave out blank ones")
         yield rows, batch.to(device)
 
 
@@ -295,13 +295,17 @@ def _parts(probe: Probe, texts: Sequence[str]) -> tuple[list[str], ...]:
     return list(first), list(second)
 
 
+def _counts(encoder: Encoder, probe: Probe, start: int = 0) -> list[int]:
+    """How many tokens a host's tokenizer makes of each text and fragment from row ``start`` on, however long."""
+    texts = probe.observed[start:]
+    made = encoder.tokenizer(*_parts(probe, texts), truncation=False, verbose=False)["input_ids"] if texts else []
+    return [len(tokens) for tokens in made]
+
+
 def too_long(encoder: Encoder, probe: Probe) -> list[bool]:
     """Which texts of a probe the host does not read to their end."""
-    if not probe.texts:
-        return []
     most = _longest(encoder, probe)
-    made = encoder.tokenizer(*_parts(probe, probe.texts), truncation=False, verbose=False)["input_ids"]
-    return [len(tokens) > most for tokens in made]
+    return [count > most for count in _counts(encoder, replace(probe, cuts=0))]
 
 
 def _pieces(batch: BatchEncoding, place: int) -> list[Piece]:
@@ -369,12 +373,13 @@ def _units(probe: Probe, rows: Sequence[int], batch: BatchEncoding, hidden: Floa
 @dataclass(frozen=True)
 class Observed:
     """What a bare host makes of a probe at each of its levels (the embeddings' output first): states of the units and
-    of the picked words, and the second moment of all token states of all levels.
+    of the picked words, and the second moment of the token states of all levels, of which there were so many.
     """
 
     units: Float[Tensor, "levels U D"]
     words: Float[Tensor, "levels M D"]
     moment: Float[Tensor, "D D"]
+    states: int
     seconds: float
 
     def at(self, levels: Sequence[int]) -> Float[Tensor, "U D_levels"]:
@@ -390,14 +395,20 @@ class Observed:
         words = (len(probe.texts) if probe.coded is None else probe.coded) * probe.words
         return replace(self, units=self.units[:, whole.rows(probe)], words=self.words[:, :words])
 
+    def parts(self, units: int) -> tuple[Observed, Observed]:
+        """The first units with all words, and the other units, of one table. The moment stays with the former."""
+        rest = replace(self, units=self.units[:, units:], words=self.words[:, :0], states=0, seconds=0.0)
+        return replace(self, units=self.units[:, :units]), rest
+
     def stream(self, words: int) -> Float[Tensor, "levels M D"]:
         """What the stream's codes belong to: words, or whole texts where ``words`` is 0."""
         return self.words if words else self.units
 
 
 @torch.no_grad()
-def observe(encoder: Encoder, probe: Probe) -> Observed:
-    """Run a bare host over the texts: one pass for a basis, for codes, and for all arms of a port.
+def observe(encoder: Encoder, probe: Probe, start: int = 0) -> Observed:
+    """Run a bare host over the texts, or what comes from row ``start`` on, behind the coded ones: one pass for a basis,
+    for codes, and for all arms of a port.
 
     Raises :class:`UHLError` where words are wanted and the tokenizer gives no character offsets, where it knows more
     tokens than the host, and where a state is not finite.
@@ -408,26 +419,30 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
         raise UHLError(
             f"{encoder.name}: its tokenizer gives no character offsets; load a fast one (AutoTokenizer's default)"
         )
-    starts = torch.tensor([0, *probe.units()]).cumsum(0).tolist()
-    units = words = torch.empty(0)
+    coded = 0 if start else coded
+    starts = torch.tensor([0, *probe.units()[start:]]).cumsum(0).tolist()
+    units, words = (
+        torch.empty(encoder.layers + 1, 0, encoder.width),
+        torch.empty(encoder.layers + 1, 0, 0, encoder.width),
+    )
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
     vocabulary = int(getattr(text_config(encoder.model), "vocab_size", 1 << 62))
     with evaluating(encoder.model) as model:
-        for rows, batch in batches(encoder, probe, progress=True):
+        for rows, batch in batches(encoder, probe, progress=True, start=start):
             if (largest := int(batch["input_ids"].max())) >= vocabulary:
                 raise UHLError(
                     f"{encoder.name}: its tokenizer gives token {largest}, the model has {vocabulary:,} embeddings; "
                     "load the tokenizer that belongs to it"
                 )
             states = levels_of(model(**batch, output_hidden_states=True))
-            if not len(units):
+            if not units.numel():
                 units = torch.empty(len(states), starts[-1], encoder.width)
                 words = torch.empty(len(states), coded, probe.words, encoder.width)
             picked = [(i, r) for i, r in enumerate(rows) if probe.words and r < coded]
             weights = [_picked(probe, batch, i, r).to(states[0].device) for i, r in picked]
             for level, hidden in enumerate(states):
                 for row, made in zip(rows, _units(probe, rows, batch, hidden), strict=True):
-                    units[level, starts[row] : starts[row + 1]] = made.cpu()
+                    units[level, starts[row - start] : starts[row - start + 1]] = made.cpu()
                 for (place, row), weight in zip(picked, weights, strict=True):
                     words[level, row] = (weight @ hidden[place].float()).cpu()
                 tokens = hidden[batch["attention_mask"].bool()].float()
@@ -437,7 +452,7 @@ def observe(encoder: Encoder, probe: Probe) -> Observed:
             f"{encoder.name}: states at level {wrong[0]} of {len(units) - 1} are not finite; its weights are damaged, "
             "or overflow in the precision that it was loaded in"
         )
-    return Observed(units, words.flatten(1, 2), moment / max(count, 1), time.time() - begun)
+    return Observed(units, words.flatten(1, 2), moment / max(count, 1), count, time.time() - begun)
 
 
 def _picked(probe: Probe, batch: BatchEncoding, place: int, row: int) -> Float[Tensor, "words T"]:

@@ -237,7 +237,7 @@ def _measure(
     known = own.anchors.texts == whole.texts[: len(own.anchors.texts)]
     there = seen.cut(whole.probe, asked) if known else observe(target, asked)
     way = a.way.model_copy(update={"refresh_steps": settings.refresh_steps})
-    made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared(there), way=way)
+    made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared.of(there, asked), way=way)
     with at_work(own, target, settings.task_name, made.frame, made.scale) as attached:
         classifier = Classifier(target.model, own.task(settings.task_name), made.frame, attached)
         found = predict(classifier, target, task, "dev", max_length=settings.max_length)

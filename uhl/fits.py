@@ -64,9 +64,14 @@ class Way(_Strict):
     confidence: float = Field(CONFIDENCE, ge=0, le=1, description="weight of the target's own decisions in these")
 
 
-def basis_of(seen: Observed, width: int, levels: tuple[int, ...] = LAST) -> Basis:
-    """Canonical basis of a bare encoder that was observed on unlabelled texts; its head reads ``levels``."""
-    return replace(canonical_basis(seen.moment, seen.at(levels), width), levels=levels)
+def basis_of(seen: Observed, width: int, levels: tuple[int, ...] = LAST, rest: Observed | None = None) -> Basis:
+    """Canonical basis of a bare encoder that was observed on unlabelled texts, in one part or two; its head reads
+    ``levels``.
+    """
+    parts = [seen] if rest is None else [seen, rest]
+    count = sum(part.states for part in parts)
+    moment = torch.stack([part.moment * (part.states / count) for part in parts]).sum(0)
+    return replace(canonical_basis(moment, torch.cat([part.at(levels) for part in parts]), width), levels=levels)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@
 | `shuffled`   | control: `anchor` with the anchors' codes permuted                 | the file's anchors       |
 | `refresh-random` | control: `refresh` with atoms behind a random orthogonal P     | the file's anchors       |
 
-The anchored port runs the target over the anchor texts once. The stream's reader M solves min ||H M^T - Z||^2 +
+The anchored port runs the target over the anchor texts. The stream's reader M solves min ||H M^T - Z||^2 +
 ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer N solves the reverse.
 The head's reader is the same regression from what a head reads (sentence means, or words) at several levels to the
 *adapted* source's codes, fitted with the atoms in place; the directions that the task's logits need are fitted on more
@@ -37,6 +37,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -85,15 +86,51 @@ class Port:
 
 @dataclass
 class Shared:
-    """What ports of one file to one host have in common, kept from one arm to the next: the host on the anchors, the
-    source's basis, and the ports that others start from.
+    """What ports of one file to one host have in common, kept from one arm to the next: the host on the coded texts and
+    on the rest, the source's basis, and the ports that others start from.
     """
 
-    seen: Observed | None = None
+    coded: Observed | None = None
+    rest: Observed | None = None
     basis: Basis | None = None
     basis_seconds: float = 0.0
     ports: dict[tuple[object, ...], Port] = field(default_factory=dict)
     own: dict[str, Basis] = field(default_factory=dict)  # the host's own coordinates of sentences, or of words
+
+    @classmethod
+    def of(cls, seen: Observed, probe: Probe) -> Shared:
+        """With a host that was observed on everything in a probe."""
+        return cls(*seen.parts(sum(probe.first().units())))
+
+
+@dataclass
+class _Look:
+    """A bare host on the anchors, for one port: what no other port has observed is observed when it is asked for.
+    ``spared`` are the seconds that others have taken for what this one asked for.
+    """
+
+    target: Encoder
+    probe: Probe
+    shared: Shared
+    spared: float = 0.0
+
+    @cached_property
+    def coded(self) -> Observed:
+        """On the coded texts."""
+        if self.shared.coded is not None:
+            self.spared += self.shared.coded.seconds
+        else:
+            self.shared.coded = observe(self.target, self.probe.first())
+        return self.shared.coded
+
+    @cached_property
+    def rest(self) -> Observed:
+        """On all other texts, and on fragments."""
+        if self.shared.rest is not None:
+            self.spared += self.shared.rest.seconds
+        else:
+            self.shared.rest = observe(self.target, self.probe, start=len(self.probe.first().texts))
+        return self.shared.rest
 
 
 def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | None = None) -> str | None:
@@ -209,23 +246,21 @@ def port(
         done.report |= refresh(adapter, target, task, done.frame, done.scale, seed, steps, confidence)
     else:
         assert adapter.anchors is not None
-        if shared.seen is None:
-            shared.seen = observe(target, adapter.anchors.probe)
-        else:
-            begun -= shared.seen.seconds
+        look, alone = _Look(target, adapter.anchors.probe, shared), True
         told, kept = adapter.info, adapter.info.get("scale")
         here = (told.get("tuned_on"), told.get("arm")) == (target.name, arm) and isinstance(kept, float)
         if way.scales is None and here:
             way = way.model_copy(update={"scales": (kept,)})  # that of the head, which was tuned with it
         elif way.scales is None and arm == "random-p":  # at the same scale
             made = port(adapter, target, task, "anchor", source, seed, shared, way)
-            begun = time.time() - float(str(made.report["seconds"]))
+            begun, alone = time.time() - float(str(made.report["seconds"])), False
             way = way.model_copy(update={"scales": (made.scale,)})
-        own = _own_basis(adapter, shared.seen) if way.known and arm in {"anchor", "zero-atoms"} else None
+        own = _own_basis(adapter, look) if way.known and arm in {"anchor", "zero-atoms"} else None
         if own is not None:
             done = Port(arm, own.frame(slots), float(arm != "zero-atoms"))
         else:
-            done = _anchored(adapter, target, task, arm, slots, seed, shared.seen, way)
+            done = _anchored(adapter, target, task, arm, slots, seed, look, way)
+        begun -= look.spared if alone else 0.0
     if part.own_head is not None:
         done.frame = _own_coordinates(done.frame, adapter, part.kind, target, shared)
         done.report |= _strange(adapter, task, target, arm)
@@ -390,15 +425,15 @@ def source_basis(adapter: UHLAdapter, source: Encoder) -> Basis:
     return basis_of(observe(source, replace(adapter.anchors.probe, words=0)), adapter.config.width)
 
 
-def _own_basis(adapter: UHLAdapter, seen: Observed) -> Basis | None:
+def _own_basis(adapter: UHLAdapter, look: _Look) -> Basis | None:
     """The basis of a host that is the adapter's source itself: at every depth it makes of the anchors what the file
     says, as exactly as 8 bits hold it. None for any other.
     """
-    anchors = adapter.anchors
+    anchors, seen = adapter.anchors, look.coded
     assert anchors is not None
     if adapter.info.get("layers") not in {None, len(seen.units) - 1}:
         return None
-    basis = basis_of(seen, adapter.config.width)
+    basis = basis_of(seen, adapter.config.width, rest=look.rest)
     for depth, codes in zip(anchors.depths, anchors.stream, strict=True):
         dims, rows = codes.values.shape
         made = seen.stream(anchors.words)[seen.level(depth)][:rows] @ basis.read[0][:dims].T
@@ -467,15 +502,15 @@ def _anchored(
     arm: str,
     slots: Sequence[Slot],
     seed: int,
-    seen: Observed,
+    look: _Look,
     way: Way,
 ) -> Port:
     anchors = adapter.anchors
     assert anchors is not None
     generator = torch.Generator().manual_seed(seed)
     wanted = Wanted.of(anchors, generator if arm == "shuffled" else None)
-    basis, fits = stream_basis(anchors, seen, wanted.order, way, adapter.dictionary.v.detach().cpu())
-    whole, coded = anchors.probe, anchors.probe.first()
+    basis, fits = stream_basis(anchors, look.coded, wanted.order, way, adapter.dictionary.v.detach().cpu())
+    coded = anchors.probe.first()
     few_units = sum(coded.units())
     if arm == "random-p":
         basis = random_basis(basis, generator)
@@ -484,22 +519,21 @@ def _anchored(
     scales = (0.0,) if arm == "zero-atoms" else way.scales or tuple(ratio * s for s in SCALES)
     few = wanted if wanted.logits is None else wanted.first(few_units)
 
-    def states(scale: float, probe: Probe, start: int = 0) -> Tensor:
+    def states(scale: float, rest: bool = False) -> Tensor:
         if scale == 0:
-            units = probe.units()
-            return seen.at(basis.levels)[sum(units[:start]) : sum(units)]
+            return (look.rest if rest else look.coded).at(basis.levels)
+        probe, start = (anchors.probe, len(coded.texts)) if rest else (coded, 0)
         with attach(target.model, adapter, task, _acting(basis.frame(slots), slots, way), scale):
             return unit_states(target, probe, basis.levels, start)
 
     with untuned(adapter, task):
-        read = {scale: states(scale, coded) for scale in scales}
+        read = {scale: states(scale) for scale in scales}
         tried = {scale: head_fit(units, few, target.width) for scale, units in read.items()}
         scale = max(tried, key=lambda s: tried[s].explained)
         best = tried[scale]
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
-            rest = states(scale, whole, len(coded.texts))
             loose = port_rules(adapter, target) == LARGER_RULES if way.imitation is None else way.imitation == "one-se"
-            best = head_fit(torch.cat([read[scale], rest]), wanted, target.width, loose)
+            best = head_fit(torch.cat([read[scale], states(scale, rest=True)]), wanted, target.width, loose)
     frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(slots)
     frame = _acting(frame, slots, way)
     report: dict[str, object] = {
@@ -508,7 +542,7 @@ def _anchored(
         "stream_fit": [round(f, 4) for f in fits],
         "head_fit": {round(s, 4): round(f.explained, 4) for s, f in tried.items()},
         "final_fit": round(best.explained, 4),
-        "change": round(_change(read[scale], states(0.0, coded)), 4),
+        "change": round(_change(read[scale], states(0.0)), 4),
     }
     if anchors.judges(task):
         assert best.logits is not None

@@ -546,7 +546,8 @@ def observe_target(settings: Settings) -> Shared:
     adapter, _ = adapter_for(settings, "anchor")
     if adapter.anchors is None:
         raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    return Shared(observe(load_encoder(settings.target), adapter.anchors.probe))
+    asked = adapter.anchors.probe
+    return Shared.of(observe(load_encoder(settings.target), asked), asked)
 
 
 def tune_task(
