@@ -48,7 +48,7 @@ from uhl.fits import basis_of, upper_levels
 from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
-from uhl.porting import at_work, port, predict_texts
+from uhl.porting import Shared, at_work, port, predict_texts
 from uhl.runs import Settings
 from uhl.tasks import load_task, plain_text
 from uhl.train import Classifier, Prediction, predict, train
@@ -824,7 +824,7 @@ def test_a_tuned_file_holds_what_was_scored(tiny_world):
 def test_an_interrupted_cell_of_tuning_reads_back_the_arms_that_were_scored(tiny_world, monkeypatch):
     for projector in ("canonical", "dimension"):
         stages.pretrain(tiny_world, projector)
-    shared, tune = stages.observe_target(tiny_world), stages.tune
+    shared, tune = Shared(), stages.tune
     first = stages.tuned(tiny_world, shared)
     asked = []
     monkeypatch.setattr(stages, "tune", lambda settings, arm, shared: asked.append(arm) or tune(settings, arm, shared))
@@ -888,7 +888,7 @@ def test_an_interrupted_cell_of_ports_reads_back_the_arms_that_were_scored(tiny_
 def test_what_was_kept_is_read_back_by_a_release_with_more_settings(tiny_world, monkeypatch):
     stages.pretrain(tiny_world, "canonical")
     few = tiny_world.model_copy(update={"arms": ("anchor",)})  # without a `dimension` adapter
-    shared = stages.observe_target(few)
+    shared = Shared()
     assert list(stages.tuned(few, shared)) == ["anchor", "untrained"]
     for file in runs.root().rglob("outcome.json"):
         entry = json.loads(file.read_text())
@@ -1074,7 +1074,7 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
     lent, own = (stages.adapter_for(settings, "anchor")[0] for settings in (lender, borrower))
     assert lent.task("mood").embedding.abs().max() > 0
     assert torch.equal(own.task("joy").embedding, lent.task("mood").embedding)
-    outcomes = stages.tuned(borrower, stages.observe_target(borrower))
+    outcomes = stages.tuned(borrower)
     assert outcomes.keys() == {"dimension", "anchor", "zero-atoms", "untrained"}
     assert {outcome.details["head"] for outcome in outcomes.values()} == {"fitted"}
     found = store.load(outcomes["anchor"].paths[0])
@@ -1225,7 +1225,7 @@ def test_ports_of_another_adapter_by_other_rules_or_with_fewer_arms_are_missed(t
         for projector in ("canonical", "dimension"):
             stages.pretrain(settings, projector)[1].finish(f"pretrain-{projector}")
         stages.zero_shot(settings).finish("port-small")
-        tuned = stages.tune(settings, "dimension", stages.observe_target(settings))
+        tuned = stages.tune(settings, "dimension")
         assert tuned.adapters.keys() == {"pretrain-dimension"}
         assert tuned.rules is None  # no anchor has a part in it
         assert tuned.details["head"] in {"ported", "fitted"}

@@ -255,7 +255,8 @@ def batches(
     so that little is padded: at most ``size`` in a batch, and on CPUs fewer of long ones: passes there are no slower
     for it, and take less memory.
 
-    ``progress`` shows a bar on a terminal; elsewhere (notebooks, logs) there is none.
+    ``progress`` shows a bar on a terminal; elsewhere (notebooks, logs) there is none. Raises :class:`UHLError` for a
+    tokenizer without padding, or one that knows more tokens than the host, and for texts without a token.
     """
     if encoder.tokenizer.pad_token is None:
         raise UHLError(
@@ -263,6 +264,7 @@ def batches(
             "`tokenizer.pad_token = tokenizer.eos_token`"
         )
     length, texts = _longest(encoder, probe), probe.observed
+    vocabulary = int(getattr(text_config(encoder.model), "vocab_size", 1 << 62))
     device = next(encoder.model.parameters()).device
     most = TOKENS if device.type == "cpu" else size * length
     groups: list[list[int]] = []
@@ -278,6 +280,11 @@ def batches(
         batch = encoder.tokenizer(*parts, padding=True, padding_side="right", **cut)
         if not batch["input_ids"].shape[1]:
             raise UHLError(f"{len(rows)} texts have no token at all; leave out blank ones")
+        if (largest := int(batch["input_ids"].max())) >= vocabulary:
+            raise UHLError(
+                f"{encoder.name}: its tokenizer gives token {largest}, the model has {vocabulary:,} embeddings; "
+                "load the tokenizer that belongs to it"
+            )
         yield rows, batch.to(device)
 
 
@@ -357,9 +364,15 @@ def units_of(
 
 @torch.no_grad()
 def unit_states(encoder: Encoder, probe: Probe, levels: Sequence[int], start: int = 0) -> Float[Tensor, "U D_levels"]:
-    """The same in one table, without gradients and on the CPU."""
+    """The same in one table, without gradients and on the CPU; :class:`UHLError` where a state is not finite."""
     found = units_of(encoder, probe, levels, progress=True, start=start)
-    return torch.cat(found).cpu() if found else torch.empty(0, len(levels) * encoder.width)
+    table = torch.cat(found).cpu() if found else torch.empty(0, len(levels) * encoder.width)
+    if not table.isfinite().all():
+        raise UHLError(
+            f"{encoder.name}: what it makes of some text is not finite; its weights are damaged, or overflow in the "
+            "precision that it was loaded in"
+        )
+    return table
 
 
 def _units(probe: Probe, rows: Sequence[int], batch: BatchEncoding, hidden: Float[Tensor, "B T D"]) -> list[Tensor]:
@@ -373,13 +386,13 @@ def _units(probe: Probe, rows: Sequence[int], batch: BatchEncoding, hidden: Floa
 @dataclass(frozen=True)
 class Observed:
     """What a bare host makes of a probe at each of its levels (the embeddings' output first): states of the units and
-    of the picked words, and the second moment of the token states of all levels, of which there were so many.
+    of the picked words, and the second moment of the token states of all levels, ``count`` in all.
     """
 
     units: Float[Tensor, "levels U D"]
     words: Float[Tensor, "levels M D"]
     moment: Float[Tensor, "D D"]
-    states: int
+    count: int
     seconds: float
 
     def at(self, levels: Sequence[int]) -> Float[Tensor, "U D_levels"]:
@@ -396,8 +409,8 @@ class Observed:
         return replace(self, units=self.units[:, whole.rows(probe)], words=self.words[:, :words])
 
     def parts(self, units: int) -> tuple[Observed, Observed]:
-        """The first units with all words, and the other units, of one table. The moment stays with the former."""
-        rest = replace(self, units=self.units[:, units:], words=self.words[:, :0], states=0, seconds=0.0)
+        """The first units with all words, and the other units. All that the moment counts counts for the former."""
+        rest = replace(self, units=self.units[:, units:], words=self.words[:, :0], count=0, seconds=0.0)
         return replace(self, units=self.units[:, :units]), rest
 
     def stream(self, words: int) -> Float[Tensor, "levels M D"]:
@@ -407,11 +420,11 @@ class Observed:
 
 @torch.no_grad()
 def observe(encoder: Encoder, probe: Probe, start: int = 0) -> Observed:
-    """Run a bare host over the texts, or what comes from row ``start`` on, behind the coded ones: one pass for a basis,
-    for codes, and for all arms of a port.
+    """Run a bare host over the texts and fragments, for a basis, for codes, and for ports. With a ``start`` only over
+    what comes from that row on, behind the coded texts: no words are picked then.
 
-    Raises :class:`UHLError` where words are wanted and the tokenizer gives no character offsets, where it knows more
-    tokens than the host, and where a state is not finite.
+    Raises :class:`UHLError` where words are wanted and the tokenizer gives no character offsets, where a state is not
+    finite, and as :func:`batches`.
     """
     begun = time.time()
     coded = len(probe.texts) if probe.coded is None else probe.coded
@@ -426,14 +439,8 @@ def observe(encoder: Encoder, probe: Probe, start: int = 0) -> Observed:
         torch.empty(encoder.layers + 1, 0, 0, encoder.width),
     )
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
-    vocabulary = int(getattr(text_config(encoder.model), "vocab_size", 1 << 62))
     with evaluating(encoder.model) as model:
         for rows, batch in batches(encoder, probe, progress=True, start=start):
-            if (largest := int(batch["input_ids"].max())) >= vocabulary:
-                raise UHLError(
-                    f"{encoder.name}: its tokenizer gives token {largest}, the model has {vocabulary:,} embeddings; "
-                    "load the tokenizer that belongs to it"
-                )
             states = levels_of(model(**batch, output_hidden_states=True))
             if not units.numel():
                 units = torch.empty(len(states), starts[-1], encoder.width)

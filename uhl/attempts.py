@@ -235,9 +235,9 @@ def _measure(
         own.anchors = with_training_texts(of, own, source, a.half == "seen")
     asked = own.anchors.probe
     known = own.anchors.texts == whole.texts[: len(own.anchors.texts)]
-    there = seen.cut(whole.probe, asked) if known else observe(target, asked)
+    shared = Shared.of(seen.cut(whole.probe, asked), asked) if known else Shared()
     way = a.way.model_copy(update={"refresh_steps": settings.refresh_steps})
-    made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=Shared.of(there, asked), way=way)
+    made = port(own, target, settings.task_name, a.arm, seed=settings.seed, shared=shared, way=way)
     with at_work(own, target, settings.task_name, made.frame, made.scale) as attached:
         classifier = Classifier(target.model, own.task(settings.task_name), made.frame, attached)
         found = predict(classifier, target, task, "dev", max_length=settings.max_length)
@@ -353,7 +353,9 @@ def anew(settings: Settings, adapter: UHLAdapter, source: Encoder, probe: Probe)
     """Anchors of a trained adapter from another probe, in the coordinates that it was trained in."""
     basis = source_basis(adapter, source)
     frame = basis.frame(find_slots(source.model, adapter.config.types))
-    return make_anchors(source, adapter, settings.task_name, observe(source, probe), basis, frame, probe, "attempt")
+    return make_anchors(
+        source, adapter, settings.task_name, observe(source, probe.first()), basis, frame, probe, "attempt"
+    )
 
 
 def select(states: Float[Tensor, "n D"], choice: str, count: int, seed: int = 0) -> list[int]:

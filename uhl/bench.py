@@ -247,7 +247,7 @@ def _port_cost(shape: str, count: int, cuts: int, threads: int) -> dict[str, obj
     """Seconds of an anchored port on ``count`` texts and their fragments, and how far the peak of memory rises.
 
     The texts are real, the codes random. The scales are those that need a pass over the coded texts each (0 needs none,
-    but a regression), so that no luck spares one: with fragments the last pass over everything is among them.
+    but a regression), so that no luck spares one: with fragments there is a pass over these with the atoms at work.
     """
     torch.set_num_threads(threads)
     logging.getLogger("uhl.porting").setLevel(logging.ERROR)  # a port to random weights is a poor one
@@ -263,6 +263,7 @@ def _port_cost(shape: str, count: int, cuts: int, threads: int) -> dict[str, obj
     made = Anchors(texts, "bench", head, stream, 1, DEPTHS, torch.randn(part.head.shape), torch.zeros(2), task="main")
     logits = Codes.of(torch.randn(sum(probe.units()), 2)) if cuts else None
     adapter.anchors = replace(made, logits=logits, own=count, cuts=cuts)
+    adapter.info = {"layers": target.layers // 2}  # as of a source that is not the host
     with torch.no_grad():
         target.model(torch.ones(1, 4, dtype=torch.long))
     before, begun = _base(), time.perf_counter()

@@ -69,8 +69,8 @@ def basis_of(seen: Observed, width: int, levels: tuple[int, ...] = LAST, rest: O
     ``levels``.
     """
     parts = [seen] if rest is None else [seen, rest]
-    count = sum(part.states for part in parts)
-    moment = torch.stack([part.moment * (part.states / count) for part in parts]).sum(0)
+    count = sum(part.count for part in parts)
+    moment = torch.stack([part.moment * (part.count / count) for part in parts]).sum(0)
     return replace(canonical_basis(moment, torch.cat([part.at(levels) for part in parts]), width), levels=levels)
 
 

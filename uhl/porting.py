@@ -117,20 +117,22 @@ class _Look:
     @cached_property
     def coded(self) -> Observed:
         """On the coded texts."""
-        if self.shared.coded is not None:
-            self.spared += self.shared.coded.seconds
-        else:
-            self.shared.coded = observe(self.target, self.probe.first())
+        self.shared.coded = self._kept(self.shared.coded) or observe(self.target, self.probe.first())
         return self.shared.coded
 
     @cached_property
     def rest(self) -> Observed:
         """On all other texts, and on fragments."""
-        if self.shared.rest is not None:
-            self.spared += self.shared.rest.seconds
-        else:
-            self.shared.rest = observe(self.target, self.probe, start=len(self.probe.first().texts))
+        start = len(self.probe.first().texts)
+        if start == len(self.probe.observed):
+            return self.coded.parts(self.coded.units.shape[1])[1]
+        self.shared.rest = self._kept(self.shared.rest) or observe(self.target, self.probe, start)
         return self.shared.rest
+
+    def _kept(self, seen: Observed | None) -> Observed | None:
+        """What another port has observed, its seconds counted."""
+        self.spared += seen.seconds if seen else 0.0
+        return seen
 
 
 def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | None = None) -> str | None:
@@ -281,8 +283,10 @@ def _own_coordinates(frame: Frame, adapter: UHLAdapter, kind: str, target: Encod
     if adapter.anchors is None:
         return frame
     if kind not in shared.own:
-        texts = replace(adapter.anchors.probe.first(), kind=kind, words=0)  # type: ignore[arg-type]
-        shared.own[kind] = basis_of(observe(target, texts), adapter.config.width, upper_levels(target.layers))
+        texts = adapter.anchors.probe.first()
+        seen = shared.coded if kind == texts.kind else None
+        seen = seen or observe(target, replace(texts, kind=kind, words=0))  # type: ignore[arg-type]
+        shared.own[kind] = basis_of(seen, adapter.config.width, upper_levels(target.layers))
     own = shared.own[kind]
     return replace(frame, head=own.head, shift=own.shift, levels=own.levels, rescale=False)
 
@@ -402,8 +406,6 @@ def predict_texts(
         states = unit_states(target, probe, ported.frame.levels)
         codes = ported.frame.to(torch.device("cpu")).codes(states)
         found = part.classify(codes.to(part.head.device)).softmax(-1).cpu()
-    if not found.isfinite().all():
-        raise UHLError(f"{target.name}: what it makes of some text is not finite; its weights are damaged, or overflow")
     long = too_long(target, probe)
     out: list[dict[str, object]] = []
     for text, rows, cut in zip(texts, found.split(probe.units()), long, strict=True):
@@ -429,9 +431,9 @@ def _own_basis(adapter: UHLAdapter, look: _Look) -> Basis | None:
     """The basis of a host that is the adapter's source itself: at every depth it makes of the anchors what the file
     says, as exactly as 8 bits hold it. None for any other.
     """
-    anchors, seen = adapter.anchors, look.coded
+    anchors, seen, told = adapter.anchors, look.coded, adapter.info
     assert anchors is not None
-    if adapter.info.get("layers") not in {None, len(seen.units) - 1}:
+    if told.get("layers") not in {None, len(seen.units) - 1} or told.get("shape") not in {None, look.target.shape}:
         return None
     basis = basis_of(seen, adapter.config.width, rest=look.rest)
     for depth, codes in zip(anchors.depths, anchors.stream, strict=True):
@@ -510,7 +512,7 @@ def _anchored(
     generator = torch.Generator().manual_seed(seed)
     wanted = Wanted.of(anchors, generator if arm == "shuffled" else None)
     basis, fits = stream_basis(anchors, look.coded, wanted.order, way, adapter.dictionary.v.detach().cpu())
-    coded = anchors.probe.first()
+    whole, coded = look.probe, look.probe.first()
     few_units = sum(coded.units())
     if arm == "random-p":
         basis = random_basis(basis, generator)
@@ -522,7 +524,7 @@ def _anchored(
     def states(scale: float, rest: bool = False) -> Tensor:
         if scale == 0:
             return (look.rest if rest else look.coded).at(basis.levels)
-        probe, start = (anchors.probe, len(coded.texts)) if rest else (coded, 0)
+        probe, start = (whole, len(coded.texts)) if rest else (coded, 0)
         with attach(target.model, adapter, task, _acting(basis.frame(slots), slots, way), scale):
             return unit_states(target, probe, basis.levels, start)
 

@@ -187,7 +187,8 @@ def make_anchors(
     """Codes of a trained source: the head's input with the adapter at work, the bare stream's (``seen``) by depth; and
     its logits where some units of ``probe`` have no code, or a teacher's for all of them (``taught``).
 
-    ``seen`` was observed on the same probe; of the stream's coordinates the first ``dims`` are kept (None: all).
+    ``seen`` was observed on the coded texts, or on all; of the stream's coordinates the first ``dims`` are kept (None:
+    all).
     """
     coded, read, part = probe.first(), basis.read[0][:dims], adapter.task(task)
     states = seen.stream(probe.words)[:, : len(coded.texts) * max(probe.words, 1)]
@@ -477,7 +478,7 @@ def tune(
 
     Three are controls: `zero-atoms` tunes the ported head alone; `random-p` and `untrained` have the scale of `anchor`,
     the one with atoms behind random directions, the other random atoms and routes where the trained ones
-    were (mixer and head stay). ``shared`` is what :func:`observe_target` returned; ``watch`` is
+    were (mixer and head stay). ``shared`` is what ports of other arms have in common with this one's; ``watch`` is
     :func:`uhl.train.train`'s. The adapter is the one that the settings ``trained`` have trained, by default these.
     Scores are those of the tuned adapter's file.
     """
@@ -515,7 +516,7 @@ def tuned_arms(arms: Sequence[str]) -> list[str]:
     return [arm for arm in TUNED_ARMS if arm in {*arms, "untrained"}]
 
 
-def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
+def tuned(settings: Settings, shared: Shared | None = None) -> dict[str, Outcome]:
     """:func:`tune` for those of the settings' arms that are defined, and `untrained`. Each is kept in a folder of its
     own as soon as it is scored, and a cell that was interrupted reads it back.
     """
@@ -523,7 +524,7 @@ def tuned(settings: Settings, shared: Shared) -> dict[str, Outcome]:
     folder, common = runs.cell_dir(settings, stage), decisive(settings, stage)
     common["data"], rules = digest(task), rules_of(settings)
     common["revisions"] = [_revision(name) for name in (settings.source, settings.target)]
-    outcomes: dict[str, Outcome] = {}
+    outcomes, shared = dict[str, Outcome](), shared or Shared()
     for arm in tuned_arms(settings.arms):
         about = common | {"arm": arm, "adapter": sha256(adapter_for(settings, arm)[1])}
         about["rules"] = None if arm in FIXED else rules
@@ -539,15 +540,6 @@ def _say_where(settings: Settings, adapter: UHLAdapter, target: Encoder, ported:
     """Note in the adapter where and how it was ported before its task's parts were changed there."""
     adapter.info |= {"tuned_on": target.name, "arm": ported.arm, "scale": ported.scale, "port_seed": settings.seed}
     adapter.info["port_rules"] = port_rules(adapter, target)
-
-
-def observe_target(settings: Settings) -> Shared:
-    """The target on the canonical adapter's anchors, once for all arms."""
-    adapter, _ = adapter_for(settings, "anchor")
-    if adapter.anchors is None:
-        raise UHLError("the adapter has no anchors; pre-train a canonical one")
-    asked = adapter.anchors.probe
-    return Shared.of(observe(load_encoder(settings.target), asked), asked)
 
 
 def tune_task(
