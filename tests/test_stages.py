@@ -1278,6 +1278,7 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     monkeypatch.setattr(attempts, "chosen", lambda *given: seen.append(given[1].anchors) or choose(*given))
     table = attempts.measure(settings, adapter, *hosts, task, listed)
     assert len(table) == len(listed)
+    assert set(table["n"]) == {len(task.data["dev"])}
     assert adapter.anchors is whole
     assert torch.equal(adapter.task("mood").bias, bias)
     assert all(anchors is whole for anchors in seen)  # the basis is that of training
@@ -1317,6 +1318,10 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     panels = viz.score_against_anchor_bytes(found).axes
     drawn = [line for line in panels[0].lines if line.get_marker() == "s"]
     assert sorted(drawn[0].get_xdata()) == sorted(table[table["group"] == "dims"]["bytes"])
+    best = table.loc[table[table["group"] == "dims"]["dev"].idxmax()]
+    share, (bars,) = best["dev"] / 100, [c for c in panels[0].containers if c.lines[0] is drawn[0]]
+    reach = max(segment[1][1] for segment in bars.lines[2][0].get_segments())
+    assert reach - best["dev"] == pytest.approx(100 * (share * (1 - share) / len(task.data["dev"])) ** 0.5)
     assert [ax.get_title() for ax in panels] == ["big", "small"]
 
 

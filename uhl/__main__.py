@@ -83,8 +83,8 @@ def attempts(options: argparse.Namespace) -> None:
     """Gather what notebook 07 measured on a profile's targets as attempts.csv, and draw it."""
     viz.style()
     found, into = results.attempts(options.profile), HERE / report.figures_of(options.profile)
-    if found["group"].isin(viz.OF_BYTES).any():
-        viz.save_fig(viz.score_against_anchor_bytes(found), into / "anchor_bytes", found)
+    if len(costs := found[found["group"].isin(viz.OF_BYTES)]):
+        viz.save_fig(viz.score_against_anchor_bytes(costs), into / "anchor_bytes", costs)
     path = viz.save_fig(viz.attempt_changes(found), into / "attempts", found)
     print(f"{path.relative_to(HERE)}: {len(found)} attempts on {found.groupby(['task', 'target']).ngroups} cells")
 

@@ -180,7 +180,8 @@ def measure(
 ) -> pd.DataFrame:
     """Port ``adapter`` by each attempt and score it on dev: columns group, attempt, bytes of the file's anchors, texts,
     scale, change (of what the head reads, by the atoms), explained (of the source's logits), agreement (with its
-    decisions) as the port predicts them, same (the agreement on dev, in percent: less noisy than a score), dev.
+    decisions) as the port predicts them, same (the agreement on dev, in percent: less noisy than a score), dev; and n,
+    the texts of dev.
 
     Not of an adapter that had a teacher. ``file``: see :func:`uhl.runs.resumed`; what it has is of these settings and
     this adapter.
@@ -204,7 +205,7 @@ def measure(
         json.dumps([settings.model_dump(exclude={"attempts"}, exclude_defaults=True), own], default=str).encode()
     )
     keys = [{"group": a.group, "attempt": a.name, "about": about.hexdigest()} for a in tried]
-    return runs.resumed(one, keys, file)[["group", "attempt", *COLUMNS]]
+    return runs.resumed(one, keys, file)[["group", "attempt", *COLUMNS]].assign(n=len(task.data["dev"]))
 
 
 def _measure(

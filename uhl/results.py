@@ -432,7 +432,7 @@ def attempts(profile: str) -> pd.DataFrame:
         frames.append(pd.read_csv(path).assign(task=task, target=target, seed=int(seed)))
     if not frames:
         raise UHLError(f"profile {profile} has no attempts; measure them first: make attempts PROFILE={profile}")
-    if any("same" not in frame for frame in frames):
+    if any({"same", "n"} - set(frame) for frame in frames):
         raise UHLError(
             f"profile {profile} has attempts of an earlier release; delete its folders attempts-* and run again"
         )

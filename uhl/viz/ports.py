@@ -48,8 +48,13 @@ def _attempt_colour(name: str, group: str) -> str:
     return CONTROL if name.startswith(("random-p", "refresh-random")) else OURS
 
 
-def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
-    """Dev scores of the attempts of notebook 07, by group; the band is one standard error about the best of a group."""
+def _standard_error(rows: pd.DataFrame) -> pd.Series:
+    """Of dev scores in percent, as if each were a share of ``n`` texts."""
+    return (rows["dev"] * (100 - rows["dev"]) / rows["n"]) ** 0.5
+
+
+def attempt_scores(table: pd.DataFrame) -> Figure:
+    """Dev scores of the attempts of notebook 07, by group; the band reaches one standard error below the best of it."""
     groups = list(dict.fromkeys(table["group"]))
     sizes = [int((table["group"] == g).sum()) for g in groups]
     fig, axes = plt.subplots(
@@ -63,7 +68,9 @@ def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
     for ax, group in zip(axes[:, 0], groups, strict=True):
         rows = table[table["group"] == group]
         y = np.arange(len(rows))[::-1]
-        ax.axvspan(rows["dev"].max() - error, rows["dev"].max(), color=CONTROL, alpha=0.3, linewidth=0)
+        best = rows["dev"].idxmax()
+        ends = rows["dev"][best] - _standard_error(rows)[best], rows["dev"][best]
+        ax.axvspan(*ends, color=CONTROL, alpha=0.3, linewidth=0)
         ax.scatter(rows["dev"], y, color=[_attempt_colour(a, group) for a in rows["attempt"]], zorder=3)
         ax.set_yticks(y, rows["attempt"], fontsize=8)
         ax.set(title=group, ylim=(-0.7, len(rows) - 0.3))
@@ -73,8 +80,8 @@ def attempt_scores(table: pd.DataFrame, error: float) -> Figure:
 
 
 def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
-    """Dev score against the bytes that anchors take, for the attempts that change them; a panel a task (row) and target
-    (column) where the table names these. Dashed: 1 MB.
+    """Dev score against the bytes that anchors take, for the attempts that change them, and a standard error of the
+    score to either side; a panel a task (row) and target (column) where the table names these. Dashed: 1 MB.
     """
     shown = table[table["group"].isin(OF_BYTES)]
     for name in {"task", "target"} - set(shown.columns):
@@ -83,7 +90,8 @@ def score_against_anchor_bytes(table: pd.DataFrame) -> Figure:
     for ax, _, _, rows in cells:
         for group, (colour, mark) in OF_BYTES.items():
             points = rows[rows["group"] == group]
-            ax.plot(points["bytes"], points["dev"], mark, color=colour, ms=6, mec="white", mew=0.5)
+            look: dict[str, Any] = {"color": colour, "ms": 6, "mec": "white", "mew": 0.5, "elinewidth": 0.8}
+            ax.errorbar(points["bytes"], points["dev"], _standard_error(points), fmt=mark, **look)
         ax.axvline(1e6, color=CONTROL, linestyle="--", linewidth=1)
         ax.set_xscale("log")
     key_below(fig, [key_mark(group, *look) for group, look in OF_BYTES.items() if group in set(shown["group"])])
