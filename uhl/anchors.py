@@ -434,10 +434,8 @@ def observe(encoder: Encoder, probe: Probe, start: int = 0) -> Observed:
         )
     coded = 0 if start else coded
     starts = torch.tensor([0, *probe.units()[start:]]).cumsum(0).tolist()
-    units, words = (
-        torch.empty(encoder.layers + 1, 0, encoder.width),
-        torch.empty(encoder.layers + 1, 0, 0, encoder.width),
-    )
+    units = torch.empty(encoder.layers + 1, 0, encoder.width)
+    words = units[:, :, None]
     moment, count = torch.zeros(encoder.width, encoder.width, dtype=torch.float64), 0
     with evaluating(encoder.model) as model:
         for rows, batch in batches(encoder, probe, progress=True, start=start):
