@@ -1245,6 +1245,9 @@ def test_ports_of_another_adapter_by_other_rules_or_with_fewer_arms_are_missed(t
     for told in ({"rules": porting.RULES}, {}):  # older than the other to the same host; an earlier release's
         first.write_text(json.dumps({k: v for k, v in entry.items() if k != "rules"} | told))
         assert [line.split("/")[0] for line in audit.missing("t") if said in line] == ["mood-s0"]
+    words = [row | {"metric": "f1"} for row in entry["rows"]]  # a token task's, by its own rules
+    first.write_text(json.dumps(entry | {"rules": porting.RULES, "rows": words}))
+    assert not [line for line in audit.missing("t") if said in line]
     first.write_text(json.dumps(entry))
     second.write_text(kept)
     retrained = settings.model_copy(update={"rate": 5e-4})

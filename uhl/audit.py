@@ -106,15 +106,17 @@ def _lacking(
 
 
 def _outdated(finished: Finished) -> set[Path]:
-    """Cells that were ported by rules that no host has now, or by older ones than another cell to the same host.
+    """Cells that were ported by rules that no host has now, or by older ones than another cell to the same host, of a
+    task that is scored alike: words are not ported to a larger host as sentences are.
 
     Cells of earlier releases do not tell theirs; those of a cell with no anchored port are None.
     """
-    by_host: dict[str, dict[Path, int]] = {}
+    by_host: dict[tuple[str, ...], dict[Path, int]] = {}
     for cell, entry in finished.items():
         kind, _, host = cell.name.partition("-")
         if kind in {"port", "tune"} and (rules := entry.get("rules", RULES)):
-            by_host.setdefault(host, {})[cell] = rules
+            metrics = sorted({str(row["metric"]) for row in entry["rows"]})
+            by_host.setdefault((host, *metrics), {})[cell] = rules
     return {
         cell
         for made in by_host.values()
