@@ -883,6 +883,15 @@ def test_a_host_whose_states_are_not_finite_is_refused(encoder, make_encoder):
         predict_texts(adapter, target, made, ["good film"])
 
 
+def test_a_head_that_says_what_is_not_finite_is_refused(encoder):
+    adapter = trained(encoder)[0]
+    made = port(adapter, encoder)
+    with torch.no_grad():
+        adapter.task("mood").head_bias[0] = float("nan")
+    with pytest.raises(UHLError, match="what it makes of some text is not finite"):
+        predict_texts(adapter, encoder, made, ["good film"])
+
+
 def test_a_tokenizer_of_another_model_is_named(encoder, make_encoder):
     target = make_encoder(layers=2, vocab_size=20)
     with pytest.raises(

@@ -885,6 +885,14 @@ def test_an_interrupted_cell_of_ports_reads_back_the_arms_that_were_scored(tiny_
     assert asked == ["refresh", "refresh", *ran]
 
 
+def test_a_file_without_anchors_is_not_tuned(tiny_world):
+    adapter, outcome = stages.pretrain(tiny_world, "canonical")
+    adapter.anchors = None
+    store.save(adapter, outcome.paths[0])
+    with pytest.raises(UHLError, match="the adapter has no anchors; pre-train a canonical one"):
+        stages.tuned(tiny_world)
+
+
 def test_what_was_kept_is_read_back_by_a_release_with_more_settings(tiny_world, monkeypatch):
     stages.pretrain(tiny_world, "canonical")
     few = tiny_world.model_copy(update={"arms": ("anchor",)})  # without a `dimension` adapter

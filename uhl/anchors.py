@@ -366,13 +366,17 @@ def units_of(
 def unit_states(encoder: Encoder, probe: Probe, levels: Sequence[int], start: int = 0) -> Float[Tensor, "U D_levels"]:
     """The same in one table, without gradients and on the CPU; :class:`UHLError` where a state is not finite."""
     found = units_of(encoder, probe, levels, progress=True, start=start)
-    table = torch.cat(found).cpu() if found else torch.empty(0, len(levels) * encoder.width)
-    if not table.isfinite().all():
+    return finite(encoder, torch.cat(found).cpu() if found else torch.empty(0, len(levels) * encoder.width))
+
+
+def finite(encoder: Encoder, made: Tensor) -> Tensor:
+    """What a host makes of texts, as it is; :class:`UHLError` where some of it is not finite."""
+    if not made.isfinite().all():
         raise UHLError(
             f"{encoder.name}: what it makes of some text is not finite; its weights are damaged, or overflow in the "
             "precision that it was loaded in"
         )
-    return table
+    return made
 
 
 def _units(probe: Probe, rows: Sequence[int], batch: BatchEncoding, hidden: Float[Tensor, "B T D"]) -> list[Tensor]:

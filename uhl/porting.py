@@ -48,7 +48,7 @@ from transformers import PreTrainedTokenizerBase
 
 from uhl import store
 from uhl.adapter import UHLAdapter
-from uhl.anchors import Anchors, Observed, Probe, observe, too_long, unit_states
+from uhl.anchors import Anchors, Observed, Probe, finite, observe, too_long, unit_states
 from uhl.config import ARMS, CONTROLS, METRICS
 from uhl.errors import UHLError, one_of
 from uhl.fileformat import digest
@@ -405,7 +405,7 @@ def predict_texts(
     with at_work(adapter, target, task, ported.frame, ported.scale), torch.no_grad():
         states = unit_states(target, probe, ported.frame.levels)
         codes = ported.frame.to(torch.device("cpu")).codes(states)
-        found = part.classify(codes.to(part.head.device)).softmax(-1).cpu()
+        found = finite(target, part.classify(codes.to(part.head.device)).softmax(-1).cpu())
     long = too_long(target, probe)
     out: list[dict[str, object]] = []
     for text, rows, cut in zip(texts, found.split(probe.units()), long, strict=True):

@@ -448,8 +448,11 @@ def adapter_path(settings: Settings, arm: str) -> Path:
 
 
 def rules_of(settings: Settings) -> int:
-    """Rules of the anchored port to the settings' target."""
-    return port_rules(adapter_for(settings, "anchor")[0], load_encoder(settings.target))
+    """Rules of the anchored port to the settings' target; :class:`UHLError` for an adapter without anchors."""
+    adapter, _ = adapter_for(settings, "anchor")
+    if adapter.anchors is None:
+        raise UHLError("the adapter has no anchors; pre-train a canonical one")
+    return port_rules(adapter, load_encoder(settings.target))
 
 
 def _rules(arm: str, adapter: UHLAdapter, target: Encoder) -> int | None:
