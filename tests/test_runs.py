@@ -507,6 +507,44 @@ def test_one_seed_decides_nothing_alone():
     assert lacking["reason"].str.contains("is not defined there, or was not run").all()
 
 
+def test_what_was_trained_apart_lends_its_variance_to_such_alone():
+    """Arms of one adapter differ alike in all seeds; LoRA beside it does not. Each kind is judged by its own."""
+    rng = np.random.default_rng(0)
+    cells = {}
+    for host in "abcd":
+        own = [75 + rng.normal(0, 3) for _ in range(3)]
+        for phase, arm, apart in (
+            ("tuned", "anchor", 0.3),
+            ("tuned", "zero-atoms", 0.3),
+            ("retrained", "lora-r8", 3.0),
+        ):
+            base = own if phase == "tuned" else [75.0] * 3
+            cells["movies", host, phase, arm] = {s: right(base[s] + rng.normal(0, apart)) for s in range(3)}
+    known = results.priors_apart(cells)
+    assert 4 * known["movies", True].variance < known["movies", False].variance
+    assert known["movies", True].most == known["movies", False].most == 8  # two for each of four models
+    table = results.paired(cells).set_index(["target", "second"])
+    width = table["high"] - table["low"]
+    assert (width.xs("retrained lora-r8", level=1) > width.xs("tuned zero-atoms", level=1)).all()
+
+
+def test_claims_tell_what_is_left_of_them_when_all_are_corrected():
+    rng = np.random.default_rng(0)
+    lost = {"a": 0.0, "b": 5.0, "c": 20.0}
+    cells = {
+        ("movies", host, "zero-shot", arm): {s: right(80 - less + rng.normal(0, 0.3)) for s in range(3)}
+        for host, less in lost.items()
+        for arm in ("anchor", "zero-atoms")
+    }
+    cells["movies", "s", "source", "uhl-canonical"] = dict.fromkeys(range(3), right(80))
+    judged = claims.judge(pd.DataFrame(columns=["phase", "arm", "task", "target"]), cells, {})
+    ran = judged[judged["seeds"] > 0].set_index(["target", "arm"])
+    assert len(ran) == 6 and judged.loc[judged["seeds"] == 0, "p holm"].isna().all()
+    assert ran.loc["c", "verdict"].tolist() == ["refuted"] * 2
+    assert (ran["p holm"] >= ran["p"]).all()
+    assert ran["p holm"].sort_values().iloc[0] == pytest.approx(6 * ran["p"].min())
+
+
 def test_what_says_nothing_of_other_cells_lends_them_no_variance():
     """Ports by shuffled anchors vary as they will, and cells that show the same say it once."""
     rng = np.random.default_rng(0)

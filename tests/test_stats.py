@@ -146,18 +146,20 @@ def test_a_method_at_the_margin_is_rarely_called_non_inferior(truth):
 def test_cells_of_a_table_lend_one_another_how_much_seeds_vary():
     """The prior finds the spread that made the cells; intervals get shorter and keep their coverage."""
     rng = np.random.default_rng(0)
-    same = stats.prior(rng.normal(70, 2, (200, 3)))
+    same = stats.prior(enumerate(rng.normal(70, 2, (200, 3))))
     assert same.variance == pytest.approx(4, rel=0.3)
     assert same.df > 20
-    apart = stats.prior(rng.normal(70, np.exp(rng.normal(0, 1.5, 200))[:, None], (200, 3)))
+    apart = stats.prior(enumerate(rng.normal(70, np.exp(rng.normal(0, 1.5, 200))[:, None], (200, 3))))
     assert apart.df < 5
-    assert stats.prior([np.array([1.0, 2.0]), np.array([3.0])]) is None
-    few = stats.prior([np.array([1.0, 2.0]), np.array([3.0, 4.1]), np.array([5.0, 6.2])])
+    assert stats.prior(enumerate([np.array([1.0, 2.0]), np.array([3.0])])) is None
+    cells = [np.array([1.0, 2.0]), np.array([3.0, 4.1]), np.array([5.0, 6.2])]
+    few = stats.prior(enumerate(cells))
     assert few.df == np.inf  # alike by chance; their three degrees of freedom are all that there is
     assert stats._between(np.array([1.0, 2.0]), few)[1] == 3
+    assert stats.prior(("model", cell) for cell in cells) == few._replace(most=1)  # of one model they are worth one
     held = widths = 0.0
     pairs = [seeds_of(t, 3, 500, 0.15) for t in range(150)]
-    known = stats.prior(stats.seeds_apart(*pair) for pair in pairs)
+    known = stats.prior(enumerate(stats.seeds_apart(*pair) for pair in pairs))
     for pair in pairs:
         made, alone = stats.difference(*pair, None, known), stats.difference(*pair)
         held += made.low <= 0 <= made.high
@@ -169,7 +171,7 @@ def test_cells_of_a_table_lend_one_another_how_much_seeds_vary():
 
 def test_one_seed_beside_a_table_of_three_is_as_careful():
     """Equal methods whose seeds differ: told apart by one seed's examples far too often, and rarely with the prior."""
-    known = stats.prior(stats.seeds_apart(*seeds_of(t, 3, 1000, 0.15)) for t in range(1000, 1040))
+    known = stats.prior((t, stats.seeds_apart(*seeds_of(t, 3, 1000, 0.15))) for t in range(1000, 1040))
     pairs = [seeds_of(t, 1, 1000, 0.15) for t in range(150)]
     assert np.mean([stats.difference(*pair).p < 0.05 for pair in pairs]) > 0.2
     assert np.mean([stats.difference(*pair, None, known).p < 0.05 for pair in pairs]) <= 0.07
@@ -181,6 +183,15 @@ def test_p_and_interval_say_the_same():
         made = stats.difference(*seeds_of(trial, 3, 300, 0.1, (0.25, 0.0)))
         if abs(made.p - 0.05) > 0.01:
             assert (made.p < 0.05) == (made.low > 0 or made.high < 0)
+
+
+def test_p_of_a_bound_is_that_of_the_interval_ending_there():
+    for trial in range(20):
+        one, other = seeds_of(trial, 3, 300, 0.1, (0.25, 0.0))
+        made = stats.difference(one, other)
+        for end in made.low, made.high:
+            assert stats.difference(one, other, bound=end).p == pytest.approx(0.05, abs=0.02)
+        assert stats.difference(one, other, bound=made.value).p > 0.99
 
 
 def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs():

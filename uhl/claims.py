@@ -6,7 +6,8 @@
     4  at most 1 MB, 10 % more FLOPs and two active atoms a token
 
 Claims about scores are tests of a bound against the 95 % interval of a paired difference, on the same test examples and
-seeds, each by itself: they are not corrected for how many there are. A single seed decides none, unless other cells
+seeds, each by itself; ``p holm`` says what is left of each when all of them are corrected for how many there are. A
+single seed decides none, unless other cells
 show how much seeds vary. Beside the arms they are judged for two controls, :data:`WITHOUT`, which have the ported head
 and no trained atom: what these hold too is not the atoms' merit. Claims about budgets hold or do not. The claims name
 BERT-base, BERT-large and TinyBERT; which models stand in for them is what the profile says, and each claim is judged on
@@ -35,7 +36,7 @@ JUDGED = (*PORTED, *WITHOUT)
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
 NOT_RUN, NOT_DEFINED = "not run", "not defined"
 ALIKE = 300.0  # examples x points: with n equal decisions a share of up to 3 / n may differ (the rule of three)
-COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "seeds", "n", "verdict", "reason"]
+COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "p", "seeds", "n", "verdict", "reason"]
 
 
 class Compared(NamedTuple):
@@ -66,17 +67,22 @@ def judge(
     """A row a claim, arm, target and task, from :func:`uhl.results.summary` and :func:`uhl.results.gather`; what is
     ``undefined``, from :func:`uhl.audit.undefined`, is said to be.
 
-    ``effect`` is in points for claims about scores, else in the unit that the claim names. How much seeds vary is
-    :func:`uhl.results.priors_apart`'s to say.
+    ``effect`` is in points for claims about scores, else in the unit that the claim names; ``p`` is of its being the
+    bound, ``p holm`` the same corrected over all claims about scores. How much seeds vary is
+    :func:`uhl.results.priors_apart`'s to say, of what was trained apart: so are our adapter and its rival in claims 2
+    and 3, and the differences of two models in claim 1 vary as much.
     """
     zero_shot, tuned, narrow = (list(compared(tables)) for compared in (_zero_shot, _tuned, _narrow))
     known = priors_apart(tables)
 
     def rows(compared: Iterable[Compared]) -> list[list[object]]:
-        return [_judged(c, groups.get(c.task), known.get(c.task)) for c in compared]
+        return [_judged(c, groups.get(c.task), known.get((c.task, False))) for c in compared]
 
     found = [*rows(zero_shot), *rows(tuned), *_memory(table), *rows(narrow), *_budgets(table)]
     judged = pd.DataFrame(found, columns=COLUMNS)
+    tested = judged["p"].notna()
+    corrected = pd.Series(stats.holm(judged.loc[tested, "p"].tolist()), judged.index[tested], dtype=float)
+    judged.insert(COLUMNS.index("p") + 1, "p holm", corrected.reindex(judged.index))
     for place, row in judged[judged["verdict"] == NOT_RUN].iterrows():
         phase = "zero-shot" if row["claim"].startswith("1") else "tuned"
         if (row["task"], row["target"], phase, row["arm"]) in undefined:
@@ -93,20 +99,22 @@ def _judged(compared: Compared, group: np.ndarray | None, known: stats.Prior | N
             lacks = f"{arm} and {rival} have no seed in common"
         return _unknown(claim, (arm, target, task), bound, lacks)
     one, other = compared.stacked
-    made = stats.difference(one, other, group, known)
+    made = stats.difference(one, other, group, known, bound=bound)
+    p: float | None = made.p
     found = stats.verdict(made, bound)
     told = {"held": "all of the interval is above", "refuted": "none of the interval is above"}
     reason = f"{told.get(found, 'the interval holds')} {bound:+.1f}"
     if np.array_equal(one, other) and one.shape[1] * abs(bound) < ALIKE:
-        found, reason = "not decidable", f"no difference on {one.shape[1]} examples, too few to exclude one"
+        found, reason, p = "not decidable", f"no difference on {one.shape[1]} examples, too few to exclude one", None
     if len(one) == 1 and known is None:
-        found, reason = "not decidable", "one seed does not show how much seeds vary"
-    return [claim, arm, target, task, made.value, made.low, made.high, bound, len(one), one.shape[1], found, reason]
+        found, reason, p = "not decidable", "one seed does not show how much seeds vary", None
+    about = [bound, p, len(one), one.shape[1]]
+    return [claim, arm, target, task, made.value, made.low, made.high, *about, found, reason]
 
 
 def _unknown(claim: str, place: tuple[str, str, str], bound: float, why: str) -> list[object]:
     """The row of a claim on an (arm, target, task) of which nothing was measured."""
-    return [claim, *place, None, None, None, bound, 0, 0, NOT_RUN, why]
+    return [claim, *place, None, None, None, bound, None, 0, 0, NOT_RUN, why]
 
 
 def _ported(tables: Cells, phase: str) -> Iterator[tuple[str, str, str, dict[int, np.ndarray]]]:
@@ -140,7 +148,7 @@ def _narrow(tables: Cells) -> Iterator[Compared]:
 def _fact(name: str, row: Mapping[Any, Any], value: float, bound: float, holds: bool, reason: str) -> list[object]:
     place = [row["arm"], row["target"], row["task"]]
     held = "held" if holds else "refuted"
-    return [name, *place, value, None, None, bound, row["seeds"], row["n"], held, reason]
+    return [name, *place, value, None, None, bound, None, row["seeds"], row["n"], held, reason]
 
 
 def _memory(table: pd.DataFrame) -> Iterator[list[object]]:
@@ -194,6 +202,14 @@ def _where(rows: pd.DataFrame, verdict: str) -> str:
     return f" ({', '.join(dict.fromkeys(rows['target'][rows['verdict'] == verdict]))})"
 
 
+def _left(rows: pd.DataFrame) -> str:
+    """The verdicts that a correction leaves, in words; a claim about budgets needs none."""
+    if rows["p holm"].isna().all():
+        return ""
+    left = rows[(rows["p holm"] < 0.05) & (rows["verdict"] != "not decidable")]["verdict"].value_counts()
+    return ", ".join(f"{verdict} in {count}" for verdict, count in left.items()) or "none"
+
+
 def _places(rows: Iterable[Mapping[Any, Any]]) -> str:
     """Tasks and the targets of each, in words."""
     targets: dict[str, list[str]] = {}
@@ -208,8 +224,9 @@ UNITS = {"2 with": " %", "4 at most 1 MB": " bytes", "4 at most 10": " %", "4 at
 def markdown(profile: str) -> str:
     """The verdicts on a profile's runs, as Markdown: a row a claim and arm, the claims about budgets in one row each.
 
-    The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms; the
-    effects are their range. Where verdicts differ their targets stand beside them: the first claim is of a larger host,
+    The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms, and
+    beside them how many are left when all claims about scores are corrected for how many there are; the effects are
+    their range. Where verdicts differ their targets stand beside them: the first claim is of a larger host,
     the third of a narrower one. Cells where an arm did not run are named; one that ran nowhere has no row.
     """
     tables = gather(profile)
@@ -221,7 +238,7 @@ def markdown(profile: str) -> str:
     judged = judged[nowhere | anywhere]
     file = (figures_of(profile) / "claims.csv").relative_to(readme_of(profile).parent).as_posix()
     said = f"The claims of the hypothesis, over tasks and targets (intervals: [{file}]({file})):"
-    lines = [said, "", "| claim | arm | effect | verdict |", "|---|---|---|---|"]
+    lines = [said, "", "| claim | arm | effect | verdict | after Holm's correction |", "|---|---|---|---|---|"]
     arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
     for (claim, arm), found in judged.groupby(["claim", arms], sort=False):
         rows = found[~found["verdict"].isin([NOT_RUN, NOT_DEFINED])]
@@ -236,5 +253,5 @@ def markdown(profile: str) -> str:
         known = rows["effect"].dropna()
         form = "{:,.0f}" if known.abs().max() > 1000 else "{:.1f}" if unit != " points" else "{:+.1f}"
         ends = " to ".join(dict.fromkeys(form.format(end) for end in (known.min(), known.max())))
-        lines.append(f"| {claim} | {arm} | {ends + unit if len(known) else NOT_RUN} | {counts} |")
+        lines.append(f"| {claim} | {arm} | {ends + unit if len(known) else NOT_RUN} | {counts} | {_left(rows)} |")
     return "\n".join(lines)

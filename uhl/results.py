@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ import pandas as pd
 from uhl import compression, evidence, runs, stats
 from uhl.baselines import SPARSE
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
-from uhl.config import METHODS
+from uhl.config import ARMS, METHODS
 from uhl.errors import UHLError
 from uhl.files import sha256
 from uhl.grid import Grid
@@ -36,7 +36,9 @@ def cell_of(profile: str, task: str, seed: int, phase: str, target: str, arm: st
     return runs.root() / profile / f"{runs.slug(task)}-s{seed}" / stage
 
 
-Cells = dict[tuple[str, str, str, str], dict[int, np.ndarray]]
+K = TypeVar("K", bound=Hashable)
+Key = tuple[str, str, str, str]
+Cells = dict[Key, dict[int, np.ndarray]]
 Groups = Mapping[str, np.ndarray | None]  # of each example of a task; None where examples stand alone
 
 
@@ -235,7 +237,7 @@ def compressed(profile: str) -> pd.DataFrame:
     for (task, copy, arm), cell in tables.items():
         if {seed: len(c) for seed, c in cell.items()} != whole.get(task):
             raise UHLError(f"{arm} on {copy} ({task}) lacks seeds that the source has, or has other examples; {remedy}")
-    known = priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items())
+    known = priors((*key[:2], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items())
     rows = []
     for (task, copy, arm), cell in tables.items():
         made = stats.interval(stack(cell), groups_of(profile, task), known[task])
@@ -271,7 +273,7 @@ PAIRS = (
 )
 
 
-def _pairs(tables: Cells) -> Iterator[tuple[tuple[str, str, str, str], np.ndarray, np.ndarray]]:
+def _pairs(tables: Cells) -> Iterator[tuple[Key, np.ndarray, np.ndarray]]:
     """(task, target, first, second) of :data:`PAIRS`, and the counts of both on the seeds that both have."""
     for task, target in dict.fromkeys((key[0], key[1]) for key in tables):
         for phase_a, a, phase_b, b in PAIRS:
@@ -280,16 +282,15 @@ def _pairs(tables: Cells) -> Iterator[tuple[tuple[str, str, str, str], np.ndarra
                 yield (task, target, f"{phase_a} {a}", f"{phase_b} {b}"), stack(first, seeds), stack(second, seeds)
 
 
-def priors(scores: Iterable[tuple[str, np.ndarray]]) -> dict[str, stats.Prior | None]:
-    """How much seeds vary in each task, from (task, what the seeds of a cell show); see :func:`uhl.stats.prior`.
-
-    Tasks differ in it, not least by how many examples they are tested on. Cells that show the same count once: where a
-    port uses no atoms, several arms are one.
+def priors(scores: Iterable[tuple[K, str, np.ndarray]]) -> dict[K, stats.Prior | None]:
+    """How much seeds vary in each kind of cell, from (kind, model, what the seeds of a cell show); see
+    :func:`uhl.stats.prior`. A kind is a task, or a task and more: tasks differ in it, not least by how many examples
+    they are tested on. Cells that show the same count once: where a port uses no atoms, several arms are one.
     """
-    found: dict[str, dict[tuple[float, ...], np.ndarray]] = {}
-    for task, values in scores:
-        found.setdefault(task, {})[tuple(values.round(6))] = values
-    return {task: stats.prior(values.values()) for task, values in found.items()}
+    found: dict[K, dict[tuple[float, ...], tuple[str, np.ndarray]]] = {}
+    for kind, model, values in scores:
+        found.setdefault(kind, {})[tuple(values.round(6))] = model, values
+    return {kind: stats.prior(cells.values()) for kind, cells in found.items()}
 
 
 def _usual(arm: str) -> bool:
@@ -299,14 +300,26 @@ def _usual(arm: str) -> bool:
 
 def _priors_of(tables: Cells) -> dict[str, stats.Prior | None]:
     """How much seeds vary in the scores of each task."""
-    return priors((key[0], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items() if _usual(key[3]))
+    return priors((*key[:2], stats.score_of(stack(cell).sum(1))) for key, cell in tables.items() if _usual(key[3]))
 
 
-def priors_apart(tables: Cells) -> dict[str, stats.Prior | None]:
-    """How much seeds vary in the paired differences of each task, by those of :data:`PAIRS`: for each table of
-    differences, so that one has the same interval in all of them.
+def _of_one(first: str, second: str) -> bool:
+    """Whether two cells of a target, "phase arm", come of one trained adapter, by which most of what a seed does is
+    common to both. Differences of what was trained apart, or on two models, vary more from seed to seed.
     """
-    return priors((key[0], stats.seeds_apart(one, other)) for key, one, other in _pairs(tables) if _usual(key[3]))
+    arms = set(ARMS) - {"dimension", "no-adapter"}
+    return all(phase in {"zero-shot", "tuned"} and arm in arms for phase, arm in (first.split(), second.split()))
+
+
+def priors_apart(tables: Cells) -> dict[tuple[str, bool], stats.Prior | None]:
+    """How much seeds vary in the paired differences of each task, by those of :data:`PAIRS`, of one adapter (True) or
+    of what was trained apart (False): for each table of differences, so that one has the same interval in all of them.
+    """
+    return priors(
+        ((key[0], _of_one(*key[2:])), key[1], stats.seeds_apart(one, other))
+        for key, one, other in _pairs(tables)
+        if _usual(key[3])
+    )
 
 
 def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
@@ -316,7 +329,8 @@ def paired(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
     table, and the verdict goes by it; a single seed decides nothing unless other cells show how much seeds vary. ``p
     mcnemar`` is the largest of the seeds', where the metric is an accuracy and examples stand alone.
     """
-    return _compared(_pairs(tables), ("first", "second"), priors_apart(tables), groups)
+    known = priors_apart(tables)
+    return _compared(_pairs(tables), ("first", "second"), lambda key: known.get((key[0], _of_one(*key[2:]))), groups)
 
 
 def beside(profile: str) -> pd.DataFrame:
@@ -327,7 +341,7 @@ def beside(profile: str) -> pd.DataFrame:
     """
     other = grid.beside if (grid := Grid.known(profile)) else None
     if other is None or not manifests(other):
-        return _compared([], ("phase", "arm"), {})
+        return _compared([], ("phase", "arm"), lambda key: None)
     scored: Scored = {}
     own, others = gather(profile, first=scored), gather(other, first=scored)
     pairs = []
@@ -336,29 +350,33 @@ def beside(profile: str) -> pd.DataFrame:
         ours = arm.startswith("uhl-") or (phase in {"zero-shot", "tuned"} and arm != "no-adapter" and _usual(arm))
         if ours and (seeds := set(own[key]) & set(others.get(key, {}))):
             pairs.append((key, stack(own[key], seeds), stack(others[key], seeds)))
-    known = priors((key[0], stats.seeds_apart(one, two)) for key, one, two in pairs)
-    return _compared(pairs, ("phase", "arm"), known, {task: groups_of(profile, task) for task in scored})
+    known = priors((*key[:2], stats.seeds_apart(one, two)) for key, one, two in pairs)
+    groups = {task: groups_of(profile, task) for task in scored}
+    return _compared(pairs, ("phase", "arm"), lambda key: known.get(key[0]), groups)
 
 
 def _compared(
-    pairs: Iterable[tuple[tuple[str, str, str, str], np.ndarray, np.ndarray]],
+    pairs: Iterable[tuple[Key, np.ndarray, np.ndarray]],
     named: tuple[str, str],
-    known: Mapping[str, stats.Prior | None],
+    known: Callable[[Key], stats.Prior | None],
     groups: Groups | None = None,
 ) -> pd.DataFrame:
-    """A table of differences, of which ``named`` are the third and fourth column; see :func:`paired`."""
-    rows = []
+    """A table of differences, of which ``named`` are the third and fourth column; see :func:`paired`. ``known`` says
+    how much seeds vary in such a difference.
+    """
+    rows, shown = [], []
     for key, one, other in pairs:
         group = (groups or {}).get(key[0])
         alone = (group is None or len(np.unique(group)) == len(group)) and bool((one[..., 1:] == 1).all())
         exact = max(map(stats.mcnemar, one, other)) if alone else float("nan")
-        rows.append((*key, len(one), *stats.difference(one, other, group, known.get(key[0])), exact))
+        lent = known(key)
+        shown.append(lent is not None)
+        rows.append((*key, len(one), *stats.difference(one, other, group, lent), exact))
     columns = ["task", "target", *named, "seeds", "difference", "low", "high", "p", "p mcnemar"]
     table = pd.DataFrame(rows, columns=columns)
     table.insert(9, "p holm", stats.holm(table["p"].tolist()))
     sign = np.where(table["difference"] > 0, "better", "worse")
-    shown = table["task"].map(lambda task: known.get(task) is not None)
-    told = (table["p holm"] < 0.05) & ((table["seeds"] > 1) | shown)
+    told = (table["p holm"] < 0.05) & ((table["seeds"] > 1) | np.array(shown, dtype=bool))
     return table.assign(verdict=np.where(told, sign, "undecided"))
 
 

@@ -16,7 +16,7 @@ alike: the interval of one whose seeds vary far more than the others' is too nar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A paired difference in points with its 95 % interval, and the two-sided p of its being zero."""
+    """A paired difference in points with its 95 % interval, and the two-sided p of its being zero, or another bound."""
 
     value: float
     low: float
@@ -101,7 +101,7 @@ def _kept_draws(count: int, repeats: int, seed: int) -> tuple[np.ndarray, ...]:
 class Prior(NamedTuple):
     """How much the seeds' scores vary in the cells of a table: a variance, and what degrees of freedom it is worth.
 
-    ``most``: the degrees of freedom of all cells together, which no cell can have more of.
+    ``most``: the degrees of freedom of all places together, which no cell can have more of.
     """
 
     variance: float
@@ -109,16 +109,22 @@ class Prior(NamedTuple):
     most: float
 
 
-def prior(cells: Iterable[np.ndarray]) -> Prior | None:
-    """From the seeds' scores (seeds,) of many cells: the moments of their log variances, as limma takes them (Smyth
-    2004, section 6.2). None for fewer than three cells that have several seeds which differ.
+def prior(cells: Iterable[tuple[Hashable, np.ndarray]]) -> Prior | None:
+    """From the seeds' scores (seeds,) of many cells, each with its place: the moments of their log variances, as limma
+    takes them (Smyth 2004, section 6.2). None for fewer than three cells that have several seeds which differ.
+
+    Cells of one place are not independent of one another, as they share an adapter or a model: for the degrees of
+    freedom a place counts once.
     """
-    found = np.array([(len(c) - 1, c.var(ddof=1)) for c in cells if len(c) > 1 and np.ptp(c) > 0])
+    found = [(place, len(c) - 1, c.var(ddof=1)) for place, c in cells if len(c) > 1 and np.ptp(c) > 0]
     if len(found) < 3:
         return None
-    d, variances = found.T
+    places: dict[Hashable, int] = {}
+    for place, df_here, _ in found:
+        places[place] = max(df_here, places.get(place, 0))
+    d, variances = np.array([row[1:] for row in found], dtype=float).T
     e = np.log(variances) - digamma(d / 2) + np.log(d / 2)
-    apart, most = float(e.var(ddof=1) - polygamma(1, d / 2).mean()), float(d.sum())
+    apart, most = float(e.var(ddof=1) - polygamma(1, d / 2).mean()), float(sum(places.values()))
     if apart <= 0:
         return Prior(float(np.exp(e.mean())), np.inf, most)
     df = 2 * float(brentq(lambda x: float(polygamma(1, x)) - apart, 1e-3, 1e6)) if apart > 1e-5 else np.inf
@@ -179,21 +185,26 @@ def seeds_apart(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def difference(
-    a: np.ndarray, b: np.ndarray, groups: np.ndarray | None = None, known: Prior | None = None, seed: int = 0
+    a: np.ndarray,
+    b: np.ndarray,
+    groups: np.ndarray | None = None,
+    known: Prior | None = None,
+    seed: int = 0,
+    bound: float = 0.0,
 ) -> Difference:
     """Paired difference a - b on the same seeds and examples, both (seeds, n, 3).
 
-    p belongs to the interval: it is 1 minus the level at which the interval would end at zero, the bootstrap taken as
-    normal, since its own tail is too coarse for a table of many comparisons (:func:`holm`).
+    p belongs to the interval: it is 1 minus the level at which the interval would end at ``bound``, the bootstrap taken
+    as normal, since its own tail is too coarse for a table of many comparisons (:func:`holm`).
     """
     scores = seeds_apart(a, b)
     one, other = np.split(bootstrap(np.concatenate([a, b]), groups, seed), 2, axis=1)
     drawn = (one - other).mean(1)
-    return Difference(*_interval(scores, drawn, known), _p_value(scores, float(drawn.std()), known))
+    return Difference(*_interval(scores, drawn, known), _p_value(scores, float(drawn.std()), known, bound))
 
 
-def _p_value(scores: np.ndarray, spread: float, known: Prior | None) -> float:
-    (error, df), size = _between(scores, known), abs(float(scores.mean()))
+def _p_value(scores: np.ndarray, spread: float, known: Prior | None, bound: float) -> float:
+    (error, df), size = _between(scores, known), abs(float(scores.mean()) - bound)
 
     def beyond(p: float) -> float:
         seeds = float(t.isf(p / 2, df)) * error if error else 0.0
