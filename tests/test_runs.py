@@ -10,7 +10,7 @@ import yaml
 
 from uhl import archives, audit, claims, grid, report, results, runs, stages, stats, viz
 from uhl.baselines import SPARSE
-from uhl.config import METHODS
+from uhl.config import ARMS, CONTROLS, METHODS
 from uhl.errors import UHLError
 from uhl.files import build_folder, write_text
 from uhl.grid import PARAMS
@@ -452,6 +452,8 @@ def test_gap_recovered_where_there_is_a_gap():
     assert beyond.loc[("x", "anchor"), "pgr"] == pytest.approx(4 / 14)
     assert beyond.loc[("x", "anchor"), "pgr low"] < 4 / 14 < beyond.loc[("x", "anchor"), "pgr high"]
     assert np.isnan(beyond.loc[("y", "anchor"), "pgr"])  # the source is better than the host
+    taught = results.gap_recovered(tables | own, None, {"movies": dict.fromkeys(range(3), right(58.0))})
+    assert taught.set_index(["target", "arm"]).loc[("x", "anchor"), "pgr"] == pytest.approx(2 / 12)  # above the teacher
     near = results.gap_recovered(cells("x", 56.3) | own).set_index(["target", "arm"])
     assert np.isnan(near.loc[("x", "anchor"), "pgr"])  # LoRA is above it by three texts of a thousand
     ported = "movies", "x", "zero-shot", "anchor"
@@ -539,7 +541,8 @@ def test_claims_tell_what_is_left_of_them_when_all_are_corrected():
     cells["movies", "s", "source", "uhl-canonical"] = dict.fromkeys(range(3), right(80))
     judged = claims.judge(pd.DataFrame(columns=["phase", "arm", "task", "target"]), cells, {})
     ran = judged[judged["seeds"] > 0].set_index(["target", "arm"])
-    assert len(ran) == 6 and judged.loc[judged["seeds"] == 0, "p holm"].isna().all()
+    assert len(ran) == 6
+    assert judged.loc[judged["seeds"] == 0, "p holm"].isna().all()
     assert ran.loc["c", "verdict"].tolist() == ["refuted"] * 2
     assert (ran["p holm"] >= ran["p"]).all()
     assert ran["p holm"].sort_values().iloc[0] == pytest.approx(6 * ran["p"].min())
@@ -618,19 +621,44 @@ def test_each_profile_has_its_archive_beside_its_figures(tmp_path):
 
 
 def test_the_first_profiles_results_stand_in_the_readme(tmp_path, monkeypatch):
+    """In full beside its figures, and on the first page the rows that matter most."""
     monkeypatch.setattr(report, "FIRST", "offline")
     one_finished_cell(Settings(profile="offline"))
-    readme, (start, end) = tmp_path / "README.md", report.MARKS
-    readme.write_text("a\nb\n")
-    with pytest.raises(UHLError, match="no place for the table; expected the lines <!-- results"):
+    (tmp_path / "figures").mkdir()
+    pages, (start, end) = [tmp_path / "README.md", tmp_path / "figures" / "README.md"], report.MARKS
+    pages[1].write_text(f"a\n{start}\nold\n{end}\nb\n")
+    pages[0].write_text("a\nb\n")
+    with pytest.raises(UHLError, match=r"^README\.md has no place for the table; expected the lines <!-- results"):
         report.update_readme("offline", tmp_path, partial=True)
-    readme.write_text(f"a\n{start}\nold\n{end}\nb\n")
-    report.update_readme("offline", tmp_path, partial=True)
-    text = readme.read_text()
-    assert text.startswith(f"a\n{start}\n\n| model | phase")
-    assert text.endswith(f"{end}\nb\n")
-    assert "old" not in text.split("**Not complete")[0]
+    assert "old\n" in pages[1].read_text()  # neither is written when one can't be
+    pages[0].write_text(f"a\n{start}\nold\n{end}\nb\n")
+    report.update_readme("offline", tmp_path, "all verdicts", "few verdicts", partial=True)
+    for page, verdicts in zip(pages, ("few", "all"), strict=True):
+        text = page.read_text()
+        assert text.startswith(f"a\n{start}\n\n| model | phase")
+        assert text.endswith(f"\n{verdicts} verdicts\n\n{end}\nb\n")
+        assert "old" not in text.split("**Not complete")[0]
+    assert "what ran where: [figures/README.md](figures/README.md)" in pages[0].read_text()
     assert (tmp_path / "figures" / "results.csv").is_file()
+
+
+def test_a_short_table_has_the_arms_that_the_first_page_shows():
+    known = {phase: set(arms) for phase, arms in report.SHORT.items()}
+    assert list(known) == list(runs.PHASES)
+    assert known["retrained"] | known["source"] <= {*METHODS, "uhl-canonical"}
+    assert known["zero-shot"] | known["tuned"] <= {*ARMS, *CONTROLS}
+    for target, methods in (("minilm-l3", ("lora-r8", "head")), ("minilm-4x312", ("head", "bitfit"))):
+        one_finished_cell(Settings(profile="offline", target=target), methods)
+    full, short = (
+        [line.split(" | ")[:3] for line in report.markdown("offline", short=few).splitlines() if line.startswith("| ")]
+        for few in (False, True)
+    )
+    assert len(full) == 5
+    assert [(row[0][2:], row[2]) for row in short[1:]] == [
+        ("minilm-4x312", "head only"),
+        ("minilm-l3", "head only"),
+        ("minilm-l3", "LoRA r8 (q, v)"),
+    ]
 
 
 def test_a_table_with_missing_cells_says_so(tmp_path):

@@ -10,6 +10,7 @@ import time
 import zipfile
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,6 +35,7 @@ from uhl import (
     runs,
     search,
     stages,
+    stats,
     store,
     teacher,
     viz,
@@ -166,6 +168,8 @@ def test_a_teacher_s_decisions_are_those_of_the_file(tiny_world, own_files, monk
     assert evidence.of_source(cell, "test").tolist() == says["test"].tolist()  # what ports are compared with
     if kind != "token":
         assert about["scores"]["test"] == pytest.approx(100 * (says["test"] == flat).mean())
+    (told,) = results.teachers(settings.profile).values()
+    assert stats.score_of(told[settings.seed].sum(0)) == pytest.approx(about["scores"]["test"])
     with pytest.raises(UHLError, match="have a teacher's logits"):
         attempts.measure(settings, adapter, *[stages.load_encoder("small")] * 2, labelled, ())
 
@@ -256,7 +260,7 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     cells = [(phase, arm) for phase in ("zero-shot", "tuned") for arm in ("lineage", "embedding")]
     assert set(audit.undefined("t")) == {(settings.task_name, "small", *cell) for cell in cells}
     assert set(judged["verdict"]) <= {"held", "refuted", "not decidable", "not run", "not defined"}
-    told = claims.markdown("t").splitlines()
+    told = claims.markdown("t", Path("README.md")).splitlines()
     assert sum(line.startswith("| 1 ") for line in told) == len(ours | without)
     assert all(" of 1 |" in line for line in told if line.startswith(("| 1 ", "| 2 tuned")))
     assert sum("| *ported head, " in line for line in told) == (6 if others else 4)

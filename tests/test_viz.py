@@ -56,7 +56,7 @@ def test_what_costs_nothing_is_drawn_too(table):
 
 
 def test_marks_of_one_cost_stand_side_by_side_and_low_scores_on_a_smaller_scale(table):
-    """A mark moves to the left on the page alone; below the trained methods six points take the room of one."""
+    """A mark moves on the page alone, tied to its place; below the trained methods six points take the room of one."""
     close = [
         ("y", "tuned", arm, score, 9e5) for arm, score in (("anchor", 76.0), ("lineage", 76.1), ("embedding", 90.0))
     ]
@@ -70,8 +70,14 @@ def test_marks_of_one_cost_stand_side_by_side_and_low_scores_on_a_smaller_scale(
         for box in ax.containers
     }
     moved = sorted(value for score, value in apart.items() if score in {76.0, 76.1})
-    assert moved[0] < -5
+    assert moved[0] < -5  # not to the right, where the budget ends
     assert moved[1] == pytest.approx(0)
+    ties = [text for text in ax.texts if getattr(text, "arrow_patch", None) is not None]
+    assert [tie.xy[0] for tie in ties] == [9e5]
+    beyond = more[:2].assign(bytes=1.1e6)
+    ax = viz.score_against(pd.concat([table, beyond], ignore_index=True), "bytes", "bytes", 1e6, "1 MB").axes[2]
+    places = [box.lines[0].get_transform().transform((1.1e6, 76.0))[0] for box in ax.containers]
+    assert max(places) > ax.transData.transform((1.1e6, 76.0))[0] + 5
     assert apart[90.0] == pytest.approx(0)
     heights = ax.transData.transform([(1, 60.0), (1, 66.0), (1, 76.0), (1, 77.0)])[:, 1]
     assert heights[1] - heights[0] == pytest.approx(heights[3] - heights[2])

@@ -75,8 +75,9 @@ def table(options: argparse.Namespace) -> None:
     print(f"results    {folder / 'results.csv'}\nfigures    {folder / 'analysis'}")
     print(f"notebooks  {folder}/*/*/notebook.ipynb")
     if options.readme:
-        verdicts = claims.markdown(options.profile)
-        report.update_readme(options.profile, HERE, verdicts, options.partial)
+        full = claims.markdown(options.profile, report.readme_of(options.profile))
+        short = claims.markdown(options.profile, report.README, ("dimension", "anchor", "zero-atoms"))
+        report.update_readme(options.profile, HERE, full, short, options.partial)
 
 
 def attempts(options: argparse.Namespace) -> None:

@@ -7,16 +7,17 @@
 
 Claims about scores are tests of a bound against the 95 % interval of a paired difference, on the same test examples and
 seeds, each by itself; ``p holm`` says what is left of each when all of them are corrected for how many there are. A
-single seed decides none, unless other cells
-show how much seeds vary. Beside the arms they are judged for two controls, :data:`WITHOUT`, which have the ported head
-and no trained atom: what these hold too is not the atoms' merit. Claims about budgets hold or do not. The claims name
-BERT-base, BERT-large and TinyBERT; which models stand in for them is what the profile says, and each claim is judged on
-all of its targets: the first names a larger host, the third a narrower one.
+single seed decides none, unless other cells show how much seeds vary. Beside the arms they are judged for two controls,
+:data:`WITHOUT`, which have the ported head and no trained atom: what these hold too is not the atoms' merit. Claims
+about budgets hold or do not. The claims name BERT-base, BERT-large and TinyBERT; which models stand in for them is what
+the profile says, and each claim is judged on all of its targets: the first names a larger host, the third a narrower
+one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from uhl import stats
 from uhl.audit import undefined
 from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS
-from uhl.report import figures_of, readme_of
+from uhl.report import figures_of
 from uhl.results import Cells, Groups, gather, groups_of, own_source, priors_apart, source_of, stack, summary
 from uhl.viz import NAMES
 
@@ -221,8 +222,9 @@ def _places(rows: Iterable[Mapping[Any, Any]]) -> str:
 UNITS = {"2 with": " %", "4 at most 1 MB": " bytes", "4 at most 10": " %", "4 at most two": " atoms"}
 
 
-def markdown(profile: str) -> str:
-    """The verdicts on a profile's runs, as Markdown: a row a claim and arm, the claims about budgets in one row each.
+def markdown(profile: str, page: Path, arms: Collection[str] = ()) -> str:
+    """The verdicts on a profile's runs, as Markdown for ``page`` of the repository: a row a claim and arm, of ``arms``
+    alone where they are given; the claims about budgets in one row each.
 
     The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms, and
     beside them how many are left when all claims about scores are corrected for how many there are; the effects are
@@ -236,7 +238,9 @@ def markdown(profile: str) -> str:
     judged["arm"] = judged["arm"].mask(nowhere, "every arm")
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
     judged = judged[nowhere | anywhere]
-    file = (figures_of(profile) / "claims.csv").relative_to(readme_of(profile).parent).as_posix()
+    if arms:  # but a budget holds for all
+        judged = judged[judged["arm"].isin(arms) | judged["claim"].str.startswith("4")]
+    file = (figures_of(profile) / "claims.csv").relative_to(page.parent).as_posix()
     said = f"The claims of the hypothesis, over tasks and targets (intervals: [{file}]({file})):"
     lines = [said, "", "| claim | arm | effect | verdict | after Holm's correction |", "|---|---|---|---|---|"]
     arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")

@@ -22,9 +22,19 @@ from uhl.results import cell_of, summary
 from uhl.runs import manifests
 from uhl.viz import NAMES, in_order
 
+README = Path("README.md")  # the first page
 FIRST = "offline-full"  # whose figures lie in figures/ itself, others' in a folder of their name there
 ALONE = "¹"  # beside a score of one seed
-MARKS = ("<!-- results: made by make table -->", "<!-- end of results -->")  # in the README, around those of FIRST
+MARKS = (
+    "<!-- results: made by make table -->",
+    "<!-- end of results -->",
+)  # in pages that people write, around FIRST's
+SHORT = {  # the arms of each phase that the first page shows
+    "source": ("head", "uhl-canonical", "lora-r8"),
+    "zero-shot": ("no-adapter", "dimension", "anchor", "zero-atoms", "shuffled"),
+    "tuned": ("anchor", "zero-atoms"),
+    "retrained": ("head", "lora-r8", "sat-lora"),
+}
 
 
 def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables: dict[str, pd.DataFrame]) -> Path:
@@ -49,8 +59,11 @@ def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables
     return write_text(folder / "manifest.json", json.dumps(entry, indent=1))
 
 
-def markdown(profile: str, target: str | None = None) -> str:
-    """The results as Markdown: tasks side by side, a row a (target, phase, arm), score with its 95 % interval."""
+def markdown(profile: str, target: str | None = None, short: bool = False) -> str:
+    """The results as Markdown: tasks side by side, a row a (target, phase, arm), score with its 95 % interval.
+
+    ``short``: the arms of :data:`SHORT` alone, target by target, and the caption without what each cell ran on.
+    """
     table = viz.with_alone(summary(profile))
     if target:
         table = table[table["target"].map(runs.slug) == runs.slug(target)]
@@ -62,6 +75,10 @@ def markdown(profile: str, target: str | None = None) -> str:
     lack = {t: "not run" if t in ported or not ported else "" for t in tasks}  # some only lend others their adapter
     lines = ["| model | phase | arm | " + " | ".join(tasks) + " | bytes | trained | FLOPs |"]
     lines.append("|---|---|---|" + "---|" * (len(tasks) + 3))
+    if short:
+        kept = [arm in SHORT[phase] for phase, arm in zip(table["phase"], table["arm"], strict=True)]
+        places = {target: k for k, target in enumerate(dict.fromkeys(table["target"]))}
+        table = table[kept].sort_values("target", key=lambda column: column.map(places), kind="stable")
     for key, rows in table.groupby(["phase", "target", "arm"], sort=False):
         phase, model, arm = map(str, key)
         by_task = rows.set_index("task")
@@ -73,12 +90,12 @@ def markdown(profile: str, target: str | None = None) -> str:
         label = f"*{NAMES.get(arm, arm)}*" if arm in CONTROLS else NAMES.get(arm, arm)
         lines.append("| " + " | ".join([model, phase, label, *cells, *budget]) + " |")
     shown = set(table[["target", "arm"]].itertuples(index=False, name=None))
-    for model, arm in dict.fromkeys((m, a) for _, m, _, a in not_defined):
+    for model, arm in dict.fromkeys((m, a) for _, m, _, a in not_defined if not short):
         if model in set(table["target"]) and (model, arm) not in shown:
             phases = [p for p in runs.PHASES if any((t, model, p, arm) in not_defined for t in tasks)]
             cells = ["not defined" if (t, model, phases[0], arm) in not_defined else lack[t] for t in tasks]
             lines.append(f"| {model} | {', '.join(phases)} | {NAMES.get(arm, arm)} | {' | '.join(cells)} | | | |")
-    return "\n".join(lines) + "\n\n" + _caption(profile, table)
+    return "\n".join(lines) + "\n\n" + _caption(profile, table, short)
 
 
 def _cell_text(cell: pd.Series) -> str:
@@ -96,7 +113,7 @@ def _length(parameters: Mapping[str, Any]) -> str:
     return f"{epochs} epoch{'' if epochs == '1' else 's'}"
 
 
-def _caption(profile: str, table: pd.DataFrame) -> str:
+def _caption(profile: str, table: pd.DataFrame, short: bool) -> str:
     finished = manifests(profile).values()
     hardware = {part for m in finished for part in m["hardware"].split(" and ")}
     commits = {part for m in finished for part in m["commit"].split(", ")}
@@ -124,7 +141,10 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
     over = "seeds and test examples" if table["seeds"].max() > 1 else "test examples alone"
     single = f" {ALONE}: one seed, where others of the task have more." if table["alone"].any() else ""
     left = missing(profile)
-    alone = _not_run(table, undefined(profile))
+    alone = "" if short else _not_run(table, undefined(profile))
+    page = readme_of(profile).as_posix()
+    ran = f"Ran on {' and '.join(sorted(hardware))}; commit {', '.join(sorted(commits))}."
+    ran = f"All arms and baselines, and what ran where: [{page}]({page})." if short else ran
     state = f"**Not complete: {len(left)} cells or rows are missing or old, first {left[0]}.** " if left else ""
     if any(runs.protocol(m) < runs.PROTOCOL for m in finished):
         state += "**Measured by an older release, whose settings meant something else.** "
@@ -134,8 +154,7 @@ def _caption(profile: str, table: pd.DataFrame) -> str:
         f"{lengths or 'nothing'} on the source{tuned}. {alone}"
         f"Italics: controls. Bytes: what the method adds to the bare host, head included; files of ours and SAT-LoRA's "
         f"hold 8 and 4 bits, the others' 16 (their heads 8). FLOPs: added per token, in percent of the host's linear "
-        f"layers (both: the larger task's). †: beyond 1 MB or 10 %.{single} Ran on {' and '.join(sorted(hardware))}; "
-        f"commit {', '.join(sorted(commits))}.\n"
+        f"layers (both: the larger task's). †: beyond 1 MB or 10 %.{single} {ran}\n"
     )
 
 
@@ -192,10 +211,8 @@ def figures_of(profile: str) -> Path:
 
 
 def readme_of(profile: str) -> Path:
-    """Where in the repository a profile's results stand: those of :data:`FIRST` in the first README, between its marks,
-    others' in one of their own, beside their figures.
-    """
-    return Path("README.md") if profile == FIRST else figures_of(profile) / "README.md"
+    """Where in the repository a profile's results stand in full, beside its figures."""
+    return figures_of(profile) / "README.md"
 
 
 def adapters_of(profile: str) -> Path:
@@ -203,10 +220,11 @@ def adapters_of(profile: str) -> Path:
     return Path("adapters", profile)
 
 
-def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool = False) -> None:
+def update_readme(profile: str, place: Path, verdicts: str = "", short: str = "", partial: bool = False) -> None:
     """Put the table and, below it, the ``verdicts`` on the claims into :func:`readme_of` the repository at ``place``,
-    and the figures with their CSVs into :func:`figures_of`. Manifests and predictions go into one archive. Where
-    :func:`adapters_of` is there, adapters go into it.
+    and the figures with their CSVs into :func:`figures_of`; of :data:`FIRST` also a short table, with the ``short``
+    verdicts, into the first page. Manifests and predictions go into one archive. Where :func:`adapters_of` is there,
+    adapters go into it.
 
     Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
     """
@@ -215,18 +233,15 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
         raise UHLError(
             f"profile {profile} is not complete, {len(left)} cells or rows are missing or old, first {left[0]}"
         )
-    into, results = place / figures_of(profile), f"{markdown(profile)}\n{verdicts}\n"
-    readme = place / readme_of(profile)
+    page, into, results = readme_of(profile), place / figures_of(profile), f"{markdown(profile)}\n{verdicts}\n"
     into.mkdir(parents=True, exist_ok=True)
     if profile == FIRST:
-        start, end = MARKS
-        text = readme.read_text(encoding="utf-8")
-        if start not in text or end not in text:
-            raise UHLError(f"{readme.name} has no place for the table; expected the lines {start} and {end}")
-        before, after = text.split(start)[0], text.split(end)[1]
-        write_text(readme, f"{before}{start}\n\n{results}\n{end}{after}")
+        first = f"{markdown(profile, short=True)}\n{short}\n"
+        texts = {path: _between_marks(place, path, part) for path, part in ((README, first), (page, results))}
     else:
-        write_text(readme, f"# Results of the profile `{profile}`\n\nMade by `make table`.\n\n{results}")
+        texts = {page: f"# Results of the profile `{profile}`\n\nMade by `make table`.\n\n{results}"}
+    for path, text in texts.items():
+        write_text(place / path, text)
     for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
         if file.suffix in {".png", ".csv"}:
             _copy(file, into / file.name)
@@ -234,3 +249,13 @@ def update_readme(profile: str, place: Path, verdicts: str = "", partial: bool =
     archives.pack(profile, place / "figures" / f"{profile}.zip")
     if (folder := place / adapters_of(profile)).is_dir():
         archives.keep_adapters(profile, folder)
+
+
+def _between_marks(place: Path, page: Path, results: str) -> str:
+    """The text of a page that people write, with the results in their place."""
+    start, end = MARKS
+    text = (place / page).read_text(encoding="utf-8")
+    if start not in text or end not in text:
+        raise UHLError(f"{page} has no place for the table; expected the lines {start} and {end}")
+    before, after = text.split(start)[0], text.split(end)[1]
+    return f"{before}{start}\n\n{results}\n{end}{after}"

@@ -138,14 +138,28 @@ def at_eight_bits(table: pd.DataFrame) -> pd.Series:
     return table["adapter_bytes"] - numbers.where(table["arm"].isin(set(METHODS) - {"head", *SPARSE}), 0)
 
 
-def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
+def teachers(profile: str, split: str = "test") -> dict[str, dict[int, np.ndarray]]:
+    """Counts, by task and seed, of what the teachers of a profile's adapters say; empty where they had none."""
+    found: dict[str, dict[int, np.ndarray]] = {}
+    for cell, entry in manifests(profile).items():
+        if entry.get("teacher"):
+            row = entry["rows"][0]
+            told = evidence.counts(cell, evidence.TEACHER, split, row["metric"])
+            found.setdefault(row["task"], {})[row["seed"]] = told
+    return found
+
+
+def gap_recovered(
+    tables: Cells, groups: Groups | None = None, taught: Mapping[str, dict[int, np.ndarray]] | None = None
+) -> pd.DataFrame:
     """(ported - no adapter) / (LoRA r8 retrained on the target - no adapter) with its interval, from :func:`gather`; to
     compare, that of a head alone which is fitted to the labels there.
 
-    ``pgr`` is the performance gap recovered of Burns et al. (2023), of hosts that are better than the source: the same
-    with the source's own score in place of no adapter's. Over the ``seeds`` that all cells have; NaN as
-    :func:`uhl.stats.recovered` says, and ``pgr`` where the source was not run with these, or where LoRA is not above
-    it in almost all resamples, so that the ratio means nothing.
+    ``pgr`` is the performance gap recovered of Burns et al. (2023), of hosts that are better than what supervises the
+    port: the same with its score in place of no adapter's. That is the adapter on its own source, whose logits the
+    anchors have, or its teacher, whose they have where there is one (``taught``, from :func:`teachers`). Over the
+    ``seeds`` that all cells have; NaN as :func:`uhl.stats.recovered` says, and ``pgr`` where the supervisor was not run
+    with these, or where LoRA is not above it in almost all resamples, so that the ratio means nothing.
     """
     rows = []
     for (task, target, phase, arm), cell in tables.items():
@@ -156,7 +170,7 @@ def gap_recovered(tables: Cells, groups: Groups | None = None) -> pd.DataFrame:
             group, above = (groups or {}).get(task), stats.Interval(np.nan, np.nan, np.nan)
             ported, top = stack(cell, seeds), stack(ceiling, seeds)
             found = stats.recovered(ported, stack(floor, seeds), top, group)
-            source = source_of(tables, task, arm)
+            source = (taught or {}).get(task) or source_of(tables, task, arm)
             if seeds <= set(source):
                 made = stats.recovered(ported, stack(source, seeds), top, group)
                 above = above if np.isnan(made.low) else made

@@ -150,18 +150,29 @@ def gap_heat(table: pd.DataFrame, undefined: Sequence[Place] = ()) -> Figure:
     return fig
 
 
-def _spread(ax: Axes, places: np.ndarray, wide: float = 5.5, tall: float = 4.5) -> np.ndarray:
-    """Points (1/72 inch) by which each of ``places`` (n x 2, of the axes' data) stands to the left, so that no mark
-    hides another: the first stay, later ones make room.
+def _spread(ax: Axes, places: np.ndarray, limit: float) -> np.ndarray:
+    """Points (1/72 inch) by which each of ``places`` (n x 2, of the axes' data) stands aside, to the right where
+    positive, so that no mark hides another: the first stay, later ones take the nearest room on their side of the
+    budget's ``limit``.
     """
-    points = ax.transData.transform(places) * 72 / ax.figure.dpi
+    wide, tall = 5.5, 4.5  # of a mark
+    points, line = (ax.transData.transform(p) * 72 / ax.figure.dpi for p in (places, [(limit, 1.0)]))
+    steps = sorted(np.arange(-400, 401) / 2, key=abs)
     moved = np.zeros(len(points))
     for i, (x, y) in enumerate(points):
         near = np.abs(points[:i, 1] - y) < tall
-        taken = points[:i, 0][near] - moved[:i][near]
-        while len(taken) and np.abs(taken - x + moved[i]).min() < wide - 0.01:
-            moved[i] += 0.5
+        taken = points[:i, 0][near] + moved[:i][near]
+        own = (step for step in steps if step == 0 or (x + step - line[0, 0]) * (x - line[0, 0]) > 0)
+        moved[i] = next(step for step in own if (np.abs(x + step - taken) > wide - 0.01).all())
     return moved
+
+
+def _tie(ax: Axes, place: tuple[float, float], moved: float, colour: str) -> None:
+    """A dot at ``place`` and a line from there to the mark that stands ``moved`` points to the right of it."""
+    ends: dict[str, Any] = {"xycoords": "data", "textcoords": "offset points"}
+    line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 0}
+    ax.annotate("", place, (moved, 0), arrowprops=line, **ends)
+    ax.plot(*place, ".", color=colour, ms=3, zorder=5)
 
 
 def _scale_axes(
@@ -189,8 +200,9 @@ def _scale_axes(
 def score_against(table: pd.DataFrame, column: str, label: str, limit: float, budget: str) -> Figure:
     """Score over what a method adds to the host (``column``), a panel a task and model, with the budget's ``limit``.
 
-    Hollow marks had no labels; controls are bars behind. Marks that would cover one another stand side by side, to the
-    left of what they cost. Shaded, below all trained methods: a scale a sixth of that above.
+    Hollow marks had no labels; controls are bars behind. Marks that would cover one another stand side by side, each
+    tied to a dot at what it costs, and none across the budget's limit. Shaded, below all trained methods: a scale a
+    sixth of that above.
     """
     table = with_alone(table)
     fig, cells = task_grid(table, 2.25, 2.6, 0.6, label, ": test score, %", sharex=True, sharey="row")
@@ -203,16 +215,17 @@ def score_against(table: pd.DataFrame, column: str, label: str, limit: float, bu
     for ax, _, _, rows in cells:
         rows = rows.assign(last=rows["arm"].isin(CONTROLS)).sort_values(["last", column], ascending=[True, False])
         shown = rows[~rows["last"]]
-        moved = dict(zip(shown.index, _spread(ax, shown[[column, "score"]].to_numpy(float)), strict=True))
+        moved = dict(zip(shown.index, _spread(ax, shown[[column, "score"]].to_numpy(float), limit), strict=True))
         for place, cell in rows.iterrows():
             hollow, control = cell["phase"] == "zero-shot", bool(cell["last"])
-            look: dict[str, Any] = {"mec": "white", "mew": 0.5, "ms": 6.5, "zorder": 3 + (cell["arm"] not in METHODS)}
+            look: dict[str, Any] = {"mec": "white", "mew": 0.5, "ms": 6, "zorder": 3 + (cell["arm"] not in METHODS)}
             if control:
                 look = {"fmt": "_", "ms": 10, "zorder": 2}
             elif hollow:
                 look = {"zorder": 4}
             if moved.get(place):
-                look["transform"] = offset_copy(ax.transData, fig, x=-moved[place], units="points")
+                look["transform"] = offset_copy(ax.transData, fig, x=moved[place], units="points")
+                _tie(ax, (float(cell[column]), float(cell["score"])), moved[place], LOOKS[cell["arm"]][0])
             interval_mark(ax, cell, float(cell[column]), upright=True, hollow=hollow, elinewidth=0.8, **look)
         ax.axvline(limit, color="black", linestyle=":", linewidth=1)
         note(ax, f" budget\n {budget}", limit, 0.02, ax.get_xaxis_transform(), ha="left", va="bottom", fontsize=8)
@@ -266,8 +279,10 @@ def learning_curves(table: pd.DataFrame, window: int = 5) -> Figure:
     shown = shown.assign(task=shown["task"] + "\n" + shown["arm"].map(family)).sort_values("task", kind="stable")
     fig, cells = task_grid(shown, 1.4, 1.6, 3.3, "step", sharex=True, sharey="row")
     ends = {task: ax for ax, task, *_ in cells}.values()  # the last of each row
-    arms, wheel = in_order(shown["arm"]), sns.color_palette("tab20", 20)
-    colours = dict(zip(arms, [*wheel[::2], *wheel[1::2]], strict=False))  # an arm's own in all rows
+    there = set(shown["arm"])
+    families = [[arm for arm in in_order(members) if arm in there] for members in LEARNERS.values()]
+    wheel = sns.color_palette("tab10", max(map(len, families)))
+    colours = {arm: wheel[k] for members in families for k, arm in enumerate(members)}  # the same for all tasks
     for ax, task, _, rows in cells:
         for k, arm in enumerate(in_order(shown["arm"][shown["task"] == task])):
             loss = rows[rows["arm"] == arm].groupby("step")["loss"].agg(["mean", "min", "max"])
