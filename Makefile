@@ -6,6 +6,7 @@
 # make copies                  the adapter on pruned copies of its source (notebook 10); figures compression*
 # make bench                   times and memory of the layers on this machine
 # make fetch                   set up and fetch the offline models and text, no more
+# make clean CONFIRM=1         remove runs/, all results and trained files in it
 # make lab                     JupyterLab on notebooks/ (its root is here, so that notebooks can show figures/)
 
 SHELL := bash
@@ -26,7 +27,8 @@ STAMP := $(VENV)/.installed
 LOCK := $(if $(shell command -v flock),flock -n -E 75 runs/.lock,)
 SNAKE = $(LOCK) env PYTHONWARNINGS=ignore $(BIN)/snakemake --nolock --cores $(JOBS) --rerun-triggers mtime \
 	--rerun-incomplete --keep-going --quiet rules
-TARGETS = $(patsubst params/$(PROFILE)/%.yaml,%,$(shell grep -l '^target:' params/$(PROFILE)/*.yaml))
+TARGETS = $(patsubst params/$(PROFILE)/%.yaml,%,$(shell grep -ls '^target:' params/$(PROFILE)/*.yaml))
+PROFILES = $(patsubst params/%/grid.yaml,%,$(wildcard params/*/grid.yaml))
 BUSY := { s=$$?; [ $$s != 75 ] || echo "make: another batch holds runs/.lock; wait for it or stop it"; exit $$s; }
 
 # The jobs of one target follow one another, so each has all threads.
@@ -49,9 +51,10 @@ run: $(STAMP)
 	@$(BIN)/python -m uhl table --profile $(PROFILE)
 
 port: $(STAMP)
+	@test -f "params/$(PROFILE)/grid.yaml" || { echo "no profile $(PROFILE); profiles: $(PROFILES)"; exit 1; }
 	@test -n "$(TARGET)" || { echo "make port needs TARGET=<name>, one of: $(TARGETS)"; exit 1; }
 	@test -f "params/$(PROFILE)/$(TARGET).yaml" || { echo "no params/$(PROFILE)/$(TARGET).yaml; targets: $(TARGETS)"; exit 1; }
-	@$(BIN)/python -m uhl fetch --profile $(PROFILE) --model $(TARGET)
+	@$(BIN)/python -m uhl fetch --profile $(PROFILE) --model $(TARGET) --task "$(TASK)"
 	@mkdir -p runs
 	@$(SNAKE) --config profile=$(PROFILE) -- $(or $(UHL_RUNS),runs)/$(PROFILE)/$(TASK)-s$(SEED)/port-$(TARGET)/manifest.json || $(BUSY)
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --target $(TARGET)
@@ -116,5 +119,8 @@ table: $(STAMP)
 		-p profile $(PROFILE) > $(RUNS)/analysis/log.txt 2>&1 || { tail -5 $(RUNS)/analysis/log.txt; exit 1; }
 	@$(BIN)/python -m uhl table --profile $(PROFILE) --readme $(PARTIAL)
 
+# All results and trained files of runs/ are hours of work.
 clean:
-	rm -rf runs .snakemake
+	@test ! -d runs || test "$(CONFIRM)" = 1 || { echo "make clean removes runs/ and all that ran there; add CONFIRM=1"; exit 1; }
+	@mkdir -p runs
+	@$(LOCK) rm -rf runs .snakemake || $(BUSY)

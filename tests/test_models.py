@@ -46,6 +46,8 @@ def test_a_hub_id_without_a_network(monkeypatch):
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(UHLError, match="minilm-l6.*copy the model to a folder"):
         load_encoder("bert-base-uncased")
+    with pytest.raises(UHLError, match="unknown model 'minilm-l4'; offline names: minilm-l6, minilm-l3, "):
+        load_encoder("minilm-l4")  # of which no hub is asked
 
 
 def test_a_missing_folder_and_one_that_is_no_model(tmp_path):

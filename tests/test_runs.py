@@ -394,6 +394,42 @@ def test_unknown_profile_and_bad_parameter_file(tmp_path):
         runs.read_yaml(tmp_path / "x.yaml")
 
 
+@pytest.mark.parametrize(
+    "words", [["table"], ["attempts"], ["pack"], ["restore"], ["search"], ["export", "--into", "x"]]
+)
+def test_a_command_names_the_profiles_there_are(words, monkeypatch):
+    """But takes one that only the runs have, of a notebook's own parameter."""
+    from uhl import __main__ as command
+
+    monkeypatch.setattr("sys.argv", ["uhl", *words, "--profile", "of-nobody"])
+    with pytest.raises(SystemExit, match="unknown profile 'of-nobody'; profiles: demo, local, "):
+        command.main()
+    (runs.root() / "of-nobody").mkdir(parents=True)
+    with pytest.raises(SystemExit) as told:
+        command.main()
+    assert ("unknown profile" in str(told.value)) == (words == ["search"])  # which needs its spaces
+
+
+@pytest.mark.parametrize("words", [["search", "--task", "movie"], ["fetch", "--task", "movie"]])
+def test_an_unknown_task_is_told_before_anything_is_made(words, monkeypatch):
+    from uhl import __main__ as command
+
+    monkeypatch.setattr("sys.argv", ["uhl", *words])
+    with pytest.raises(SystemExit, match="unknown task 'movie'; offline names: movies, amazon; hub names: sst2"):
+        command.main()
+    assert not runs.root().exists()
+
+
+def test_an_archive_that_is_not_there_is_told_from_a_broken_one(tmp_path, monkeypatch):
+    from uhl import __main__ as command
+
+    monkeypatch.setattr("sys.argv", ["uhl", "restore", str(tmp_path / "x.zip")])
+    with pytest.raises(
+        SystemExit, match=r"x\.zip does not exist; profiles with an archive in .*: local, offline-eight, "
+    ):
+        command.main()
+
+
 def test_the_readme_is_not_written_from_an_incomplete_profile(tmp_path):
     with pytest.raises(UHLError, match="offline is not complete, 9 cells or rows are missing or old, first movies-s0/"):
         report.update_readme("offline", tmp_path)

@@ -908,7 +908,7 @@ def test_what_was_kept_is_read_back_by_a_release_with_more_settings(tiny_world, 
         file.write_text(json.dumps(entry))
     monkeypatch.setattr(stages, "tune", lambda *_: pytest.fail("kept, and run again"))
     assert list(stages.tuned(few, shared)) == ["anchor", "untrained"]
-    with pytest.raises(UHLError, match=r"pretrain-dimension/adapter\.safetensors does not exist; train one with"):
+    with pytest.raises(UHLError, match=r"pretrain-dimension/adapter\.safetensors does not exist; trained ones lie in"):
         stages.tuned(tiny_world, shared)
 
 

@@ -22,6 +22,7 @@ from uhl.models import OFFLINE, cut_of, load_encoder, resolve
 from uhl.porting import port, predict_texts
 from uhl.runs import Settings, read_yaml
 from uhl.tasks import OFFLINE as OFFLINE_TASKS
+from uhl.tasks import find_task
 
 HERE = Path(__file__).parent.parent
 
@@ -29,6 +30,8 @@ HERE = Path(__file__).parent.parent
 def fetch(options: argparse.Namespace) -> None:
     """Fetch the offline weights and text that a profile needs, so that parallel jobs find them."""
     grid = Grid.read(options.profile)
+    if options.task and not task_file(options.profile, options.task):
+        find_task(options.task)
     targets = [options.model] if options.model else grid.hosts
     for name in (grid.source, *(target_of(options.profile, t) for t in targets)):
         whole, _ = cut_of(name)
@@ -117,7 +120,11 @@ def restore(options: argparse.Namespace) -> None:
     """Put the cells of an archive back into the runs folder, so that tables and figures can be made without a run, and
     with them the trained adapters that adapters/<profile> has. Your own data is read again for its gold labels.
     """
-    archive = options.archive or HERE / "figures" / f"{options.profile}.zip"
+    folder = HERE / "figures"
+    archive = options.archive or folder / f"{options.profile}.zip"
+    if not archive.is_file():
+        there = ", ".join(sorted(file.stem for file in folder.glob("*.zip"))) or "none"
+        raise UHLError(f"{archive} does not exist; profiles with an archive in {folder}: {there}")
     made = archives.restore(archive, HERE / report.adapters_of(archive.stem))
     print(f"{len(made)} cells restored into {runs.root()}")
 
@@ -190,6 +197,8 @@ def search(options: argparse.Namespace) -> None:
         raise UHLError(f"uhl search needs Optuna ({error}); pip install -e '.[notebooks]' in the repository") from error
     grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
     own, target = task_file(options.profile, options.task), options.target or grid.hosts[0]
+    if not own:
+        find_task(options.task)
     theirs: dict[str, object] = {}
     if (PARAMS / options.profile / f"{target}.yaml").is_file():
         values = read_yaml(PARAMS / options.profile / f"{target}.yaml")
@@ -221,13 +230,18 @@ def search(options: argparse.Namespace) -> None:
         searching.save(settings, studies)
 
 
+def _profile(command: argparse.ArgumentParser, default: str = "offline") -> None:
+    command.add_argument("--profile", default=default, help=f"a folder of params/, or of runs/; by default {default}")
+
+
 def main() -> None:
     """Parse and run; exit status 1 on an error of the package."""
     parser = argparse.ArgumentParser(prog="uhl", description=__doc__)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("fetch", help=fetch.__doc__)
-    one.add_argument("--profile", default="offline")
+    _profile(one)
     one.add_argument("--model", help="only this model beside the source")
+    one.add_argument("--task", help="check that this task is known, too")
     one.set_defaults(run=fetch)
     command = commands.add_parser("port", help=port_file.__doc__)
     command.add_argument("file", type=Path, help="an adapter")
@@ -242,20 +256,18 @@ def main() -> None:
     )
     command.set_defaults(run=port_file)
     two = commands.add_parser("table", help=table.__doc__)
-    two.add_argument("--profile", default="offline")
+    _profile(two)
     two.add_argument("--target", help="only this target's rows")
     two.add_argument("--readme", action="store_true", help="write the table into a README, and figures/")
     two.add_argument("--partial", action="store_true", help="also where cells are missing; the caption says so")
     two.set_defaults(run=table)
-    command = commands.add_parser("attempts", help=attempts.__doc__)
-    command.add_argument("--profile", default="offline")
-    command.set_defaults(run=attempts)
-    command = commands.add_parser("copies", help=copies.__doc__)
-    command.add_argument("--profile", default="offline")
-    command.set_defaults(run=copies)
+    for name, does in (("attempts", attempts), ("copies", copies)):
+        command = commands.add_parser(name, help=does.__doc__)
+        _profile(command)
+        command.set_defaults(run=does)
     for name, does in (("pack", pack), ("restore", restore)):
         command = commands.add_parser(name, help=does.__doc__)
-        command.add_argument("--profile", default="offline-full")
+        _profile(command, "offline-full")
         command.set_defaults(run=does, archive=None)
         if does is pack:
             command.add_argument(
@@ -276,7 +288,7 @@ def main() -> None:
     command.add_argument("--out", type=Path, required=True, help="file to write")
     command.set_defaults(run=join)
     command = commands.add_parser("export", help=export.__doc__)
-    command.add_argument("--profile", default="offline")
+    _profile(command)
     command.add_argument("--task", default="movies")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--projector", choices=("canonical", "dimension"), default="canonical")
@@ -288,7 +300,7 @@ def main() -> None:
     command.add_argument("--into", type=Path, default=HERE / "figures", help="with --gpu: folder of the tables")
     command.set_defaults(run=bench)
     three = commands.add_parser("search", help=search.__doc__)
-    three.add_argument("--profile", default="offline-full")
+    _profile(three, "offline-full")
     three.add_argument("--task", default="movies")
     three.add_argument("--seed", type=int, default=0)
     three.add_argument("--host", choices=("source", "target"), default="source", help="where methods train")
@@ -303,6 +315,8 @@ def main() -> None:
     options = parser.parse_args()
     try:
         runs.quiet()
+        if (profile := getattr(options, "profile", None)) and not (runs.root() / profile).is_dir():
+            Grid.read(profile)  # raises where there is no such profile
         options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:  # a reader that has enough, such as `head`

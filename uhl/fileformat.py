@@ -302,8 +302,9 @@ def _read_once(path: Path, check: Callable[[Path, Any, dict[str, Spec]], H]) -> 
         raise UHLError(f"{path} is a folder; give an adapter's file, such as its adapter_model.safetensors")
     if not path.is_file():
         raise UHLError(
-            f"adapter file {path} does not exist; train one with notebooks/02_pretrain.ipynb "
-            f"(a cell restored from an archive may have none: delete its folder and run it again)"
+            f"adapter file {path} does not exist; trained ones lie in adapters/, or train one with "
+            "notebooks/02_pretrain.ipynb (a cell restored from an archive may have none: delete its folder and run it "
+            "again)"
         )
     try:
         _check_sizes(path)

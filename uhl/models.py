@@ -18,6 +18,7 @@ tensors alone (``torch.load(weights_only=True)``) and refuses everything else.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import pickle
@@ -148,6 +149,8 @@ def resolve(name: str) -> tuple[str, str | None]:
         return str(path), next(iter(digests), None)
     if path.is_absolute() or name.startswith((".", "~")):
         raise UHLError(f"model folder {name!r} does not exist; offline names: {', '.join(OFFLINE)}")
+    if "/" not in name and difflib.get_close_matches(name, OFFLINE, cutoff=0.8):  # before a hub is asked for it
+        raise UHLError(f"unknown model {name!r}; offline names: {', '.join(OFFLINE)}; else give a folder or a hub id")
     return name, None
 
 

@@ -152,7 +152,7 @@ def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | No
             "can be ported to it"
         )
     if arm in {"lineage", "embedding"} and source is None:
-        return f"arm {arm} needs the source model"
+        return f"arm {arm} needs the source model; give it (`uhl port --source NAME`)"
     if arm == "lineage" and source is not None and source.width != target.width:
         return f"arm lineage needs equal widths; the source has {source.width}, the target {target.width}"
     if arm == "embedding" and source is not None:

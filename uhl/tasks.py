@@ -101,23 +101,32 @@ HUB: dict[str, TaskSpec] = {
 }
 
 
+def find_task(name: str) -> TaskSpec | None:
+    """What a task's name stands for: a name or hub id in :data:`HUB`, or a local path; None for an offline name.
+
+    Raises :class:`UHLError` for an unknown name.
+    """
+    by_id = {spec.path: spec for spec in HUB.values()}
+    if name in OFFLINE:
+        return None
+    if name in HUB or name in by_id:
+        return HUB.get(name) or by_id[name]
+    if Path(name).exists():
+        return TaskSpec(name, "sentence")
+    raise UHLError(
+        f"unknown task {name!r}; offline names: {', '.join(OFFLINE)}; hub names: {', '.join(HUB)}; or give an "
+        f"existing file or folder, or a hub id with its `kind`, `columns` and `labels`"
+    )
+
+
 def load_task(task: str | TaskSpec) -> Task:
-    """Load a task by offline name, by a name or hub id in :data:`HUB`, by a local path, or from a :class:`TaskSpec`.
+    """Load a task by offline name, by what :func:`find_task` knows, or from a :class:`TaskSpec`.
 
     Raises :class:`UHLError` for an unknown name, a missing column, an unknown label or an empty split.
     """
     if isinstance(task, str):
-        if task in OFFLINE:
-            return _offline_task(task)
-        by_id = {spec.path: spec for spec in HUB.values()}
-        if task in HUB or task in by_id:
-            return load_task(HUB.get(task) or by_id[task])
-        if Path(task).exists():
-            return load_task(TaskSpec(task, "sentence"))
-        raise UHLError(
-            f"unknown task {task!r}; offline names: {', '.join(OFFLINE)}; hub names: {', '.join(HUB)}; or give an "
-            f"existing file or folder, or a hub id with its `kind`, `columns` and `labels`"
-        )
+        spec = find_task(task)
+        return load_task(spec) if spec else _offline_task(task)
     labels, data = read(task, tuple(OFFLINE))
     return Task(Path(task.path).name.split(".")[0], task.kind, labels, data, task.licence)
 
