@@ -22,7 +22,7 @@ from uhl.adapter import UHLAdapter
 from uhl.anchors import Codes, Probe, batches, final_means, fragments, observe, pieces_of, unit_states
 from uhl.config import ARMS, Sizes
 from uhl.errors import UHLError
-from uhl.fits import Way, _map_pair, basis_of, cka, stream_basis, upper_levels
+from uhl.fits import Wanted, Way, _map_pair, basis_of, cka, head_fit, share_offsets, stream_basis, upper_levels
 from uhl.frame import LAST
 from uhl.host import find_slots
 from uhl.models import Encoder
@@ -299,6 +299,54 @@ def test_on_a_host_larger_than_the_source_the_ported_head_imitates_less(encoder,
             with caplog.at_level("WARNING", "uhl.porting"):
                 port(adapter, host, shared=replace(shared, ports={}))
             assert ("behind another release's port" in caplog.text) == stale
+
+
+@pytest.mark.parametrize("labels", [2, 4])
+def test_offsets_give_decisions_the_shares_that_are_wanted(labels):
+    made = torch.Generator().manual_seed(labels)
+    rows = torch.randn(400, labels, generator=made) + torch.linspace(0, 2, labels)  # the last is decided on too often
+    wanted = torch.randint(labels - 1, (400,), generator=made) if labels > 2 else torch.arange(400) % 8 // 7
+    offsets = share_offsets(rows, wanted)
+    assert float(offsets.sum()) == pytest.approx(0, abs=1e-9)
+    found = torch.bincount((rows + offsets).argmax(1), minlength=labels)
+    assert (found - torch.bincount(wanted, minlength=labels)).abs().max() <= 4
+    assert torch.allclose(share_offsets(rows + 7, wanted), offsets, atol=1e-4)
+
+
+def synthetic(coded, bias=(0.5, 0.0, -0.5)):
+    """States of 300 texts on a host of width 8, and what a source wants of them, by codes or by logits beside them."""
+    made = torch.Generator().manual_seed(3)
+    states, reads = torch.randn(300, 8, generator=made), torch.randn(3, 8, generator=made)
+    codes = states @ torch.randn(8, 8, generator=made) * 0.7 + torch.randn(300, 8, generator=made)
+    units = Rows(torch.ones(300), torch.arange(300))
+    logits = None if coded else codes @ reads.T + torch.randn(300, 3, generator=made)
+    return states, Wanted(codes, torch.arange(300), torch.arange(300), reads, torch.tensor(bias), logits, units, None)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("shares", ["fitted", "source"])
+@pytest.mark.parametrize("targets", ["logits", "probabilities"])
+def test_a_head_is_fitted_to_the_source_s_logits_or_probabilities(coded, shares, targets):
+    """What its reader makes of states is what is told of left-out ones; behind the head it decides as a regression of
+    the same does, or gives each label as often as the source; and of probabilities it makes the logits that fit best.
+    """
+    states, wanted = synthetic(coded)
+    source = (wanted.codes @ wanted.reads.T if coded else wanted.logits) + wanted.bias
+    fit = head_fit(states, wanted, 8, Way(targets=targets, shares=shares))
+    said = (states @ fit.matrix + fit.shift) @ wanted.reads.T + wanted.bias
+    left_out = fit.logits + wanted.bias
+    apart = [x - x.mean(1, keepdim=True) for x in (said, left_out)]
+    assert float((apart[0] - apart[1]).pow(2).mean() / apart[0].pow(2).mean()) < 0.01
+    if shares == "source":
+        counts = [torch.bincount(x.argmax(1), minlength=3) for x in (left_out, source)]
+        assert (counts[0] - counts[1]).abs().max() <= 3
+        return
+    goal = source.softmax(1) if targets == "probabilities" else source
+    usual = Ridge(alpha=1.0).fit(states.numpy(), goal.numpy()).predict(states.numpy())
+    assert np.mean(usual.argmax(1) == said.argmax(1).numpy()) > 0.98
+    if targets == "probabilities":
+        loss = [float(-(source.softmax(1) * (k * left_out).log_softmax(1)).sum(1).mean()) for k in (0.9, 1.0, 1.1)]
+        assert loss[1] == min(loss)
 
 
 def test_a_host_that_differs_from_the_source_by_little_is_not_it(encoder):

@@ -1275,7 +1275,7 @@ def test_attempts_are_measured_on_dev_and_leave_the_adapter_as_it_was(tiny_world
     assert (adapter.anchors.coded, len(adapter.anchors.texts)) == (30, 40)
     whole = adapter.anchors
     hosts = [stages.freeze(stages.load_encoder(name)) for name in ("big", "small")]
-    listed = attempts.attempts(whole, ["head", "imitation", "maps", "dims", "bits", "taught"])
+    listed = attempts.attempts(whole, ["head", "imitation", "targets", "maps", "dims", "bits", "taught"])
     refreshed = [a for a in attempts.attempts(whole, ["refresh"]) if a.arm == "refresh"]
     assert [a.way.confidence for a in refreshed] == [0, 0.5]
     listed += refreshed

@@ -51,7 +51,20 @@ from uhl.train import Classifier, Prediction, predict
 
 CHOICES = ("random", "k-means", "leverage", "determinantal")
 GROUPS = (
-    *("head", "imitation", "maps", "layers", "rank", "scale", "refresh", "perturbed", "turns", "taught", "data"),
+    *(
+        "head",
+        "imitation",
+        "targets",
+        "maps",
+        "layers",
+        "rank",
+        "scale",
+        "refresh",
+        "perturbed",
+        "turns",
+        "taught",
+        "data",
+    ),
     *("texts", "dims", "bits", "choice"),
 )
 SECOND = ("minilm-4x312", "minilm-l3", "minilm-l6")  # to train on by turns with the source: the first other host
@@ -110,6 +123,16 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
         yield Attempt("imitation", "head within a standard error, no atoms", "zero-atoms", loose)
         yield Attempt("imitation", "anchor, head as close as it can be", way=close)
         yield Attempt("imitation", "anchor, head within a standard error", way=loose)
+    if anchors.bias is not None:
+        fits = {
+            f"{t}, {s} shares": Way(targets=t, shares=s)
+            for s in ("fitted", "source")
+            for t in ("logits", "probabilities")
+        }
+        for name, way in fits.items():
+            yield Attempt("targets", f"head fitted to {name}, no atoms", "zero-atoms", way)
+        for name in ("logits, fitted shares", "probabilities, source shares"):
+            yield Attempt("targets", f"anchor, head fitted to {name}", way=fits[name])
     for maps in ("shared", "level"):
         yield Attempt("maps", f"{maps} maps, scale 1", way=Way(maps=maps, scales=(1.0,)))
     ways: dict[str, dict[str, str]] = {

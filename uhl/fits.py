@@ -12,9 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from pydantic import Field
+from scipy.optimize import minimize, minimize_scalar
+from scipy.special import logsumexp
 from torch import Tensor, nn
 
 from uhl.anchors import Anchors, Observed
@@ -54,6 +57,12 @@ class Way(_Strict):
         description="of the source's logits by the head: as close as left-out texts allow, or within a standard error; "
         "None: the latter where the host is larger than the source, else the former",
     )
+    targets: Literal["logits", "probabilities"] = Field(
+        "logits", description="of the source, that the head is fitted to"
+    )
+    shares: Literal["fitted", "source"] = Field(
+        "fitted", description="of each label among the decisions: as the fit has them, or brought to the source's"
+    )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
     )
@@ -77,13 +86,15 @@ def basis_of(seen: Observed, width: int, levels: tuple[int, ...] = LAST, rest: O
 @dataclass(frozen=True)
 class Wanted:
     """What the regressions are to give: the head's codes at ``rows`` of the units, the logits at all of them (None:
-    every unit has a code). ``order`` is that of the coded texts, which the control `shuffled` permutes.
+    every unit has a code), to which the source's head adds ``bias``. ``order`` is that of the coded texts, which the
+    control `shuffled` permutes.
     """
 
     codes: Float[Tensor, "n C"]
     rows: Tensor
     order: Tensor
     reads: Float[Tensor, "labels C"] | None
+    bias: Float[Tensor, " labels"] | None
     logits: Float[Tensor, "U labels"] | None
     units: Rows  # weights of all units, and their texts
     coded: Rows | None  # the same of ``rows``; None where each is of another text
@@ -100,7 +111,7 @@ class Wanted:
         probe = anchors.probe
         units, rows = Rows(probe.weights(OTHERS), probe.groups()), torch.tensor(probe.coded_units())
         coded = Rows(torch.ones(len(rows)), units.groups[rows]) if per_text > 1 else None
-        return cls(codes, rows, order, anchors.reads, logits, units, coded)
+        return cls(codes, rows, order, anchors.reads, anchors.bias, logits, units, coded)
 
     def first(self, units: int) -> Wanted:
         """The first units alone."""
@@ -116,8 +127,9 @@ def _expand(order: Tensor, per_text: int) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadFit:
-    """The head's reader. ``explained``: of the variance of the source's logits (without a head: of all codes);
-    ``logits``: centred, each unit's predicted from all other texts, before the head's bias.
+    """The head's reader. ``explained``: of the variance of what it is fitted to, the source's logits or probabilities
+    (without a head: of all codes); ``logits``: centred, each unit's predicted from all other texts, before the head's
+    bias.
     """
 
     matrix: Float[Tensor, "D_levels C"]
@@ -126,12 +138,16 @@ class HeadFit:
     logits: Float[Tensor, "n labels"] | None
 
 
-def head_fit(states: Float[Tensor, "U D_levels"], wanted: Wanted, width: int, loose: bool = False) -> HeadFit:
+def head_fit(
+    states: Float[Tensor, "U D_levels"], wanted: Wanted, width: int, way: Way | None = None, loose: bool = False
+) -> HeadFit:
     """A ridge regression from several levels' states, each brought to the same size, to the adapted source's codes.
 
     Coordinates are turned so that the first are those that the head reads: their penalties are then chosen for what the
-    task needs, and they are fitted on all units whose logits are known; ``loose``: to within a standard error.
+    task needs, and they are fitted on all units whose logits are known; ``loose``: to within a standard error. ``way``
+    says what else than logits they are fitted to.
     """
+    way = way or Way()
     sizes = states.reshape(len(states), -1, width).double().pow(2).mean((0, 2)).sqrt().clamp_min(1e-12)
     sizes = sizes.repeat_interleave(width).float()
     x = states / sizes
@@ -140,20 +156,67 @@ def head_fit(states: Float[Tensor, "U D_levels"], wanted: Wanted, width: int, lo
         return HeadFit(fit.matrix / sizes[:, None], fit.shift, fit.explained, None)
     left, strength, turn = torch.linalg.svd((wanted.reads - wanted.reads.mean(0)).double(), full_matrices=True)
     read = int((strength > 1e-6 * strength[0].clamp_min(1e-12)).sum())  # turn: the directions that are read come first
+    seen = left[:, :read] / strength[:read]  # from logits to these coordinates
     targets = wanted.codes.double() @ turn.T
     fit = first = ridge(x[wanted.rows], targets, rows=wanted.coded)
     targets = targets[:, :read]
+    judges = torch.ones(len(x), dtype=torch.bool) if wanted.logits is None else wanted.units.weights == 1
     matrix, shift = fit.matrix.double(), fit.shift.double()
-    if wanted.logits is not None:
-        known = wanted.logits.double()
-        targets = (known - known.mean(1, keepdim=True)) @ left[:, :read] / strength[:read]
+    told = (wanted.codes.double() @ wanted.reads.double().T) if wanted.logits is None else wanted.logits.double()
+    bias = torch.zeros(told.shape[1]).double() if wanted.bias is None else wanted.bias.double()
+    soft = (told + bias).softmax(1) if way.targets == "probabilities" and wanted.bias is not None else None
+    if soft is not None or wanted.logits is not None:
+        known = told if soft is None else soft
+        targets = (known - known.mean(1, keepdim=True)) @ seen
         first = ridge(x, targets, rows=wanted.units, one_se=loose)
         matrix[:, :read], shift[:read] = first.matrix.double(), first.shift.double()
-    judges = slice(None) if wanted.logits is None else wanted.units.weights == 1
     share = targets[judges].var(0) * strength[:read].pow(2)
     explained = float((first.columns[:read] * share).sum() / share.sum().clamp_min(1e-12))
     logits = first.left_out[:, :read] * strength[:read] @ left[:, :read].T
-    return HeadFit((matrix @ turn).float() / sizes[:, None], (shift @ turn).float(), explained, logits)
+    more = torch.zeros_like(bias)
+    if soft is not None:
+        size = _sharpness(logits[judges], soft[judges])
+        matrix[:, :read] *= size
+        shift[:read] *= size
+        logits, more = size * logits, bias.mean() - bias  # the head adds its bias
+    if way.shares == "source":
+        decided = (told + bias)[judges].argmax(1)
+        more = more + share_offsets((logits + more + bias)[judges], decided)
+    shift[:read] += more @ seen
+    return HeadFit((matrix @ turn).float() / sizes[:, None], (shift @ turn).float(), explained, logits + more)
+
+
+def _sharpness(predicted: Float[Tensor, "n labels"], wanted: Float[Tensor, "n labels"]) -> float:
+    """The factor that makes logits of predicted probabilities: that of the least log loss against ``wanted`` ones."""
+
+    def loss(power: float) -> float:
+        made = np.exp(power) * predicted.numpy()
+        return float((logsumexp(made, axis=1) - (wanted.numpy() * made).sum(1)).mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-3.0, 6.0), method="bounded").x))
+
+
+def share_offsets(logits: Float[Tensor, "n labels"], wanted: Int64[Tensor, " n"]) -> Float[Tensor, " labels"]:
+    """What to add to logits, centred, so that the labels they decide on are as frequent as those ``wanted``.
+
+    A regression predicts less than the whole of what it is fitted to, and so decides too often on what is usual. The
+    offsets are the prices of the optimal assignment of rows to labels in these numbers: they minimise sum_i max_k
+    (logit_ik + offset_k) - sum_k count_k offset_k, here with a maximum that is smoothed, less and less.
+    """
+    rows = logits.double().numpy()
+    counts = torch.bincount(wanted, minlength=rows.shape[1]).numpy() + 0.5  # a label that never occurs has a price, too
+    counts *= len(rows) / counts.sum()
+    spread = float((rows - rows.mean(1, keepdims=True)).std()) or 1.0
+    offsets = np.zeros(rows.shape[1])
+    for smooth in (0.3 * spread, 0.1 * spread, 0.03 * spread, 0.01 * spread):
+
+        def loss(given: np.ndarray, smooth: float = smooth) -> tuple[float, np.ndarray]:
+            told = (rows + given) / smooth
+            total = logsumexp(told, axis=1, keepdims=True)
+            return float(smooth * total.sum() - counts @ given), np.exp(told - total).sum(0) - counts
+
+        offsets = minimize(loss, offsets, jac=True, method="L-BFGS-B").x
+    return torch.from_numpy(offsets - offsets.mean())
 
 
 def stream_basis(

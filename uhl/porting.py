@@ -530,12 +530,12 @@ def _anchored(
 
     with untuned(adapter, task):
         read = {scale: states(scale) for scale in scales}
-        tried = {scale: head_fit(units, few, target.width) for scale, units in read.items()}
+        tried = {scale: head_fit(units, few, target.width, way) for scale, units in read.items()}
         scale = max(tried, key=lambda s: tried[s].explained)
         best = tried[scale]
         if wanted.logits is not None:  # the scale was chosen on the coded texts, in less time
             loose = port_rules(adapter, target) == LARGER_RULES if way.imitation is None else way.imitation == "one-se"
-            best = head_fit(torch.cat([read[scale], states(scale, rest=True)]), wanted, target.width, loose)
+            best = head_fit(torch.cat([read[scale], states(scale, rest=True)]), wanted, target.width, way, loose)
     frame = replace(basis, head=best.matrix.T.contiguous(), shift=best.shift).frame(slots)
     frame = _acting(frame, slots, way)
     report: dict[str, object] = {
