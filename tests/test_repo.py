@@ -262,38 +262,38 @@ def test_every_rate_in_use_is_the_best_of_as_many_trials():
             assert used[file][name] in best.loc[best["score"] == best["score"].max(), "value"].tolist()
 
 
-def make(runs, *arguments):
-    """What make said when it refused, with ``runs`` as the folder of runs and this environment as installed."""
-    made = [
-        "make",
-        f"VENV={Path(sys.executable).parent.parent}",
-        "-o",
-        f"{Path(sys.executable).parent.parent}/.installed",
-    ]
-    environment = {**os.environ, "UHL_RUNS": str(runs)}
-    done = subprocess.run([*made, *arguments], cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode
-    return done.stdout + done.stderr
+def make(folder, *arguments, **variables):
+    """Whether make did it, and what it said, in this environment as it is installed; not as a part of another make."""
+    installed = Path(sys.executable).parent.parent
+    call = ["make", f"VENV={installed}", "-o", f"{installed}/.installed", *arguments]
+    kept = {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MFLAGS", "MAKELEVEL"}}
+    done = subprocess.run(call, cwd=folder, capture_output=True, text=True, env=kept | variables, timeout=300)
+    return not done.returncode, done.stdout + done.stderr
 
 
-def test_make_port_says_what_it_takes_before_anything_is_run(tmp_path):
-    said = make(tmp_path, "port", "TARGET=minilm-l3", "PROFILE=of-nobody")
-    assert re.match(r"no profile of-nobody; profiles: .*\boffline\b.*\n", said)
-    assert re.match("no params/offline/nobody.yaml; targets: minilm-4x312 ", make(tmp_path, "port", "TARGET=nobody"))
-    said = make(tmp_path, "port", "TARGET=minilm-l3", "TASK=of-nobody")
-    assert said.startswith("uhl: unknown task 'of-nobody'; offline names: movies, amazon; ")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["TARGET=minilm-l3", "PROFILE=of-nobody"], r"no profile of-nobody; profiles: .*\boffline\b"),
+        (["TARGET=nobody"], "no params/offline/nobody.yaml; targets: minilm-4x312 "),
+        (["TARGET=minilm-l3", "TASK=of-nobody"], "uhl: unknown task 'of-nobody'; offline names: movies, amazon; "),
+    ],
+)
+def test_make_port_says_what_it_takes_before_anything_is_run(tmp_path, arguments, told):
+    did, said = make(ROOT, "port", *arguments, UHL_RUNS=str(tmp_path))
+    assert not did
+    assert re.match(told, said)
     assert not list(tmp_path.iterdir())
 
 
 def test_make_clean_asks_first(tmp_path):
     (tmp_path / "runs" / "offline").mkdir(parents=True)
     shutil.copy(ROOT / "Makefile", tmp_path)
-    call = ["make", "-C", str(tmp_path), "clean"]
-    done = subprocess.run(call, capture_output=True, text=True)
-    assert done.returncode
-    assert "make clean removes runs/ and all that ran there; add CONFIRM=1" in done.stdout
+    did, said = make(tmp_path, "clean")
+    assert not did
+    assert said.startswith("make clean removes runs/ and all that ran there; add CONFIRM=1")
     assert (tmp_path / "runs" / "offline").is_dir()
-    assert not subprocess.run([*call, "CONFIRM=1"], capture_output=True).returncode
+    assert make(tmp_path, "clean", "CONFIRM=1")[0]
     assert not (tmp_path / "runs").exists()
 
 
