@@ -238,8 +238,8 @@ def markdown(profile: str, page: Path, arms: Collection[str] = ()) -> str:
     judged["arm"] = judged["arm"].mask(nowhere, "every arm")
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
     judged = judged[nowhere | anywhere]
-    if arms:  # but a budget holds for all
-        judged = judged[judged["arm"].isin(arms) | judged["claim"].str.startswith("4")]
+    if arms:  # and what is said of all of them
+        judged = judged[judged["arm"].isin([*arms, "every arm"]) | judged["claim"].str.startswith("4")]
     file = (figures_of(profile) / "claims.csv").relative_to(page.parent).as_posix()
     said = f"The claims of the hypothesis, over tasks and targets (intervals: [{file}]({file})):"
     lines = [said, "", "| claim | arm | effect | verdict | after Holm's correction |", "|---|---|---|---|---|"]

@@ -25,10 +25,7 @@ from uhl.viz import NAMES, in_order
 README = Path("README.md")  # the first page
 FIRST = "offline-full"  # whose figures lie in figures/ itself, others' in a folder of their name there
 ALONE = "¹"  # beside a score of one seed
-MARKS = (
-    "<!-- results: made by make table -->",
-    "<!-- end of results -->",
-)  # in pages that people write, around FIRST's
+MARKS = ("<!-- results: made by make table -->", "<!-- end of results -->")  # around those of FIRST, on two pages
 SHORT = {  # the arms of each phase that the first page shows
     "source": ("head", "uhl-canonical", "lora-r8"),
     "zero-shot": ("no-adapter", "dimension", "anchor", "zero-atoms", "shuffled"),
