@@ -260,7 +260,7 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     cells = [(phase, arm) for phase in ("zero-shot", "tuned") for arm in ("lineage", "embedding")]
     assert set(audit.undefined("t")) == {(settings.task_name, "small", *cell) for cell in cells}
     assert set(judged["verdict"]) <= {"held", "refuted", "not decidable", "not run", "not defined"}
-    told = claims.markdown("t", Path("README.md")).splitlines()
+    told = claims.markdown(claims.of_profile("t"), "t", Path("README.md")).splitlines()
     assert sum(line.startswith("| 1 ") for line in told) == len(ours | without)
     assert all(" of 1 |" in line for line in told if line.startswith(("| 1 ", "| 2 tuned")))
     assert sum("| *ported head, " in line for line in told) == (6 if others else 4)

@@ -30,8 +30,8 @@ HERE = Path(__file__).parent.parent
 def fetch(options: argparse.Namespace) -> None:
     """Fetch the offline weights and text that a profile needs, so that parallel jobs find them."""
     grid = Grid.read(options.profile)
-    if options.task and not task_file(options.profile, options.task):
-        find_task(options.task)
+    if options.task:
+        _described(options.profile, options.task)
     targets = [options.model] if options.model else grid.hosts
     for name in (grid.source, *(target_of(options.profile, t) for t in targets)):
         whole, _ = cut_of(name)
@@ -43,6 +43,14 @@ def fetch(options: argparse.Namespace) -> None:
         from uhl.sources import vader_text
 
         vader_text()
+
+
+def _described(profile: str, task: str) -> Path | None:
+    """The file that describes a task in a profile; None of one known by its name, :class:`UHLError` of any other."""
+    own = task_file(profile, task)
+    if not own:
+        find_task(task)
+    return own
 
 
 def port_file(options: argparse.Namespace) -> None:
@@ -78,8 +86,9 @@ def table(options: argparse.Namespace) -> None:
     print(f"results    {folder / 'results.csv'}\nfigures    {folder / 'analysis'}")
     print(f"notebooks  {folder}/*/*/notebook.ipynb")
     if options.readme:
-        full = claims.markdown(options.profile, report.readme_of(options.profile))
-        short = claims.markdown(options.profile, report.README, ("dimension", "anchor", "zero-atoms"))
+        judged = claims.of_profile(options.profile)
+        full = claims.markdown(judged, options.profile, report.readme_of(options.profile))
+        short = claims.markdown(judged, options.profile, report.README, report.SHORT["zero-shot"])
         report.update_readme(options.profile, HERE, full, short, options.partial)
 
 
@@ -196,9 +205,7 @@ def search(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         raise UHLError(f"uhl search needs Optuna ({error}); pip install -e '.[notebooks]' in the repository") from error
     grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
-    own, target = task_file(options.profile, options.task), options.target or grid.hosts[0]
-    if not own:
-        find_task(options.task)
+    own, target = _described(options.profile, options.task), options.target or grid.hosts[0]
     theirs: dict[str, object] = {}
     if (PARAMS / options.profile / f"{target}.yaml").is_file():
         values = read_yaml(PARAMS / options.profile / f"{target}.yaml")

@@ -222,20 +222,24 @@ def _places(rows: Iterable[Mapping[Any, Any]]) -> str:
 UNITS = {"2 with": " %", "4 at most 1 MB": " bytes", "4 at most 10": " %", "4 at most two": " atoms"}
 
 
-def markdown(profile: str, page: Path, arms: Collection[str] = ()) -> str:
-    """The verdicts on a profile's runs, as Markdown for ``page`` of the repository: a row a claim and arm, of ``arms``
-    alone where they are given; the claims about budgets in one row each.
+def of_profile(profile: str) -> pd.DataFrame:
+    """:func:`judge` on a profile's runs."""
+    tables = gather(profile)
+    groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
+    return judge(summary(profile), tables, groups, undefined(profile))
+
+
+def markdown(judged: pd.DataFrame, profile: str, page: Path, arms: Collection[str] = ()) -> str:
+    """The verdicts on a profile's runs, from :func:`of_profile`, as Markdown for ``page`` of the repository: a row a
+    claim and arm, of ``arms`` alone where they are given; the claims about budgets in one row each.
 
     The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms, and
     beside them how many are left when all claims about scores are corrected for how many there are; the effects are
     their range. Where verdicts differ their targets stand beside them: the first claim is of a larger host,
     the third of a narrower one. Cells where an arm did not run are named; one that ran nowhere has no row.
     """
-    tables = gather(profile)
-    groups = {task: groups_of(profile, task) for task in {key[0] for key in tables}}
-    judged = judge(summary(profile), tables, groups, undefined(profile))
     nowhere = judged.groupby("claim")["effect"].transform("count") == 0
-    judged["arm"] = judged["arm"].mask(nowhere, "every arm")
+    judged = judged.assign(arm=judged["arm"].mask(nowhere, "every arm"))
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
     judged = judged[nowhere | anywhere]
     if arms:  # and what is said of all of them
