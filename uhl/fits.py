@@ -57,11 +57,11 @@ class Way(_Strict):
         description="of the source's logits by the head: as close as left-out texts allow, or within a standard error; "
         "None: the latter where the host is larger than the source, else the former",
     )
-    targets: Literal["logits", "probabilities"] = Field(
-        "logits", description="of the source, that the head is fitted to"
+    targets: Literal["probabilities", "logits"] = Field(
+        "probabilities", description="of the source, that the head is fitted to"
     )
-    shares: Literal["fitted", "source"] = Field(
-        "fitted", description="of each label among the decisions: as the fit has them, or brought to the source's"
+    shares: Literal["source", "fitted"] = Field(
+        "source", description="of each label among the decisions: brought to the source's, or as the fit has them"
     )
     scales: tuple[float, ...] | None = Field(
         None, description="of the atoms, tried on the anchors; None: SCALES for the two depths, or what `anchor` chose"
@@ -144,8 +144,8 @@ def head_fit(
     """A ridge regression from several levels' states, each brought to the same size, to the adapted source's codes.
 
     Coordinates are turned so that the first are those that the head reads: their penalties are then chosen for what the
-    task needs, and they are fitted on all units whose logits are known; ``loose``: to within a standard error. ``way``
-    says what else than logits they are fitted to.
+    task needs, and they are fitted on all units whose logits are known; ``loose``: to within a standard error. What
+    they are fitted to, and whether labels get the source's shares, ``way`` says.
     """
     way = way or Way()
     sizes = states.reshape(len(states), -1, width).double().pow(2).mean((0, 2)).sqrt().clamp_min(1e-12)

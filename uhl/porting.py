@@ -15,11 +15,12 @@
 The anchored port runs the target over the anchor texts. The stream's reader M solves min ||H M^T - Z||^2 +
 ||Lambda M||^2 between its words' states H and the source's codes Z at matched depths; the writer N solves the reverse.
 The head's reader is the same regression from what a head reads (sentence means, or words) at several levels to the
-*adapted* source's codes, fitted with the atoms in place; the directions that the task's logits need are fitted on more
-texts than the others, and on fragments of texts. On a host larger than the source these imitate the source's logits to
-within a standard error of the closest fit, not more: what a larger host knows better would be unlearnt
-(:func:`port_rules`). How much of the atoms to use is the scale in :data:`SCALES` at which the source's logits are
-reproduced best; 0 is allowed. How often the target will decide as the source did is predicted from the same texts, each
+*adapted* source's codes, fitted with the atoms in place; the directions that the task's logits need are fitted to the
+source's probabilities, on more texts than the others, and on fragments of texts, and shifted until left-out texts get
+each label as often as the source gives it. On a host larger than the source these imitate the source to within a
+standard error of the closest fit, not more: what a larger host knows better would be unlearnt (:func:`port_rules`). How
+much of the atoms to use is the scale in :data:`SCALES` at which the source's probabilities are reproduced best; 0 is
+allowed. How often the target will decide as the source did is predicted from the same texts, each
 left out of its own fit (``agreement`` in the report). ``change`` is how much the atoms move what the head reads: random
 directions at the same scale move it less. A head that no source has trained (``own_head`` of its task) reads the
 target's own principal coordinates of the file's anchor texts, by every arm, or where there are none what the arm gives.
@@ -64,8 +65,8 @@ from uhl.ridge import ridge
 logger = logging.getLogger("uhl.porting")
 
 SCALES = (0.0, 1.0, 2.0)  # of the atoms, times source layers over target layers: a shorter host has fewer edits
-RULES = 4  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
-LARGER_RULES = 5  # the same, to a host larger than the source
+RULES = 6  # of the anchored port: a head that was tuned belongs to the rules that it was ported by
+LARGER_RULES = 7  # the same, to a host larger than the source
 REFRESHED = {"refresh": "anchor", "refresh-random": "random-p"}  # arms that refresh, and the port that each starts from
 FIXED = ("dimension", "lineage", "embedding")  # arms that no anchor has a part in
 FEWEST_SHARED = 256  # entries of two vocabularies
