@@ -722,10 +722,12 @@ def test_a_poor_port_is_called_one(encoder, make_encoder, caplog):
 @pytest.mark.parametrize(("kind", "warned"), [("sentence", False), ("pair", False), ("token", True)])
 def test_a_tagger_needs_more_agreement(kind, warned):
     wanted = torch.eye(2)[[0, 0, 0, 0, 1, 1, 1, 1]]
+    wanted[-1] = torch.tensor([0.3, 0.7]).log()
     found = torch.eye(2)[[0, 0, 0, 0, 1, 1, 1, 0]]  # 7 of 8 as wanted
     said = porting._agreement("anchor", found, Mock(spec=anchors.Anchors, kind=kind, decided=lambda: wanted))
     assert said["kappa"] == pytest.approx(0.75)
     assert ("warning" in said) == warned
+    assert said.get("expected_loss") == (None if kind == "token" else 5.0)  # 0.7 - 0.3, of one in eight
 
 
 def test_a_port_without_anchors_in_it_is_judged_on_them(encoder, make_encoder, caplog):

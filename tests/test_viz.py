@@ -163,7 +163,7 @@ def test_arms_without_a_tuned_score_say_so(table):
 
 
 def test_where_nothing_was_ported_to_the_figures_say_so(table):
-    for draw in (viz.calibration, viz.foretold):
+    for draw in (viz.calibration, viz.foretold, viz.expected):
         (ax,) = draw(pd.DataFrame(columns=["task", "target", "kappa"])).axes
         assert words(ax) == ["no port here can be compared with its source"]
 
@@ -208,6 +208,11 @@ def test_ports_are_drawn_about_the_diagonal():
     assert [line.get_xydata().tolist() for line in right.lines[1:]] == [[[0.7, 0.75]]]
     assert left.get_xlim() == left.get_ylim() == right.get_xlim() == pytest.approx((0.68, 0.92))
     assert len({line.get_marker() for line in left.lines[1:]}) == 2
+    told = table.assign(expected=[12.0, 9.0, np.nan], score=[60.0, 70.0, 81.0], **{"source score": 80.0})
+    (first,) = viz.expected(told).axes
+    assert [line.get_xydata().tolist() for line in first.lines[1:]] == [[[12, 20]], [[9, 10]]]
+    assert first.lines[0].get_xydata() == pytest.approx(np.array([[7.9, 7.9], [21.1, 21.1]]))
+    assert words(viz.expected(told.iloc[2:]).axes[0]) == ["no port here says what it expects to lose"]
     told = table.assign(kappa=[0.3, 0.7, 0.8], score=[60.0, 70.0, 81.0], **{"warns below": 0.4, "source score": 80.0})
     panels = viz.foretold(told).axes
     assert [ax.get_title() for ax in panels] == ["x", "y"]

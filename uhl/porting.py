@@ -20,10 +20,11 @@ source's probabilities, on more texts than the others, and on fragments of texts
 each label as often as the source gives it. On a host larger than the source these imitate the source to within a
 standard error of the closest fit, not more: what a larger host knows better would be unlearnt (:func:`port_rules`). How
 much of the atoms to use is the scale in :data:`SCALES` at which the source's probabilities are reproduced best; 0 is
-allowed. How often the target will decide as the source did is predicted from the same texts, each
-left out of its own fit (``agreement`` in the report). ``change`` is how much the atoms move what the head reads: random
-directions at the same scale move it less. A head that no source has trained (``own_head`` of its task) reads the
-target's own principal coordinates of the file's anchor texts, by every arm, or where there are none what the arm gives.
+allowed. How often the target will decide as the source did is predicted from the same texts, each left out of its own
+fit (``agreement`` in the report), and so is what its other decisions cost (``expected_loss``). ``change`` is how much
+the atoms move what the head reads: random directions at the same scale move it less. A head that no source has trained
+(``own_head`` of its task) reads the target's own principal coordinates of the file's anchor texts, by every arm, or
+where there are none what the arm gives.
 
 A target that is the source itself, known by what it makes of the anchors to within 8 bits (a copy at half precision is
 not), gets the source's own frame.
@@ -73,6 +74,7 @@ FEWEST_SHARED = 256  # entries of two vocabularies
 # Cohen's kappa of source and target below which a port is called poor, by the task's metric; see notebooks 06 and 10.
 # What scores in F1 needs all of an entity's words right, among many that are none.
 DOUBTFUL = {"accuracy": 0.5, "f1": 0.8}
+FORESEEN = {"agreement", "kappa", "expected_loss", "warning"}  # of a report
 
 
 @dataclass
@@ -319,7 +321,7 @@ def _mark(adapter: UHLAdapter, task: str) -> tuple[object, ...]:
 def _start(adapter: UHLAdapter, target: Encoder, task: str, arm: str, seed: int, shared: Shared, way: Way) -> Port:
     """The port that an arm refreshes, made now or before, without what it foresaw, which refreshing changes."""
     made = port(adapter, target, task, REFRESHED[arm], seed=seed, shared=shared, way=way)
-    told = {key: value for key, value in made.report.items() if key not in {"agreement", "kappa", "warning"}}
+    told = {key: value for key, value in made.report.items() if key not in FORESEEN}
     return Port(arm, made.frame, made.scale, told)
 
 
@@ -589,17 +591,23 @@ def _acting(frame: Frame, slots: Sequence[Slot], way: Way) -> Frame:
 
 def _agreement(arm: str, logits: Float[Tensor, "u labels"], anchors: Anchors) -> dict[str, object]:
     """``agreement``, the share of the first units that the target gives the label which the source gave, by logits that
-    were not fitted to them; the same beyond chance as Cohen's ``kappa``; and a ``warning``, which is logged, where that
-    is below that of the task's metric in :data:`DOUBTFUL`.
+    were not fitted to them; the same beyond chance as Cohen's ``kappa``; ``expected_loss``, the points of accuracy that
+    the differing labels cost if the source's probabilities are right (not of a tagger, whose score is another); and a
+    ``warning``, which is logged, where kappa is below that of the task's metric in :data:`DOUBTFUL`.
 
-    The first units are those of the coded texts, which are of the task's domain where any are.
+    The first units are those of the coded texts, which are of the task's domain where any are. What a target knows
+    better than the source does not show, so that a loss is rather expected to be too large.
     """
     from sklearn.metrics import cohen_kappa_score
 
-    found, wanted = logits.argmax(1), anchors.decided().argmax(1)[: len(logits)]
+    chances = anchors.decided()[: len(logits)].softmax(1)
+    found, wanted = logits.argmax(1), chances.argmax(1)
     agreement, kappa = float((found == wanted).float().mean()), float(cohen_kappa_score(wanted, found))
     kappa = 0.0 if math.isnan(kappa) else kappa  # one label alone
     said: dict[str, object] = {"agreement": round(agreement, 4), "kappa": round(kappa, 4)}
+    if METRICS[anchors.kind] == "accuracy":
+        lost = chances.amax(1) - chances.gather(1, found[:, None])[:, 0]
+        said["expected_loss"] = round(100 * float(lost.mean()), 2)
     if kappa < DOUBTFUL[METRICS[anchors.kind]]:
         said["warning"] = (
             f"a poor port: the host is expected to decide as the source does in {100 * agreement:.0f} % of cases "

@@ -193,8 +193,9 @@ def source_of(tables: Cells, task: str, arm: str) -> dict[int, np.ndarray]:
 
 def calibration(profile: str, split: str = "test") -> pd.DataFrame:
     """How often a ported adapter decides as its source did: ``predicted`` when it was ported, from the anchors, and
-    ``measured`` on a split's examples (a token task: its words); and the scores of both. Ports whose ``kappa`` is below
-    ``warns below`` warn. A row a ported cell and arm whose source's cell is there.
+    ``measured`` on a split's examples (a token task: its words); the points that it ``expected`` to lose; and the
+    scores of both. Ports whose ``kappa`` is below ``warns below`` warn. A row a ported cell and arm whose source's cell
+    is there.
     """
     frame = runs.load_results(profile)
     scores = frame[frame["split"] == split].set_index(["task", "target", "phase", "arm", "seed"])["score"]
@@ -212,10 +213,10 @@ def calibration(profile: str, split: str = "test") -> pd.DataFrame:
                 own = float(scores[task, row["source"], "source", "uhl-canonical", seed])
                 ported = float(scores[task, target, "zero-shot", arm, seed])
                 kappa = made.get("kappa", float("nan"))
-                told = made["agreement"], same, kappa, DOUBTFUL[row["metric"]]
+                told = made["agreement"], same, kappa, DOUBTFUL[row["metric"]], made.get("expected_loss", float("nan"))
                 rows.append((task, target, seed, arm, *told, own, ported))
     columns = ["task", "target", "seed", "arm", "predicted", "measured"]
-    columns += ["kappa", "warns below", "source score", "score"]
+    columns += ["kappa", "warns below", "expected", "source score", "score"]
     return pd.DataFrame(rows, columns=columns)
 
 

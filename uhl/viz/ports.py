@@ -29,13 +29,30 @@ def calibration(table: pd.DataFrame) -> Figure:
     """
     if table.empty:
         return empty_figure(NOT_PORTED)
-    size = (2.9, 2.7, 0.6, "agreement predicted at the port", ": measured on test")
-    fig, cells = task_grid(table, *size, sharex=True, sharey=True)
-    both = table[["predicted", "measured"]].to_numpy()
-    ends = both.min() - 0.02, both.max() + 0.02
+    return _about_the_diagonal(table, "predicted", "measured", "agreement predicted at the port", ": measured on test")
+
+
+def expected(trust: pd.DataFrame) -> Figure:
+    """Points lost against the source over those that a port expected to lose, a point a port, from
+    :func:`uhl.results.calibration`; of ports that expected any.
+    """
+    if trust.empty:
+        return empty_figure(NOT_PORTED)
+    shown = trust.assign(lost=trust["source score"] - trust["score"]).dropna(subset="expected")
+    if shown.empty:
+        return empty_figure("no port here says what it expects to lose")
+    return _about_the_diagonal(shown, "expected", "lost", "points that the port expects to lose", ": lost on test")
+
+
+def _about_the_diagonal(table: pd.DataFrame, x: str, y: str, below: str, beside: str) -> Figure:
+    """A panel a task and target with the same range on both axes, and a line where they are equal."""
+    fig, cells = task_grid(table, 2.9, 2.7, 0.6, below, beside, sharex=True, sharey=True)
+    both = table[[x, y]].to_numpy()
+    edge = 0.1 * np.ptp(both) or 1.0
+    ends = both.min() - edge, both.max() + edge
     for ax, _, _, rows in cells:
         ax.plot(ends, ends, color=CONTROL, linewidth=1, zorder=0)
-        _hollow_marks(ax, rows, "predicted", "measured")
+        _hollow_marks(ax, rows, x, y)
         ax.set(xlim=ends, ylim=ends, aspect="equal")
         ax.locator_params(nbins=5)
     key_below(fig, _hollow_key(table))
