@@ -10,7 +10,7 @@ from test_host import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel, BertConfig
 
-from uhl import budget
+from uhl import budget, results
 from uhl.adapter import TaskPart, UHLAdapter
 from uhl.anchors import Probe
 from uhl.baselines import HEAD_AND_HEADER, file_sizes, own_frame, peft_method
@@ -139,6 +139,13 @@ def test_file_sizes_are_those_of_files_that_peft_wrote():
     assert table.loc["Uni-LoRA", "trained"] == 23_040
     assert (table["bytes"] >= 4 * table["trained"].where(table.index != "VB-LoRA", 0)).all()
     assert (table["bytes, float16"] < table["bytes"]).all()
+    arms = {"LoRA r8": "lora-r8", "VeRA r256": "vera", "VB-LoRA": "vb-lora", "Uni-LoRA": "uni-lora"}
+    known = table.loc[list(arms)].rename(arms).rename_axis("arm").reset_index()
+    known = known.rename(columns={"bytes, float16": "adapter_bytes", "trained": "trainable_params"})
+    guess = results.at_eight_bits(known.assign(task="x", target="y", phase="retrained"))
+    scales = (known["bytes, 8 bits"] - guess).set_axis(known["arm"])  # and their lines in the file's header
+    assert scales.between(0, 1_500).all()
+    assert scales["uni-lora"] < 100  # one vector
     assert all(torch.equal(p, before[n]) for n, p in host.named_parameters())
 
 

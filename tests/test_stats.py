@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy.stats import binomtest, bootstrap
+from scipy.stats import binomtest, bootstrap, norm
 from seqeval.metrics import f1_score
 from sklearn.metrics import accuracy_score
 
@@ -93,50 +93,68 @@ def test_groups_widen_intervals_and_so_do_seeds():
     assert (high - low) / 2 == pytest.approx(4.303 * 100 * np.std([0.6, 0.7, 0.8], ddof=1) / np.sqrt(3), rel=0.1)
 
 
-def seeds_of(trial, seeds, n, spread, shift=(0.0, 0.0)):
+ENTITIES, FALSE = 1.5, 0.6  # of a sentence's: on average, and how many are found that are none, at even odds
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def seeds_of(trial, seeds, n, spread, shift=(0.0, 0.0), entities=False):
     """Two methods on the same examples: how hard an example is and how good a seed is are drawn anew; ``shift`` is how
-    much better than that each method is, in logits.
+    much better than that each method is, in logits. An example has one label, or a sentence's entities.
     """
     rng = np.random.default_rng(trial)
     hard, own = rng.normal(1.2, 1.5, n), rng.normal(0, spread, (2, seeds))
-    right = [
-        rng.random((seeds, n)) < 1 / (1 + np.exp(-(hard + o[:, None] + s))) for o, s in zip(own, shift, strict=True)
-    ]
-    return [np.stack([r, np.ones_like(r), np.ones_like(r)], 2).astype(float) for r in right]
+    gold = rng.poisson(ENTITIES, n) if entities else np.ones(n, int)
+    tables = []
+    for o, s in zip(own, shift, strict=True):
+        chance = sigmoid(hard + o[:, None] + s)
+        right = rng.binomial(gold, chance)
+        false = rng.poisson(FALSE * (1 - chance)) if entities else 1 - right
+        tables.append(np.stack([right, right + false, np.broadcast_to(gold, right.shape)], 2).astype(float))
+    return tables
 
 
 @pytest.fixture(scope="module")
 def truth():
-    """The score of a method in the long run."""
-    rng = np.random.default_rng(10**6)
+    """The score of a method in the long run: the mean over seeds, each at its expected counts."""
+    hard = norm.ppf((np.arange(2000) + 0.5) / 2000, 1.2, 1.5)
+    seeds = norm.ppf((np.arange(200) + 0.5) / 200)
 
-    def of(spread, shift=0.0):
-        return 100 * float((1 / (1 + np.exp(-rng.normal(1.2 + shift, np.hypot(1.5, spread), 2_000_000)))).mean())
+    def of(spread, shift=0.0, entities=False):
+        found = sigmoid(hard + spread * seeds[:, None] + shift).mean(1)
+        gold, false = (ENTITIES, FALSE * (1 - found)) if entities else (1.0, 1 - found)
+        return float(stats.score_of(np.stack([found * gold, found * gold + false, 0 * found + gold], 1)).mean())
 
     return of
 
 
+@pytest.mark.parametrize("entities", [False, True])
 @pytest.mark.parametrize(("spread", "least"), [(0.05, 0.95), (0.4, 0.93)])  # of about 1 and 8 points in accuracy
-def test_intervals_of_three_seeds_have_their_coverage(truth, spread, least):
-    wanted, held = truth(spread), 0
+def test_intervals_of_three_seeds_have_their_coverage(truth, spread, least, entities):
+    wanted, held = truth(spread, entities=entities), 0
     for trial in range(150):
-        low, high = stats.interval(seeds_of(trial, 3, 500, spread)[0])[1:]
+        low, high = stats.interval(seeds_of(trial, 3, 500, spread, entities=entities)[0])[1:]
         held += low <= wanted <= high
     assert held / 150 >= least
 
 
-def test_equal_methods_are_rarely_told_apart_and_unequal_ones_often():
-    false = [stats.difference(*seeds_of(t, 3, 500, 0.05)).p < 0.05 for t in range(150)]
-    true = [stats.difference(*seeds_of(t, 3, 500, 0.05, (0.6, 0.0))).p < 0.05 for t in range(50)]
+@pytest.mark.parametrize("entities", [False, True])
+def test_equal_methods_are_rarely_told_apart_and_unequal_ones_often(entities):
+    false = [stats.difference(*seeds_of(t, 3, 500, 0.05, entities=entities)).p < 0.05 for t in range(150)]
+    true = [stats.difference(*seeds_of(t, 3, 500, 0.05, (0.8, 0.0), entities)).p < 0.05 for t in range(50)]
     assert np.mean(false) <= 0.05
     assert np.mean(true) > 0.75
 
 
-def test_a_method_at_the_margin_is_rarely_called_non_inferior(truth):
+@pytest.mark.parametrize("entities", [False, True])
+def test_a_method_at_the_margin_is_rarely_called_non_inferior(truth, entities):
     """The one-sided error of the test is at most 2.5 %: here the truth lies on the margin itself."""
     shift = -0.3
-    margin = truth(0.05, shift) - truth(0.05)
-    made = [stats.verdict(stats.difference(*seeds_of(t, 3, 500, 0.05, (shift, 0.0))), margin) for t in range(150)]
+    margin = truth(0.05, shift, entities) - truth(0.05, entities=entities)
+    drawn = (seeds_of(t, 3, 500, 0.05, (shift, 0.0), entities) for t in range(150))
+    made = [stats.verdict(stats.difference(*tables), margin) for tables in drawn]
     assert made.count("held") / 150 <= 0.04
     assert stats.verdict(stats.Difference(0.0, -0.9, 0.9, 1.0), -1.0) == "held"
     assert stats.verdict(stats.Difference(0.0, -1.1, 0.9, 1.0), -1.0) == "not decidable"

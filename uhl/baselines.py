@@ -170,17 +170,33 @@ def added_bytes(classifier: Classifier) -> int:
 
 
 def saved_bytes(model: PeftModel, dtype: torch.dtype) -> int:
-    """Bytes of PEFT's file of a model's adapter, with what trains in ``dtype``; the model is left as it was."""
+    """Bytes of PEFT's file of a model's adapter, with what trains in ``dtype``; the model is left as it was. For int8
+    PEFT's file is written again, each tensor's rows along its longest axis as :func:`uhl.quant.quantise` gives them.
+    """
     own = [(p, p.data) for p in model.parameters() if p.requires_grad]
     try:
         with tempfile.TemporaryDirectory() as folder:
             for p, data in own:
-                p.data = data.to(dtype)
+                p.data = data.to(dtype if dtype.is_floating_point else torch.float32)
             model.save_pretrained(folder)
-            return (Path(folder) / SAFETENSORS_WEIGHTS_NAME).stat().st_size
+            written = (Path(folder) / SAFETENSORS_WEIGHTS_NAME).read_bytes()
+            return len(written if dtype.is_floating_point else _at_eight_bits(written))
     finally:
         for p, data in own:
             p.data = data
+
+
+def _at_eight_bits(file: bytes) -> bytes:
+    """A file of tensors with 8 bits in place of each real number, and a float16 scale a row."""
+    tensors = {}
+    for name, x in safetensors.torch.load(file).items():
+        if not x.is_floating_point():
+            tensors[name] = x
+            continue
+        x = torch.atleast_1d(x)
+        rows = x.movedim(max(range(x.ndim), key=lambda axis: x.shape[axis]), -1).contiguous()
+        tensors[name], tensors[f"{name}.scale"] = quantise(rows, 8)
+    return safetensors.torch.save(tensors)
 
 
 @torch.no_grad()
@@ -231,13 +247,16 @@ def peft_methods(targets: Sequence[str], sizes: Sequence[int]) -> dict[str, Peft
 
 
 def file_sizes(model: nn.Module, targets: Sequence[str]) -> pd.DataFrame:
-    """Bytes of each of PEFT's methods on a host, of files that PEFT wrote: as it trains (float32), and as float16."""
+    """Bytes of each of PEFT's methods on a host, of files that PEFT wrote: as it trains (float32), as float16, and the
+    same at 8 bits (:func:`saved_bytes`).
+    """
     rows, slots = [], [s for s in find_slots(model) if s.path.endswith(tuple(targets))]
     for name, config in peft_methods(targets, widths(slots)).items():
         torch.manual_seed(0)
         adapted = get_peft_model(model, config)  # type: ignore[arg-type]
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
-        whole, half = (saved_bytes(adapted, dtype) for dtype in (torch.float32, torch.float16))  # type: ignore[arg-type]
-        rows.append({"method": name, "trained": trained, "bytes": whole, "bytes, float16": half})
+        whole, half, eight = (saved_bytes(adapted, d) for d in (torch.float32, torch.float16, torch.int8))  # type: ignore[arg-type]
+        sizes = {"bytes": whole, "bytes, float16": half, "bytes, 8 bits": eight}
+        rows.append({"method": name, "trained": trained} | sizes)
         model = adapted.unload()  # type: ignore[operator]
     return pd.DataFrame(rows)
