@@ -129,7 +129,8 @@ def at_eight_bits(table: pd.DataFrame) -> pd.Series:
     """What each method's file would have at 8 bits a number, as ours and the sparse ones have (or 4), for sizes at one
     precision: of the others' files, every number that trains beside the head, which has 8 already, is a float16 and
     takes a byte less. Of VB-LoRA, whose file does not hold what trains, about half. No scales are charged, and no lower
-    score: files that are really written so (:func:`uhl.baselines.file_sizes`) are some larger, the smallest by a third. Where the method `head` was not run on the same model and task, its numbers are taken for theirs.
+    score: files that are really written so (:func:`uhl.baselines.file_sizes`) are some larger, the smallest by a third.
+    Where the method `head` was not run on the same model and task, its numbers are taken for theirs.
     """
     keys = ["task", "target", "phase"]
     heads = table[table["arm"] == "head"].set_index(keys)["trainable_params"]
