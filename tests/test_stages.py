@@ -279,7 +279,7 @@ def test_stages_fill_the_results_contract(tiny_world, own_files, kind):
     assert set(trust.index) == {"anchor", "zero-atoms", "random-p"}
     for arm, row in trust.iterrows():
         assert 0 <= row["predicted"] <= 1
-        assert row["expected"] >= 0
+        assert np.isnan(row["expected"]) if kind == "token" else row["expected"] >= 0
         assert row["measured"] == pytest.approx(stages.agreement(settings, zero.predictions[f"{arm}/test"]))
     few = settings.model_copy(update={"arms": ("anchor",)})  # its port does not say that there is no lineage
     stages.zero_shot(few).finish("port-small")
