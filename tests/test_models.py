@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import T5Config, T5EncoderModel
+from transformers import (
+    BertModel,
+    DebertaV2Model,
+    DistilBertModel,
+    ElectraModel,
+    MPNetModel,
+    RobertaModel,
+    T5Config,
+    T5EncoderModel,
+)
 
 from uhl import models, sources, student
 from uhl.errors import UHLError
@@ -72,6 +81,28 @@ def test_a_damaged_and_an_incomplete_folder(make_encoder, tmp_path):
     name = "encoder.layer.1.output.dense.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
     with pytest.raises(UHLError, match=f"lack {name}.*incomplete or damaged"):
+        load_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("setting", [{"hidden_size": "abc"}, {"num_hidden_layers": None}, {"num_attention_heads": 0}])
+def test_a_configuration_that_cannot_be_one(make_encoder, tmp_path, setting):
+    encoder = make_encoder()
+    encoder.model.save_pretrained(tmp_path)
+    encoder.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    with pytest.raises(UHLError, match="incomplete or damaged"):
+        load_encoder(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [BertModel, RobertaModel, MPNetModel, DebertaV2Model, ElectraModel, DistilBertModel])
+def test_a_model_without_its_tokenizer(tmp_path, kind):
+    """transformers makes an empty one."""
+    config = kind.config_class(vocab_size=64)
+    config.update({config.attribute_map.get("hidden_size", "hidden_size"): 24})
+    config.update({config.attribute_map.get("num_hidden_layers", "num_hidden_layers"): 1})
+    kind(config).save_pretrained(tmp_path)
+    with pytest.raises(UHLError, match=r"tokenizer"):
         load_encoder(str(tmp_path))
 
 

@@ -16,7 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification, T5Config, T5
 from transformers.pytorch_utils import Conv1D
 
 import uhl
-from uhl import fileformat, store
+from uhl import fileformat, peft_method, store
 from uhl.adapter import UHLAdapter
 from uhl.config import NAME
 from uhl.errors import UHLError
@@ -574,6 +574,39 @@ def test_hosts_in_half_precision_keep_a_float32_adapter(tmp_path, dtype):
     found = logits(model)
     assert found.dtype == dtype
     check_near(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_in_half_precision_is_the_one_of_its_file(tmp_path, dtype):
+    model = trainable().to(dtype)
+    adapter = model.base_model.uhl_adapters["default"]
+    with torch.no_grad():
+        adapter.dictionary.u.normal_()
+    model.save_pretrained(tmp_path)
+    kept = store.load(tmp_path / "adapter_model.safetensors")
+    for live, stored in zip(adapter.dictionary(), kept.dictionary(), strict=True):
+        assert torch.equal(live, stored)
+    features = torch.randn(5, 6)
+    assert torch.equal(adapter.mixer(features), kept.mixer(features))
+
+
+def test_a_new_adapter_cannot_begin_as_a_canonical_one():
+    with pytest.raises(UHLError, match="a `canonical` one is trained by the workbook"):
+        get_peft_model(bert(), uhl.UHLConfig(**SMALL, projector="canonical"))
+
+
+def test_a_kind_of_task_is_not_taken_for_a_name():
+    with pytest.raises(UHLError, match=r"PEFT's kind of task is `task_type`"):
+        uhl.UHLConfig(task="SEQ_CLS")
+
+
+def test_messages_below_a_program_s_own_level_are_not_for_it(caplog):
+    logger = logging.getLogger("uhl")
+    logger.setLevel(peft_method.UNASKED)  # a test before may have asked for another
+    for level, name in ((logging.WARNING, None), (logging.INFO, None), (logging.INFO, "uhl")):
+        with caplog.at_level(level, name):
+            logger.info("%s for %s", level, name)
+    assert caplog.messages == ["20 for None", "20 for uhl"]
 
 
 def check_near(found):

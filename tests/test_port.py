@@ -1251,6 +1251,53 @@ def test_porting_a_peft_model_that_is_the_source_is_the_identity(encoder, tmp_pa
     assert all(m.training for m in model.modules())
 
 
+def test_porting_a_bare_host_leaves_the_configurations_as_they_were(encoder, make_encoder, tmp_path):
+    adapter, _ = trained(encoder)
+    folder, host = peft_folder(adapter, tmp_path), make_encoder(2, 40, seed=4)
+    model = PeftModel.from_pretrained(copy.deepcopy(host.model), folder, adapter_name="mine")
+    model.add_adapter("default", uhl.UHLConfig(atoms=16, width=32, target_modules=["query"]))
+    before = dict(model.peft_config)
+    uhl.port_model(model, host.tokenizer, "mine")
+    assert {name: id(c) for name, c in model.peft_config.items()} == {name: id(c) for name, c in before.items()}
+    assert model.base_model.model.peft_config is model.peft_config
+    assert model.peft_config["default"].target_modules == {"query"}
+    model.save_pretrained(tmp_path / "both")
+    again = PeftModel.from_pretrained(copy.deepcopy(host.model), tmp_path / "both" / "mine")
+    assert len(again.base_model.attached().slots) == 12
+
+
+def test_an_adapter_of_some_weights_is_not_ported_as_one_of_all(encoder, tmp_path):
+    adapter, _ = trained(encoder)
+    config = uhl.UHLConfig.from_pretrained(peft_folder(adapter, tmp_path))
+    config.target_modules = {"query", "value"}
+    model = PeftModel.from_pretrained(copy.deepcopy(encoder.model), tmp_path, config=config)
+    count = len(find_slots(encoder.model))
+    with pytest.raises(UHLError, match=rf"works on {count // 3} of the host's weights.* all {count} .*target_modules"):
+        uhl.port_model(model, encoder.tokenizer)
+    with pytest.raises(UHLError, match=r"got 'bert' for a tokenizer; load it by AutoTokenizer"):
+        inspect.unwrap(uhl.port_model)(model, "bert")
+
+
+def test_a_ported_file_does_not_tell_where_its_host_lay(encoder, make_encoder, tmp_path):
+    adapter, _ = trained(encoder)
+    host = make_encoder(2, 40, seed=4)
+    host.model.config._name_or_path = str(tmp_path)
+    model = PeftModel.from_pretrained(copy.deepcopy(host.model), peft_folder(adapter, tmp_path))
+    uhl.port_model(model, host.tokenizer)
+    assert list(model.base_model.uhl_adapters["default"].info["ported"]) == [f"{tmp_path.name}, mood, anchor"]
+    assert replace(host, name=f"{tmp_path}@layers=1").known_as == f"{tmp_path.name}@layers=1"
+    assert replace(host, name="no/folder").known_as == "no/folder"
+
+
+def test_a_task_without_a_head_cannot_be_asked(encoder, adapter):
+    adapter.add_task("main", (), "sentence")
+    done = port(adapter, encoder, "main", "dimension")
+    with pytest.raises(UHLError, match="task 'main' has no head in this file"):
+        predict_texts(adapter, encoder, done, ["good"], "main")
+    with pytest.raises(UHLError, match=r"of an uhl.models.Encoder give its .model"):
+        inspect.unwrap(attach)(encoder, adapter, "main")
+
+
 def test_porting_a_peft_model_says_what_is_missing(encoder, tmp_path):
     adapter, _ = trained(encoder)
     adapter.anchors = None

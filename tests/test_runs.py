@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import shutil
 import zipfile
 
@@ -195,6 +196,21 @@ def test_baselines_are_run_alike_in_a_profile_and_the_one_it_is_compared_with(pr
         for method in set(both[0].baselines) & set(both[1].baselines) - {*SPARSE}:
             own, other = (stages.decisive(s, cell.split("/")[1], baselines=(method,)) for s in both)
             assert {name for name in own if own[name] != other[name]} == {"profile"}
+
+
+def test_a_file_keeps_its_permissions_and_its_link(tmp_path):
+    before = os.umask(0o077)
+    try:
+        private = write_text(tmp_path / "private", "a")
+    finally:
+        os.umask(before)
+    assert private.stat().st_mode & 0o777 == 0o600
+    private.chmod(0o640)
+    (tmp_path / "link").symlink_to(private)
+    write_text(tmp_path / "link", "b")
+    assert (tmp_path / "link").is_symlink()
+    assert private.read_text() == "b"
+    assert private.stat().st_mode & 0o777 == 0o640
 
 
 def lacking(profile):

@@ -165,7 +165,11 @@ def test_metadata_of_another_kind(path):
     whole = path.read_bytes()
     for part, values, message in (
         ("config", {"self": 1}, "self: Extra inputs are not permitted"),
-        ("info", {"layers": [1]}, "layers is .* expected a positive number"),
+        ("info", {"layers": [1]}, "layers is .* expected a number from 1 to 65536"),
+        ("info", {"layers": 10**401}, "layers is 1000000.* expected a number from 1"),
+        ("info", {"revision": []}, r"revision is \[\], expected a text without control characters"),
+        ("info", {"tuned_on": "x\x1b[2J"}, r"tuned_on is 'x\\x1b\[2J', expected a text without control characters"),
+        ("info", {"port_rules": "7"}, "port_rules is '7', expected a whole number"),
         ("info", {"scale": float("nan")}, "scale is nan, expected a finite number"),
     ):
         path.write_bytes(whole)
@@ -175,8 +179,8 @@ def test_metadata_of_another_kind(path):
 
 
 def test_a_description_has_no_control_characters(path):
-    rewrite(path, lambda meta, _: meta["info"].update(source="\x1b[31mred\nbytes"))
-    assert r"source     \x1b[31mred\nbytes" in store.describe(path)
+    rewrite(path, lambda meta, _: meta["tasks"]["mood"].update(labels=["\x1b[31mred", "a\nb"]))
+    assert r"\x1b[31mred, a\nb" in store.describe(path)
 
 
 def test_what_could_not_be_read_again_does_not_replace_a_file(path, with_anchors):
@@ -192,7 +196,7 @@ def test_what_could_not_be_read_again_does_not_replace_a_file(path, with_anchors
             write()
     del with_anchors.tasks["many"]
     with_anchors.info = {"layers": 0}
-    with pytest.raises(UHLError, match="cannot be written: .*layers is 0, expected a positive number"):
+    with pytest.raises(UHLError, match="cannot be written: .*layers is 0, expected a number from 1"):
         store.save(with_anchors, path)
     assert path.read_bytes() == before
 

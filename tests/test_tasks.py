@@ -18,7 +18,7 @@ from uhl import readers, sources, stages, tasks
 from uhl.anchors import pieces_of
 from uhl.errors import UHLError
 from uhl.runs import Settings
-from uhl.tasks import IGNORE, TaskSpec, encode, load_task
+from uhl.tasks import IGNORE, TaskSpec, encode, load_task, plain_text
 
 ROWS = [{"sentence": f"film {i}", "label": i % 2} for i in range(40)]
 
@@ -318,6 +318,20 @@ def test_a_text_of_test_is_not_set_aside_for_its_capitals_or_blanks(task):
     whole = replace(task, data=DatasetDict({"train": rows, **scored}))
     with pytest.raises(UHLError, match="`unlabelled` is 1, and .* has 1 training texts"):
         whole.set_aside(1)
+
+
+def test_what_is_set_aside_leaves_no_copy_in_other_letters(task):
+    texts = [f"text {i}" for i in range(8)]
+    rows = Dataset.from_dict({"text": [*texts, *map(str.upper, texts)], "label": [0] * 16, "group": list(range(16))})
+    whole = replace(task, data=DatasetDict({**task.data, "train": rows})).set_aside(4)
+    away = {text.lower() for text in whole.data["unlabelled"]["text"]}
+    assert not away & {text.lower() for text in whole.data["train"]["text"]}
+
+
+def test_the_only_tab_divides_a_pair(task):
+    rows = {"text": ["a\tquestion"], "text_pair": ["a\tpassage"], "label": [0]}
+    pairs = replace(task, kind="pair", data=DatasetDict({"train": Dataset.from_dict(rows)}))
+    assert plain_text(pairs, "train") == ["a question\ta passage"]
 
 
 def test_words_and_pairs_can_be_set_aside(task):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from huggingface_hub import hf_hub_download
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from peft.utils.peft_types import PeftType
+from peft.utils.peft_types import PeftType, TaskType
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from uhl.errors import UHLError
@@ -162,6 +162,8 @@ class UHLConfig(PeftConfig):
         self.peft_type = _peft_type()
         if isinstance(self.target_modules, (list, tuple)):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if self.task in set(TaskType):
+            raise UHLError(f"task={self.task!r} would name a task of the adapter's; PEFT's kind of task is `task_type`")
         self.sizes()
 
     def sizes(self) -> Sizes:

@@ -46,6 +46,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,7 +79,10 @@ def _unset(value: object) -> bool:
 
 
 # a model's name or folder; of strangers' files it is printed
-HostName = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$")]
+PRINTED = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+HostName = Annotated[str, Field(max_length=4096, pattern=PRINTED)]
+NAMED = ("source", "shape", "revision", "tuned_on", "arm", "teacher", "source_task")  # texts of a header's ``info``
+MAX_LAYERS = 1 << 16
 
 
 class TaskEntry(BaseModel):
@@ -143,12 +147,17 @@ class Header(BaseModel):
     @field_validator("info")
     @classmethod
     def _used(cls, info: dict[str, Any]) -> dict[str, Any]:
-        """Of what is free, these two numbers are read by every port."""
+        """Of what is free, these are read by ports, and shown."""
         layers, scale = info.get("layers"), info.get("scale", 0.0)
-        if layers is not None and (type(layers) is not int or layers < 1):
-            raise ValueError(f"layers is {layers!r:.40}, expected a positive number")
+        if layers is not None and (type(layers) is not int or not 1 <= layers <= MAX_LAYERS):
+            raise ValueError(f"layers is {layers!r:.40}, expected a number from 1 to {MAX_LAYERS}")
         if type(scale) not in {int, float} or not math.isfinite(scale):
             raise ValueError(f"scale is {scale!r:.40}, expected a finite number")
+        if type(info.get("port_rules", 0)) is not int:
+            raise ValueError(f"port_rules is {info['port_rules']!r:.40}, expected a whole number")
+        for name in NAMED:
+            if not isinstance(info.get(name, ""), str) or not re.fullmatch(PRINTED, info.get(name, "")):
+                raise ValueError(f"{name} is {info[name]!r:.40}, expected a text without control characters")
         return info
 
 

@@ -48,20 +48,22 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Call ``write(temporary_path)``, then move the result to ``path``. An interruption leaves the old file whole.
+    """Call ``write(temporary_path)``, then move the result to ``path``, or to what that links to. An interruption
+    leaves the old file whole; the new one has its permissions.
 
     Raises :class:`UHLError` where the file system refuses, as a full disk does.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        place = path.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=place.parent, prefix=f".{path.name}.", suffix=path.suffix)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(place.stat().st_mode & 0o777 if place.exists() else 0o666 & ~_umask())
+        os.replace(temporary, place)
     except (OSError, SafetensorError) as error:
         kept = "the older file is as it was" if path.exists() else "no file was left behind"
         raise UHLError(f"{path} could not be written ({error}); {kept}: free space or choose another folder") from error
@@ -69,6 +71,13 @@ def write_atomic(path: str | Path, write: Callable[[Path], object]) -> Path:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
     return path
+
+
+def _umask() -> int:
+    """The process's mask of file modes, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: str | Path, text: str) -> Path:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import pickle
 import shutil
 import zipfile
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
@@ -74,6 +72,11 @@ class Encoder:
         """Layers x width, as the tables print it."""
         return f"{self.layers} x {self.width}"
 
+    @property
+    def known_as(self) -> str:
+        """Its name as files hold it, which are for others too: of a local folder the last part alone."""
+        return Path(self.name).name if Path(cut_of(self.name)[0]).expanduser().exists() else self.name
+
 
 def load_encoder(name: str, attention: str | None = None) -> Encoder:
     """Load an encoder in float32 and evaluation mode.
@@ -105,11 +108,13 @@ def load_encoder(name: str, attention: str | None = None) -> Encoder:
             half = bool(second) and second == set(absent) and len(second) < len(named)
             raise ValueError(f"its weights lack {absent[0]} and {len(absent) - 1} more")
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if set(tokenizer.get_vocab()) <= {*tokenizer.all_special_tokens, "▁"}:  # what is made where there is no file
+            raise ValueError("it has no tokenizer: save that into the same folder, by tokenizer.save_pretrained()")
         tokenizer.padding_side = "right"  # positions are counted from the left
         places = getattr(config, "max_position_embeddings", None)
         if places and tokenizer.model_max_length > places:  # it does not say how many tokens the model takes
             tokenizer.model_max_length = places - 2  # some number them from 2
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # a damaged configuration fails in many ways
         if half:
             remedy = (
                 "It is half of a model with encoder and decoder: load it by its own class, into an uhl.models.Encoder"

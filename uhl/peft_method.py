@@ -140,7 +140,8 @@ class UHLModel(BaseTuner):
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """The host as it is without any adapter, for the length of a block."""
+        """The host as it is without any adapter, for the length of a block: another may be attached to it there."""
+        configs = self.model.__dict__.pop("peft_config", None)
         places = [
             (path, layer, layer.disable_adapters)
             for path, layer in self.model.named_modules()
@@ -155,6 +156,8 @@ class UHLModel(BaseTuner):
             for path, layer, disabled in places:
                 self.model.set_submodule(path, layer)
                 layer._disable_adapters = disabled
+            if configs is not None:
+                self.model.peft_config = configs  # type: ignore[assignment]
 
     def report(self, name: str = "default") -> str:
         """What an adapter does in this host: how many weights, at which depths, by which projectors, from where."""
@@ -286,7 +289,9 @@ class UHLModel(BaseTuner):
         values = {key.split(mark, 1)[1]: value for key, value in state_dict.items() if mark in key}
         adapter = tuner_of(model).uhl_adapters[adapter_name]
         assert isinstance(adapter, UHLAdapter)
-        values = dict(adapter.named_parameters()) | values
+        live = dict(adapter.named_parameters())
+        half = (torch.float16, torch.bfloat16)  # in which a state dict holds what the file gives back less exactly
+        values = live | {name: value for name, value in values.items() if value.dtype not in half or live[name].is_meta}
         store.check_finite(values)
         packed = store.pack_values(adapter, values)
         config._pending = partial(_complete_file, weakref.ref(adapter), fileformat.digest(packed))
@@ -396,6 +401,11 @@ def _adapter_of(config: UHLConfig) -> UHLAdapter:
         tasks = header.tasks
         if config.task not in tasks:
             raise UHLError(f"{config._file} has no task {config.task!r}; it has {', '.join(tasks) or 'none'}")
+    elif config.projector == "canonical":
+        raise UHLError(
+            "a new adapter has the projector `dimension`; a `canonical` one is trained by the workbook, which fits its "
+            "projector to the source (notebook 02), and loaded from its file"
+        )
     seed = int(torch.randint(1 << 31, (), device="cpu")) if config.seed is None else config.seed
     adapter = UHLAdapter(config.sizes().model_copy(update={"seed": seed}))
     for name, task in (tasks or {config.task: fileformat.TaskEntry(labels=[], kind="sentence")}).items():
@@ -423,6 +433,8 @@ def attach(
     weights of a known type, for a host that carries an adapter already, and for another host's frame; after any error
     the host is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise UHLError(f"attach() got {model!r:.60} for a model; of an uhl.models.Encoder give its .model")
     adapter.task(task)
     if any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise UHLError("the host already carries an adapter; detach it first")
@@ -462,10 +474,18 @@ class _Shown(logging.StreamHandler):  # type: ignore[type-arg]
             super().emit(record)
 
 
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Whether a program that has set up logging, and no level for this package, wants so unimportant a message."""
+    program = logging.getLogger()
+    return LOG.level != UNASKED or not program.handlers or record.levelno >= program.level
+
+
 LOG = logging.getLogger("uhl")
+UNASKED = logging.INFO - 1  # the level that no program has set
 if not LOG.handlers:
     LOG.addHandler(_Shown())
-    LOG.setLevel(logging.INFO)
+    LOG.addFilter(_is_wanted)
+    LOG.setLevel(UNASKED)
 UHLConfig()  # adds the method to PEFT's enumeration
 if NAME not in PEFT_TYPE_TO_CONFIG_MAPPING:
     register_peft_method(name=NAME.lower(), config_cls=UHLConfig, model_cls=UHLModel, prefix="uhl_")

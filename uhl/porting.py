@@ -253,7 +253,7 @@ def port(
         assert adapter.anchors is not None
         look, alone = _Look(target, adapter.anchors.probe, shared), True
         told, kept = adapter.info, adapter.info.get("scale")
-        here = (told.get("tuned_on"), told.get("arm")) == (target.name, arm) and isinstance(kept, float)
+        here = _tuned_on(adapter, target) and told.get("arm") == arm and isinstance(kept, float)
         if way.scales is None and here:
             way = way.model_copy(update={"scales": (kept,)})  # that of the head, which was tuned with it
         elif way.scales is None and arm == "random-p":  # at the same scale
@@ -297,7 +297,7 @@ def _own_coordinates(frame: Frame, adapter: UHLAdapter, kind: str, target: Encod
 def _strange(adapter: UHLAdapter, task: str, target: Encoder, arm: str) -> dict[str, object]:
     """A warning, which is logged, where a task's head is of another host than this; else nothing."""
     of = adapter.task(task).own_head
-    if of is None or (of and Path(of).name == Path(target.name).name):  # the folder may be another
+    if of is None or (of and _same(of, target)):
         return {}
     why = f"was fitted on {of} and reads that host's own coordinates" if of else "is not trained yet"
     said = f"the head of {task} {why}; what it says on {target.name} means nothing: tune the task there"
@@ -338,8 +338,11 @@ def port_model(
 
     The host is an encoder, or a decoder, with any head on it; its other adapters are left alone. An adapter that was
     trained since it was ported to this host, by name, gets the scale of the atoms that it was trained with. Raises
-    :class:`UHLError` for an arm that the adapter does not allow, or that needs its source model.
+    :class:`UHLError` for an arm that the adapter does not allow, or that needs its source model, and for an adapter
+    that works on some of the weights alone.
     """
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UHLError(f"port_model() got {tokenizer!r:.60} for a tokenizer; load it by AutoTokenizer.from_pretrained")
     tuner = tuner_of(model)
     if name not in tuner.uhl_adapters:
         raise UHLError(f"the model has no adapter {name!r}; it has {', '.join(tuner.uhl_adapters) or 'none'}")
@@ -347,10 +350,17 @@ def port_model(
     assert isinstance(adapter, UHLAdapter)
     inner = getattr(host, "base_model", host)  # transformers' name for a model without its head
     prefix = next(path for path, module in host.named_modules() if module is inner)
+    at_work_on = {slot.path for slot in tuner.attached(name).slots}
     with tuner.bare():
+        known = {f"{prefix}.{s.path}" if prefix else s.path for s in find_slots(inner, adapter.config.types)}
+        if at_work_on != known:
+            raise UHLError(
+                f"adapter {name!r} works on {len(at_work_on)} of the host's weights, and is ported to all {len(known)} "
+                "of its types; load it without target_modules, exclude_modules and layers_to_transform"
+            )
         target = Encoder(str(getattr(host.config, "_name_or_path", "")), inner, tokenizer, "unknown")
         task = tuner.attached(name).task_name
-        place = f"{target.name}, {task}, {arm}"
+        place = f"{target.known_as}, {task}, {arm}"
         scale = _trained_at(adapter, place, task)
         done = port(adapter, target, task, arm, way=None if scale is None else Way(scales=(scale,)))
         if scale is None and target.name:  # a host without a name could not be told from another
@@ -395,12 +405,18 @@ def predict_texts(
     """What a ported adapter says of texts: ``text``, its ``label`` (of a token task: a list, a label a word) and the
     ``probability`` of that. The two parts of a pair are divided by a tab. Words beyond the length that the adapter was
     trained with are labelled by the mean of the text; a text of which the length leaves some out is marked ``cut``.
-    Raises :class:`UHLError` for a head of another host's, and where what the host makes of a text is not finite.
+    Raises :class:`UHLError` for a task without a head, for a head of another host's, and where what the host makes of a
+    text is not finite.
     """
     if isinstance(texts, str):
         raise UHLError(f"texts are a list of texts, got the text {texts!r:.60}; put it in brackets")
     task = task or _only_task(adapter)
     part = adapter.task(task)
+    if not part.labels:
+        raise UHLError(
+            f"task {task!r} has no head in this file: the host that it was trained in decides by its own; call that "
+            "host, or give a file that the workbook trained"
+        )
     if wrong := _strange(adapter, task, target, ported.arm):
         raise UHLError(str(wrong["warning"]))
     length = part.length or (adapter.anchors.length if adapter.anchors else 64)
@@ -493,11 +509,21 @@ def port_rules(adapter: UHLAdapter, target: Encoder) -> int:
 
 def _of_another_release(adapter: UHLAdapter, target: Encoder) -> bool:
     """Whether the head was tuned behind a port by rules that are not today's: on the target, or on any other host."""
-    there, rules = adapter.info.get("tuned_on"), adapter.info.get("port_rules")
-    if not there:
+    if not adapter.info.get("tuned_on"):
         return False
-    here = Path(str(there)).name == Path(target.name).name  # the folder may be another
-    return rules != port_rules(adapter, target) if here else rules not in (RULES, LARGER_RULES)
+    rules = adapter.info.get("port_rules")
+    return rules != port_rules(adapter, target) if _tuned_on(adapter, target) else rules not in (RULES, LARGER_RULES)
+
+
+def _tuned_on(adapter: UHLAdapter, target: Encoder) -> bool:
+    """Whether the head was tuned on the target."""
+    there = adapter.info.get("tuned_on")
+    return bool(there) and _same(str(there), target)
+
+
+def _same(name: str, target: Encoder) -> bool:
+    """Whether a host is the one of a name; where its folder lies may be another matter."""
+    return Path(name).name == Path(target.name).name
 
 
 def _anchored(

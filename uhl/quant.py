@@ -19,7 +19,8 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-14, 65504.0  # float16's smallest normal n
 def quantise(x: Float[Tensor, "*rows n"], bits: int) -> tuple[Int8[Tensor, "*rows n"], Float[Tensor, "*rows"]]:
     """Integers and float16 scales of each row (the last axis) of ``x``. ``bits`` is 8 or 4."""
     qmax = QMAX[bits]
-    scale = _half((x.abs().amax(-1) / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE))
+    largest = x.abs().amax(-1).to(torch.promote_types(x.dtype, torch.float32))
+    scale = _half((largest / qmax).clamp(SMALLEST_SCALE, LARGEST_SCALE))
     integers = (x / scale.float().unsqueeze(-1)).round().clamp(-qmax, qmax).to(torch.int8)
     return integers, scale
 

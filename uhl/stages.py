@@ -275,7 +275,7 @@ def pretrain(
             origin += f"; {settings.generic_anchors} generic, {tasks.LICENCE}"
         adapter.anchors = anchored(origin)
     adapter.info = {
-        "source": encoder.name,
+        "source": encoder.known_as,
         "revision": encoder.revision,
         "shape": encoder.shape,
         "layers": encoder.layers,
@@ -495,7 +495,7 @@ def tune(
         return None
     check_labels(adapter, settings.task_name, task)
     if (part := adapter.task(settings.task_name)).own_head is not None:
-        part.own_head = target.name
+        part.own_head = target.known_as
     way = Way()
     if arm == "untrained":
         made = port(adapter, target, settings.task_name, "anchor", source, settings.seed, shared)
@@ -541,7 +541,7 @@ def tuned(settings: Settings, shared: Shared | None = None) -> dict[str, Outcome
 
 def _say_where(settings: Settings, adapter: UHLAdapter, target: Encoder, ported: Port) -> None:
     """Note in the adapter where and how it was ported before its task's parts were changed there."""
-    adapter.info |= {"tuned_on": target.name, "arm": ported.arm, "scale": ported.scale, "port_seed": settings.seed}
+    adapter.info |= {"tuned_on": target.known_as, "arm": ported.arm, "scale": ported.scale, "port_seed": settings.seed}
     adapter.info["port_rules"] = port_rules(adapter, target)
 
 

@@ -67,8 +67,8 @@ class Task:
 
     def set_aside(self, count: int) -> Task:
         """The same task with ``count`` training texts less, which are ``unlabelled`` ones instead, the same for every
-        seed: none that dev or test hold as well, capitals and blanks aside, and each in all its copies, so that nothing
-        is trained on that text. (On parts of it there may be: SST-2's training split has phrases of its sentences.)
+        seed: none that dev or test hold as well, and each in all its copies, so that nothing is trained on that text,
+        capitals and blanks aside. (On parts of it there may be: SST-2's training split has phrases of its sentences.)
 
         Raises :class:`UHLError` where no more than ``count`` such texts are there.
         """
@@ -84,7 +84,8 @@ class Task:
         columns = [column for column in ("text", "text_pair", "tokens") if column in rows.column_names]
         free = rows.select(sorted(first[text] for text in chosen)).select_columns(columns)
         parts = [self.data["unlabelled"], free] if "unlabelled" in self.data else [free]
-        kept = rows.select([row for row, text in enumerate(texts) if text not in chosen])
+        away = {folded_text(text) for text in chosen}
+        kept = rows.select([row for row, text in enumerate(texts) if folded_text(text) not in away])
         return replace(self, data=DatasetDict({**self.data, "train": kept, "unlabelled": concatenate_datasets(parts)}))
 
 
@@ -183,13 +184,14 @@ def digest(task: Task, texts: Sequence[str] = ()) -> str:
 
 
 def plain_text(task: Task, split: str) -> list[str]:
-    """A split's texts without their labels: words joined by blanks, a pair's two parts by a tab."""
+    """A split's texts without their labels: words joined by blanks, a pair's two parts by a tab; no other tabs."""
     rows = task.data[split]
     if "tokens" in rows.column_names:
         return [" ".join(words) for words in rows["tokens"]]
+    first = [text.replace(PAIR, " ") for text in rows["text"]]
     if "text_pair" in rows.column_names:
-        return [f"{a}{PAIR}{b}" for a, b in zip(rows["text"], rows["text_pair"], strict=True)]
-    return list(rows["text"])
+        return [f"{a}{PAIR}{b.replace(PAIR, ' ')}" for a, b in zip(first, rows["text_pair"], strict=True)]
+    return first
 
 
 # --- tokenisation and metrics ----------------------------------------------------------------------------------------
