@@ -164,7 +164,7 @@ def test_papermill_refuses_an_unknown_parameter(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]
 
 
-EARLIER = {"offline-eight", "offline-taught", "offline-transfer"}  # profiles whose ports are of the rules before
+EARLIER = {"offline-taught", "offline-transfer"}  # profiles whose ports are of the rules before
 GOING_ON = {"local"}  # profiles whose archive has some cells of today's grid, and whose tables are of the one before
 
 
@@ -232,7 +232,7 @@ def test_every_interval_in_prose_is_one_of_a_table_of_figures(page, fewest):
 
 @pytest.mark.parametrize("file", ["retrained.yaml", "source.yaml"])
 def test_baselines_have_the_searched_rates_in_every_profile_that_has_searched_ones(file):
-    others = ("offline-transfer", "local-transfer", "offline-eight", "offline-taught", "local-boolq")
+    others = ("offline-transfer", "local-transfer", "offline-sixteen", "offline-taught", "local-boolq")
     full, local, *lent = (
         yaml.safe_load((ROOT / "params" / name / file).read_text()) for name in ("offline-full", "local", *others)
     )

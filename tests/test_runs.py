@@ -162,26 +162,31 @@ def test_a_target_may_be_ported_to_and_not_tuned_on():
 
 
 def test_a_grid_names_models_to_port_to_and_a_profile_that_there_is(tmp_path, monkeypatch):
-    shutil.copytree(PARAMS / "offline-eight", tmp_path / "offline-eight")
+    shutil.copytree(PARAMS / "offline-sixteen", tmp_path / "offline-sixteen")
     monkeypatch.setattr(grid, "PARAMS", tmp_path)
     with pytest.raises(UHLError, match="`beside: offline-full`, and there is no such profile"):
-        grid.Grid.read("offline-eight")
-    values = yaml.safe_load((file := tmp_path / "offline-eight" / "grid.yaml").read_text())
+        grid.Grid.read("offline-sixteen")
+    values = yaml.safe_load((file := tmp_path / "offline-sixteen" / "grid.yaml").read_text())
     file.write_text(yaml.safe_dump(values | {"beside": None, "ported": []}))
     with pytest.raises(UHLError, match="no model to port to; name some in `targets` or in `ported`"):
-        grid.Grid.read("offline-eight")
+        grid.Grid.read("offline-sixteen")
 
 
 @pytest.mark.parametrize(
-    ("profile", "setting"),
-    [("offline-eight", "top_k"), ("offline-transfer", "source_task"), ("offline-taught", "teacher")],
+    ("profile", "settings"),
+    [
+        ("offline-sixteen", {"top_k", "lambda_f"}),
+        ("offline-transfer", {"source_task"}),
+        ("offline-taught", {"teacher"}),
+    ],
 )
-def test_one_setting_sets_a_profile_apart_from_the_one_it_is_compared_with(profile, setting):
-    """Beside what is run: its arms and baselines."""
+def test_what_sets_a_profile_apart_from_the_one_it_is_compared_with(profile, settings):
+    """Beside what is run: its arms and baselines. The most that atoms can cost in the loss is the same."""
     compared = (profile, grid.Grid.read(profile).beside)
     own, other = (Settings(**runs.read_yaml(PARAMS / name / "settings.yaml")) for name in compared)
     apart = {name for name, value in own if value != getattr(other, name)}
-    assert apart - {"arms", "baselines"} == {"profile", setting}
+    assert apart - {"arms", "baselines"} == {"profile"} | settings
+    assert own.lambda_f * own.top_k == other.lambda_f * other.top_k
 
 
 @pytest.mark.parametrize("profile", [p for p in grid.profiles() if grid.Grid.read(p).beside])
@@ -348,16 +353,16 @@ def test_what_scores_depend_on_by_what_is_asked():
 
 
 def test_arms_that_a_profile_has_since_are_missed(tmp_path, monkeypatch):
-    archives.restore(PARAMS.parent / "figures" / "offline-eight.zip")
+    archives.restore(PARAMS.parent / "figures" / "offline-sixteen.zip")
     archives.restore(PARAMS.parent / "figures" / "offline-full.zip")
-    assert lacking("offline-eight") == []
+    assert lacking("offline-sixteen") == []
     shutil.copytree(PARAMS, tmp_path / "params")
     monkeypatch.setattr(grid, "PARAMS", tmp_path / "params")
-    shared = tmp_path / "params" / "offline-eight" / "settings.yaml"
+    shared = tmp_path / "params" / "offline-sixteen" / "settings.yaml"
     values = yaml.safe_load(shared.read_text())
     shared.write_text(yaml.safe_dump(values | {"arms": [*values["arms"], "embedding"]}))
-    said = audit.missing("offline-eight")
-    ports = [c for c in grid.Grid.read("offline-eight").cells() if "/port-" in c and "mpnet" not in c]
+    said = audit.missing("offline-sixteen")
+    ports = [c for c in grid.Grid.read("offline-sixteen").cells() if "/port-" in c and "mpnet" not in c]
     assert {f"{cell}: embedding on test" for cell in ports} <= set(said)
 
 
@@ -401,7 +406,7 @@ def test_a_parameter_file_is_named_after_its_target(tmp_path, monkeypatch):
 
 
 def test_unknown_profile_and_bad_parameter_file(tmp_path):
-    offline = "offline, offline-eight, offline-full, offline-taught, offline-transfer"
+    offline = "offline, offline-full, offline-sixteen, offline-taught, offline-transfer"
     known = f"demo, local, local-boolq, local-transfer, {offline}, paper, paper-transfer"
     with pytest.raises(UHLError, match=f"profiles: {known}$"):
         grid.Grid.read("online")
@@ -446,7 +451,7 @@ def test_an_archive_that_is_not_there_is_told_from_a_broken_one(tmp_path, monkey
 
     monkeypatch.setattr("sys.argv", ["uhl", "restore", str(tmp_path / "x.zip")])
     with pytest.raises(
-        SystemExit, match=r"x\.zip does not exist; profiles with an archive in .*: local, offline-eight, "
+        SystemExit, match=r"x\.zip does not exist; profiles with an archive in .*: local, offline-full, "
     ):
         command.main()
 
