@@ -209,25 +209,46 @@ def test_the_adapters_that_lie_here_are_those_of_their_runs_and_are_put_back(tmp
         assert {entry["protocol"] for entry in runs.manifests(file.parent.name).values()} == {runs.PROTOCOL}
 
 
-@pytest.mark.parametrize(("page", "fewest"), [("README.md", 15), ("figures/README.md", 80)])
-def test_every_interval_in_prose_is_one_of_a_table_of_figures(page, fewest):
-    """``1.8 [0.7, 2.8]`` in a sentence: a value and its interval, of either sign, as some row has them."""
+SECTIONS = {  # of figures/README.md, and the folders of the profiles that each tells of; "": offline-full
+    "The profile offline-full": ("",),
+    "Real data": ("local", "local-boolq"),
+    "Another task's adapter": ("offline-transfer", "local-transfer"),
+    "Sixteen atoms a token": ("offline-sixteen",),
+    "A teacher": ("offline-taught",),
+}
+
+
+def intervals_of_tables(folders):
+    """Values with their intervals, (rows, 3), of either sign, in the tables of some folders of figures."""
     known = []
-    for file in ROOT.glob("figures/**/*.csv"):
+    for file in (file for folder in folders for file in (ROOT / "figures" / folder).glob("*.csv")):
         table = pd.read_csv(file).select_dtypes("number")
         for low in (c for c in table if "low" in c and c.replace("low", "high") in table):
             ends = table[[low, low.replace("low", "high")]]
             values = [c for c in table if not re.search(r"^p( |$)|low|high|seeds", c)]
             known += [ends.assign(value=table[c])[["value", *ends]].dropna().to_numpy() for c in values]
     rows = np.concatenate(known)
-    rows = np.concatenate([rows, -rows[:, [0, 2, 1]]])
-    text = " ".join(line for line in (ROOT / page).read_text().splitlines() if not line.startswith("|"))
-    number = r"(-?\d+\.\d+)"
-    said = re.findall(rf"{number}\s+\[{number},\s+{number}\]", text)
-    assert len(said) > fewest
+    return np.concatenate([rows, -rows[:, [0, 2, 1]]])
+
+
+def check_intervals(text, folders):
+    """``1.8 [0.7, 2.8]`` in a sentence: a value and its interval, as some row has them. Returns how many there are."""
+    rows, number = intervals_of_tables(folders), r"(-?\d+\.\d+)"
+    prose = " ".join(line for line in text.splitlines() if not line.startswith("|"))
+    said = re.findall(rf"{number}\s+\[{number},\s+{number}\]", prose)
     for told in said:
         half = 0.5 * 10.0 ** -len(told[0].partition(".")[2]) + 1e-9
         assert (np.abs(rows - [float(x) for x in told]) <= half).all(1).any(), "{} [{}, {}]".format(*told)
+    return len(said)
+
+
+def test_every_interval_in_prose_is_one_of_a_table_of_its_profile():
+    folders = sorted({folder for own in SECTIONS.values() for folder in own})
+    assert check_intervals((ROOT / "README.md").read_text(), folders) > 15
+    titles = re.split(r"^## (.*)\n", (ROOT / "figures" / "README.md").read_text(), flags=re.MULTILINE)
+    sections = dict(zip(titles[1::2], titles[2::2], strict=True))
+    assert sum(check_intervals(sections[title], own) for title, own in SECTIONS.items()) > 80
+    assert not any(check_intervals(text, folders) for title, text in sections.items() if title not in SECTIONS)
 
 
 @pytest.mark.parametrize("file", ["retrained.yaml", "source.yaml"])
