@@ -590,11 +590,6 @@ def test_an_adapter_in_half_precision_is_the_one_of_its_file(tmp_path, dtype):
     assert torch.equal(adapter.mixer(features), kept.mixer(features))
 
 
-def test_a_new_adapter_cannot_begin_as_a_canonical_one():
-    with pytest.raises(UHLError, match="a `canonical` one is trained by the workbook"):
-        get_peft_model(bert(), uhl.UHLConfig(**SMALL, projector="canonical"))
-
-
 def test_a_kind_of_task_is_not_taken_for_a_name():
     with pytest.raises(UHLError, match=r"PEFT's kind of task is `task_type`"):
         uhl.UHLConfig(task="SEQ_CLS")

@@ -401,11 +401,6 @@ def _adapter_of(config: UHLConfig) -> UHLAdapter:
         tasks = header.tasks
         if config.task not in tasks:
             raise UHLError(f"{config._file} has no task {config.task!r}; it has {', '.join(tasks) or 'none'}")
-    elif config.projector == "canonical":
-        raise UHLError(
-            "a new adapter has the projector `dimension`; a `canonical` one is trained by the workbook, which fits its "
-            "projector to the source (notebook 02), and loaded from its file"
-        )
     seed = int(torch.randint(1 << 31, (), device="cpu")) if config.seed is None else config.seed
     adapter = UHLAdapter(config.sizes().model_copy(update={"seed": seed}))
     for name, task in (tasks or {config.task: fileformat.TaskEntry(labels=[], kind="sentence")}).items():

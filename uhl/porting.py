@@ -164,7 +164,10 @@ def why_not(adapter: UHLAdapter, target: Encoder, arm: str, source: Encoder | No
         if any(_embeddings(e).shape[1] != e.width for e in (source, target)):
             return "arm embedding needs token embeddings of the stream's width"
     if arm not in FIXED and adapter.anchors is None:
-        return f"arm {arm} needs anchors, and the adapter's file has none; give the file as it was trained"
+        return (
+            f"arm {arm} needs anchors, and the adapter has none; give the file as the workbook trained it (a new "
+            "adapter gets some in notebook 02, or does without them under the projector `dimension`)"
+        )
     if arm in REFRESHED and (adapter.anchors is None or adapter.anchors.bias is None):
         return f"arm {arm} needs anchors that hold the source's decisions; pre-train the adapter again"
     if arm in REFRESHED and adapter.info.get("tuned_on") and adapter.info.get("arm") not in REFRESHED:
