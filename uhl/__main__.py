@@ -61,7 +61,7 @@ def port_file(options: argparse.Namespace) -> None:
     made = port(adapter, target, options.task, options.arm, source)
     for name, value in made.report.items():
         text = ", ".join(f"{k}: {v}" for k, v in value.items()) if isinstance(value, dict) else value
-        print(f"{name:12s} {text}", file=sys.stderr if options.texts else sys.stdout)
+        print(f"{name:13s} {text}", file=sys.stderr if options.texts else sys.stdout)
     for found in predict_texts(adapter, target, made, lines, options.task) if lines else ():
         print(json.dumps(found, ensure_ascii=False))
 
