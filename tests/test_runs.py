@@ -355,7 +355,7 @@ def test_what_scores_depend_on_by_what_is_asked():
 def test_arms_that_a_profile_has_since_are_missed(tmp_path, monkeypatch):
     archives.restore(PARAMS.parent / "figures" / "offline-sixteen.zip")
     archives.restore(PARAMS.parent / "figures" / "offline-full.zip")
-    assert lacking("offline-sixteen") == []
+    assert audit.missing("offline-sixteen") == []
     shutil.copytree(PARAMS, tmp_path / "params")
     monkeypatch.setattr(grid, "PARAMS", tmp_path / "params")
     shared = tmp_path / "params" / "offline-sixteen" / "settings.yaml"

@@ -74,8 +74,8 @@ class Encoder:
 
     @property
     def known_as(self) -> str:
-        """Its name as files hold it, which are for others too: of a local folder the last part alone."""
-        return Path(self.name).name if Path(cut_of(self.name)[0]).expanduser().exists() else self.name
+        """Its name as files hold it."""
+        return public_name(self.name)
 
 
 def load_encoder(name: str, attention: str | None = None) -> Encoder:
@@ -174,6 +174,11 @@ def revision(name: str) -> str:
 def cut_of(name: str) -> tuple[str, pruning.Cut | None]:
     """A model's own name, and what a copy of it keeps; a folder that is there is taken by its whole name."""
     return (name, None) if Path(name).expanduser().is_dir() else pruning.parse(name)
+
+
+def public_name(name: str) -> str:
+    """A model's name as files hold it, which are for others too: of a local folder the last part alone."""
+    return Path(name).name if Path(cut_of(name)[0]).expanduser().exists() else name
 
 
 def _cut_revision(revision: str, cut: pruning.Cut) -> str:

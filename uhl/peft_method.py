@@ -33,9 +33,11 @@ from uhl.checkpointing import Rerouted
 from uhl.config import NAME, Sizes, UHLConfig
 from uhl.errors import UHLError
 from uhl.fileformat import Content, Header
+from uhl.folding import HALF
 from uhl.frame import Frame
 from uhl.host import find_slots, stream_width
 from uhl.layer import Attached, UHLLinear
+from uhl.models import public_name
 
 CHECKPOINT = "_gradient_checkpointing_func"  # where transformers' layers keep their checkpointing function
 
@@ -290,8 +292,8 @@ class UHLModel(BaseTuner):
         adapter = tuner_of(model).uhl_adapters[adapter_name]
         assert isinstance(adapter, UHLAdapter)
         live = dict(adapter.named_parameters())
-        half = (torch.float16, torch.bfloat16)  # in which a state dict holds what the file gives back less exactly
-        values = live | {name: value for name, value in values.items() if value.dtype not in half or live[name].is_meta}
+        # in half precision a state dict holds what the file gives back less exactly than the parameters say it
+        values = live | {name: value for name, value in values.items() if value.dtype not in HALF or live[name].is_meta}
         store.check_finite(values)
         packed = store.pack_values(adapter, values)
         config._pending = partial(_complete_file, weakref.ref(adapter), fileformat.digest(packed))
@@ -354,9 +356,9 @@ def _source_of(model: nn.Module) -> dict[str, object]:
     """What a new adapter says of the host that it is trained on; of a local folder its name alone."""
     config: Any = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "") or type(model).__name__
-    name = Path(name).name if Path(name).exists() else name
     layers, width = getattr(config, "num_hidden_layers", None), stream_width(model)
-    return {"source": name} | ({"shape": f"{layers} x {width}"} if layers and width else {})
+    told: dict[str, object] = {"source": public_name(name)}
+    return told | ({"shape": f"{layers} x {width}"} if layers and width else {})
 
 
 def _part_of(key: str, modules: Sequence[str]) -> bool:

@@ -352,10 +352,10 @@ def port_model(
     adapter, host = tuner.uhl_adapters[name], tuner.model
     assert isinstance(adapter, UHLAdapter)
     inner = getattr(host, "base_model", host)  # transformers' name for a model without its head
-    prefix = next(path for path, module in host.named_modules() if module is inner)
+    begin = next(f"{path}." if path else "" for path, module in host.named_modules() if module is inner)
     at_work_on = {slot.path for slot in tuner.attached(name).slots}
     with tuner.bare():
-        known = {f"{prefix}.{s.path}" if prefix else s.path for s in find_slots(inner, adapter.config.types)}
+        known = {begin + slot.path for slot in find_slots(inner, adapter.config.types)}
         if at_work_on != known:
             raise UHLError(
                 f"adapter {name!r} works on {len(at_work_on)} of the host's weights, and is ported to all {len(known)} "
@@ -370,7 +370,7 @@ def port_model(
             ported = adapter.info.get("ported")
             entry = {place: {"scale": done.scale, "content": _content(adapter, task)}}
             adapter.info["ported"] = (ported if isinstance(ported, dict) else {}) | entry
-    pairs = {f"{prefix}.{path}" if prefix else path: pair for path, pair in done.frame.slots.items()}
+    pairs = {begin + path: pair for path, pair in done.frame.slots.items()}
     tuner.set_frame(name, replace(done.frame, slots=pairs), done.scale, arm)
     return done
 
