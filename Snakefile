@@ -5,9 +5,11 @@
 # last checkpoint. A change of the code does not run anything again: the table names cells that are older than others (see
 # uhl.runs.PROTOCOL); remove their folders.
 
-import json
 import os
+import shlex
 import sys
+
+import yaml
 
 from uhl.grid import PARAMS, Grid
 from uhl.runs import slug
@@ -43,11 +45,13 @@ def files(stage):
 
 
 def given(stage):
-    """A function of a cell's wildcards: these files, and what no file has, as papermill takes them."""
+    """A function of a cell's wildcards: all of its settings, as papermill takes them. Those that no file has are there
+    by default, and not as the notebook is stored.
+    """
 
     def text(w):
-        alone = json.dumps(GRID.given(w.task, int(w.seed), stage.format(**dict(w.items()))))
-        return " ".join([*(f"-f {file}" for file in files(stage)(w)), f"-y '{alone}'"])
+        settings = GRID.settings(f"{w.task}-s{w.seed}/{stage.format(**dict(w.items()))}").model_dump(mode="json")
+        return f"-y {shlex.quote(yaml.safe_dump(settings, default_flow_style=True, width=float('inf')).strip())}"
 
     return text
 
@@ -194,6 +198,7 @@ rule all_copies:
 rule analysis:
     input:
         CELLS,
+        f"params/{GRID.profile}/grid.yaml",
     output:
         f"{RUNS}/{GRID.profile}/analysis/manifest.json",
     log:

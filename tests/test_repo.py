@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -359,6 +360,24 @@ def test_a_port_of_a_lent_adapter_trains_the_lender_first(tmp_path):
     assert dict(re.findall(r"^(\w+)\s+(\d+)$", said, re.M)) == {"port": "1", "pretrain": "4", "total": "5"}
     asked = re.findall(r"^\s+input: (?:\S+, )*\S+/movies-s1/pretrain-(\w+)/manifest\.json$", said, re.M)
     assert sorted(asked) == ["canonical", "dimension"]
+
+
+def test_a_cell_is_given_all_its_settings_and_none_that_its_notebook_is_stored_with(tmp_path):
+    """A profile that says nothing of a setting has its default."""
+    from uhl.grid import PARAMS
+    from uhl.runs import read_yaml
+
+    profile, stage = "offline-sixteen", "movies-s2/port-minilm-l3"
+    assert len(set(Settings.model_fields) - set(read_yaml(PARAMS / profile / "settings.yaml"))) > 5
+    cell = tmp_path / profile / stage / "manifest.json"
+    said = snakemake(tmp_path, "-n", "-p", "--cores", "1", "--config", f"profile={profile}", "--", cell)
+    (line,) = [line for line in said.splitlines() if "papermill notebooks/03_port.ipynb" in line]
+    words = shlex.split(line)
+    given = yaml.safe_load(words[words.index("-y") + 1])
+    assert given == Grid.read(profile).settings(stage).model_dump(mode="json")
+    assert given["task"] == "movies"
+    assert given["seed"] == 2
+    assert given["target"] == "minilm-l3"
 
 
 @pytest.mark.slow

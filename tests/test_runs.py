@@ -66,53 +66,58 @@ def test_results_are_made_from_the_manifests_and_never_repeat():
     assert entry["versions"]["torch"].startswith("2.13.0")
 
 
-def test_results_that_are_missing_repeated_or_incomplete():
+def test_results_are_those_of_the_cells_that_are_there():
+    first, second = write(0), write(1)
+    shutil.rmtree(first.parent)  # as messages advise
+    assert runs.load_results("p")["seed"].tolist() == [1]
+    shutil.rmtree(second.parent)
+    with pytest.raises(UHLError, match="has no finished cells; run the profile first: make run PROFILE=p"):
+        runs.load_results("p")
+
+
+def changed(path, **values):
+    """A manifest with other values in its rows."""
+    entry = json.loads(path.read_text())
+    path.write_text(json.dumps(entry | {"rows": [row | values for row in entry["rows"]]}))
+
+
+def test_results_that_are_missing_repeated_or_mixed():
     with pytest.raises(UHLError, match="make run PROFILE=p"):
         runs.load_results("p")
-    write(0)
-    path = runs.root() / "p" / "results.csv"
-    frame = pd.read_csv(path)
-    pd.concat([frame, frame]).to_csv(path, index=False)
+    path = write(0)
+    shutil.copytree(path.parent, path.parents[1] / "tune-again")
     with pytest.raises(UHLError, match="repeated rows, such as .*: two cells measured the same"):
         runs.load_results("p")
-    for profiles in (["p", "q"], ["q", "q"]):
-        mixed = pd.concat([frame, frame.assign(seed=9)]).iloc[:2].assign(profile=profiles)
-        mixed.to_csv(path, index=False)
-        with pytest.raises(UHLError, match="holds rows of profile q"):
+    shutil.rmtree(path.parents[1] / "tune-again")
+    for other in (write(1), path):  # one, then both
+        changed(other, profile="q")
+        with pytest.raises(UHLError, match="holds rows of profile q; move their cells"):
             runs.load_results("p")
-    frame.drop(columns="score").to_csv(path, index=False)
-    with pytest.raises(UHLError, match="misses columns score"):
-        runs.load_results("p")
 
 
 @pytest.mark.parametrize(
     ("column", "value", "said"),
     [
-        ("adapter_bytes", "", "nothing for adapter_bytes of x, movies, a, tuned, 0, test, and 1 such rows"),
-        ("n", "", "nothing for n of"),
+        ("adapter_bytes", None, "nothing for adapter_bytes of x, movies, a, tuned, 0, test, and 1 such rows"),
+        ("n", None, "nothing for n of"),
         ("score", "high", "'high' for score of"),
-        ("score", "inf", "for score of"),
+        ("score", float("inf"), "for score of"),
         ("steps", "many", "'many' for steps of"),
     ],
 )
 def test_results_that_are_no_numbers(column, value, said):
-    write(0)
-    path = runs.root() / "p" / "results.csv"
-    frame = pd.read_csv(path, dtype=str, keep_default_na=False)
-    pd.concat([frame.assign(**{column: value}), frame.assign(seed=1)]).to_csv(path, index=False)
+    changed(write(0), **{column: value})
+    write(1)
     with pytest.raises(UHLError, match=said):
         runs.load_results("p")
 
 
-def test_files_of_results_that_are_damaged():
+def test_manifests_that_are_damaged():
     path = write(0)
-    (runs.root() / "p" / "results.csv").write_text("")
-    with pytest.raises(UHLError, match=r"results.csv is no table \(.*\); delete it, and run the profile again"):
-        runs.load_results("p")
     for text, said in (("{", "is damaged"), ("[]", "is not a cell's manifest")):
         path.write_text(text)
         with pytest.raises(UHLError, match=f"manifest.json {said}.*; delete its folder and run the cell again"):
-            runs.update_results("p")
+            runs.load_results("p")
 
 
 def test_names_that_look_like_numbers_are_names():
@@ -233,7 +238,6 @@ def test_a_profile_is_compared_with_the_one_that_its_grid_names():
     archives.restore(figures / "offline-full.zip")
     assert lacking("offline-transfer") == []
     shutil.rmtree(runs.root() / "offline-full" / "amazon-s1" / "port-minilm-l3")
-    runs.update_results("offline-full")
     (said,) = lacking("offline-transfer")
     assert said == "offline-full, to compare with, lacks 1 cells or rows, first amazon-s1/port-minilm-l3"
     archives.restore(figures / "offline-full.zip")
@@ -288,7 +292,6 @@ def test_what_a_grid_has_once_asks_nothing_of_other_seeds(tmp_path, monkeypatch)
     for seed, methods in enumerate((("head", "sat-lora"), ("head",))):
         for target in ("mpnet-base", "minilm-l3"):
             one_finished_cell(made.settings(f"movies-s{seed}/baselines-{target}"), methods)
-    runs.update_results("offline")
     wanted = ["movies-s0/baselines-mpnet-base: bitfit on test"]
     assert sorted(m for m in audit.missing("offline") if " on " in m) == sorted(wanted)
 
@@ -301,7 +304,6 @@ def test_cells_that_were_run_with_other_settings_are_named(tmp_path, monkeypatch
         file.write_text(f"{before}\n{own}\n")
         one_finished_cell(made.settings(f"movies-s{seed}/baselines-mpnet-base"), ("head", "lora-r8"))
     file.write_text(before + "\nbf16: true\n")
-    runs.update_results("offline")
     named = [m for m in audit.missing("offline") if "run with" in m]
     assert named == [  # VeRA and epochs have no part in these cells
         "movies-s1/baselines-mpnet-base: run with bf16 False (now True), lora_rate 0.5 (now 0.003), tune_steps 9 (now "
@@ -372,7 +374,6 @@ def test_a_seed_that_the_grid_has_not_is_named(tmp_path, monkeypatch):
     for cell in ("movies-s0/baselines-minilm-l3", "movies-s7/baselines-minilm-l3"):
         one_finished_cell(made.settings(cell))
     one_finished_cell(made.settings("movies-s7/baselines-minilm-l3").model_copy(update={"target": "mine"}))
-    runs.update_results("offline")
     one_finished_cell(made.settings("movies-s1/tune-mpnet-base"))  # which the grid has once, with its first seed
     shutil.move(
         runs.root() / "offline/movies-s1/baselines-mpnet-base", runs.root() / "offline/movies-s1/tune-mpnet-base"

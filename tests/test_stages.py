@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import optuna
 import pandas as pd
 import pytest
 import torch
@@ -47,6 +48,7 @@ from uhl.config import ARMS, METHODS
 from uhl.errors import DivergenceError, UHLError
 from uhl.files import npz
 from uhl.fits import basis_of, upper_levels
+from uhl.grid import Grid
 from uhl.host import find_slots
 from uhl.outcome import Outcome, merge
 from uhl.peft_method import attach
@@ -168,6 +170,8 @@ def test_a_teacher_s_decisions_are_those_of_the_file(tiny_world, own_files, monk
     assert evidence.of_source(cell, "test").tolist() == says["test"].tolist()  # what ports are compared with
     if kind != "token":
         assert about["scores"]["test"] == pytest.approx(100 * (says["test"] == flat).mean())
+    _, dimension = stages.pretrain(settings, "dimension")  # in a cell of its own, with the same teacher
+    dimension.finish("pretrain-dimension", **dimension.details)
     (told,) = results.teachers(settings.profile).values()
     assert stats.score_of(told[settings.seed].sum(0)) == pytest.approx(about["scores"]["test"])
     with pytest.raises(UHLError, match="have a teacher's logits"):
@@ -190,6 +194,19 @@ def test_a_teacher_is_trained_once_for_both_adapters_and_anew_for_other_settings
     again, _ = stages.pretrain(settings, "canonical")
     assert len(made) == 3
     torch.testing.assert_close(again.anchors.decided(), first.anchors.decided())
+
+
+def test_the_trials_of_a_search_have_a_teacher_in_common_that_is_not_asked_about_test(tiny_world, monkeypatch):
+    made, really = [], teacher.run_baseline
+    monkeypatch.setattr(teacher, "run_baseline", lambda *given, **named: made.append(1) or really(*given, **named))
+    settings = tiny_world.model_copy(update={"teacher": "full", "steps": 3})
+    for rate in (1e-3, 2e-3):
+        row = search.run(settings, "uhl-canonical", {"rate": rate})
+        assert row["split"] == "dev"
+    assert len(made) == 1
+    (file,) = (runs.root() / f"{settings.profile}-search").rglob("says.npz")
+    assert not any("test" in name for name in np.load(file))
+    assert set(json.loads(str(np.load(file)["about"]))["scores"]) == {"dev"}
 
 
 def run_all(settings):
@@ -540,6 +557,63 @@ def test_an_interrupted_trial_is_run_again(tiny_world, monkeypatch):
     assert list(search.methods_of(spaces, "target", ["tune-anchor"])) == ["tune-anchor"]
     with pytest.raises(UHLError, match="unknown method to search on the source 'tune-anchor'"):
         search.methods_of(spaces, "source", ["tune-anchor"])
+
+
+def test_a_search_is_over_what_its_method_trains_with(tiny_world):
+    """And neither over another's settings nor over what its scores are measured on."""
+    there = tiny_world.model_copy(update={"hosts": ("target",)})
+    for settings, method, name in (
+        (tiny_world, "uhl-canonical", "splits"),
+        (tiny_world, "uhl-canonical", "seed"),
+        (tiny_world, "uhl-canonical", "eval_size"),
+        (tiny_world, "uhl-canonical", "dimension_rate"),
+        (tiny_world, "lora-r8", "lambda_f"),
+        (there, "lora-r8", "batch"),  # tune_batch there
+        (there, "sat-lora", "lambda_f"),  # no charge there
+        (there, "tune-anchor", "mixer_rate"),
+    ):
+        with pytest.raises(UHLError, match=f"is not searched over '{name}', which has no part in its training; it may"):
+            search.search(settings, method, {name: [1]})
+    assert not runs.root().exists()
+    search.check(tiny_world, "uhl-canonical", {"rate": [1], "top_k": [1], "lambda_f": [1], "batch": [1]})
+    search.check(there, "sat-lora", {"sat_lora_rate": [1], "top_k": [1], "tune_batch": [1]})
+    search.check(there, "tune-anchor", {"tune_rate": [1], "lambda_q": [1]})
+
+
+@pytest.mark.parametrize(
+    ("method", "host", "stage"),
+    [
+        ("uhl-canonical", "source", "pretrain-canonical"),
+        ("full", "source", "baselines-minilm-l6"),
+        ("full", "target", "baselines-mpnet-base"),
+        ("tune-anchor", "target", "tune-mpnet-base"),
+    ],
+)
+def test_trials_have_the_settings_of_the_batch(method, host, stage):
+    found = search.settings_of("offline-full", method, "amazon", 1, host, "mpnet-base")
+    assert found == Grid.read("offline-full").settings(f"amazon-s1/{stage}").model_copy(update={"hosts": (host,)})
+    assert found.bf16 == (host == "target")
+
+
+def test_what_methods_share_is_saved_as_it_is_best_for_ours(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "PARAMS", tmp_path)
+    made = optuna.storages.InMemoryStorage()
+    studies, values = [], {"uhl-canonical": {"rate": 0.1, "batch": 8}, "uhl-dimension": {"dimension_rate": 0.2}}
+    values |= {"full": {"full_rate": 0.3, "batch": 4}}
+    values["uhl-dimension"]["batch"] = 16
+    for method, found in values.items():
+        study = optuna.create_study(study_name=method, storage=made)
+        study.set_user_attr("method", method)
+        distributions = {name: optuna.distributions.CategoricalDistribution([value]) for name, value in found.items()}
+        study.add_trial(optuna.trial.create_trial(params=found, distributions=distributions, value=1.0))
+        studies.append(study)
+    assert search.best(studies) == {"dimension_rate": 0.2, "full_rate": 0.3, "rate": 0.1, "batch": 8}
+    assert search.save(tiny_world, studies) == []
+    file = tmp_path / "t" / "settings.yaml"
+    assert runs.read_yaml(file) == {"rate": 0.1, "batch": 8, "dimension_rate": 0.2, "full_rate": 0.3}
+    file.unlink()
+    assert search.save(tiny_world, studies[1:]) == ["batch"]
+    assert runs.read_yaml(file) == {"dimension_rate": 0.2, "full_rate": 0.3}
 
 
 def test_a_search_of_tuning_uses_the_trained_adapter_and_follows_it(tiny_world, monkeypatch):

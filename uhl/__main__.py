@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from uhl import archives, audit, claims, report, results, runs, store, viz
-from uhl.config import ARMS, TrainConfig
+from uhl.config import ARMS
 from uhl.errors import UHLError
 from uhl.fileformat import Header, read_either
 from uhl.grid import PARAMS, Grid, target_of, task_file
@@ -204,37 +204,28 @@ def search(options: argparse.Namespace) -> None:
         from uhl import search as searching
     except ModuleNotFoundError as error:
         raise UHLError(f"uhl search needs Optuna ({error}); pip install -e '.[notebooks]' in the repository") from error
-    grid, file = Grid.read(options.profile), PARAMS / options.profile / "settings.yaml"
-    own, target = _described(options.profile, options.task), options.target or grid.hosts[0]
-    theirs: dict[str, object] = {}
-    if (PARAMS / options.profile / f"{target}.yaml").is_file():
-        values = read_yaml(PARAMS / options.profile / f"{target}.yaml")
-        target = target_of(options.profile, target)
-        if options.host == "target":  # how it is trained there
-            theirs = {name: value for name, value in values.items() if name in TrainConfig.model_fields}
-    changes = {"seed": options.seed, "epochs": options.epochs, "train_size": options.train_size}
-    changes |= {"source": grid.source, "target": target, "hosts": (options.host,)}
-    settings = Settings(
-        **read_yaml(file)
-        | theirs
-        | {"task": options.task}
-        | (read_yaml(own) if own else {})
-        | ({"steps": None} if options.epochs else {})
-        | {k: v for k, v in changes.items() if v is not None}
-    )
+    _described(options.profile, options.task)
+    place = {"task": options.task, "seed": options.seed, "host": options.host, "target": options.target}
+    changes = {} if options.epochs is None else {"epochs": options.epochs, "steps": None}
+    changes |= {} if options.train_size is None else {"train_size": options.train_size}
     spaces = searching.read_spaces(PARAMS / options.profile / "search.yaml")
-    chosen = searching.methods_of(spaces, options.host, options.method or ())
+    chosen, settings = searching.methods_of(spaces, options.host, options.method or ()), dict[str, Settings]()
+    for method, space in chosen.items():
+        as_run = searching.settings_of(options.profile, method, **place)
+        settings[method] = Settings(**as_run.model_dump(mode="json") | changes)
+        searching.check(settings[method], method, space)
 
     def told(row: dict[str, object]) -> None:
         print(*(row[key] for key in ("method", "trial", "state", "score", "settings")), file=sys.stderr, flush=True)
 
     studies = [
-        searching.search(settings, method, space, options.trials, options.storage, told)
+        searching.search(settings[method], method, space, options.trials, options.storage, told)
         for method, space in chosen.items()
     ]
     print(searching.table(studies).to_csv(index=False, float_format="%g"), end="")
-    if options.save:
-        searching.save(settings, studies)
+    left = searching.save(next(iter(settings.values())), studies) if options.save else []
+    if left:
+        print(f"not saved: {', '.join(left)}, which methods share; search uhl-canonical for these", file=sys.stderr)
 
 
 def _profile(command: argparse.ArgumentParser, default: str = "offline") -> None:

@@ -49,7 +49,7 @@ def flat(labels: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def _of(cell: Path, arm: str, split: str) -> list[np.ndarray]:
     """Labels, gold labels and lengths of one arm; a teacher's examples are those of the adapter beside it."""
-    own, found = "uhl-canonical" if arm == TEACHER else arm, predictions(cell)
+    own, found = cell.name.replace("pretrain", "uhl") if arm == TEACHER else arm, predictions(cell)
     names = [f"{arm}/{split}/labels", f"{own}/{split}/gold", f"{own}/{split}/length"]
     if not set(names) <= set(found):
         path = cell / PREDICTIONS

@@ -132,7 +132,7 @@ class Grid(_Strict):
         described = task_file(self.profile, task)
         return [folder / "settings.yaml", *there, *([described] if described else [])]
 
-    def given(self, task: str, seed: int, stage: str) -> dict[str, Any]:
+    def _given(self, task: str, seed: int, stage: str) -> dict[str, Any]:
         """Settings of a cell that no file of its has."""
         kind, _, rest = stage.partition("-")
         made: dict[str, Any] = {"seed": seed} | ({} if task_file(self.profile, task) else {"task": task})
@@ -151,7 +151,7 @@ class Grid(_Strict):
         values: dict[str, Any] = {}
         for file in self.files(task, stage):
             values |= read_yaml(file)
-        return Settings(**values | self.given(task, int(seed), stage))
+        return Settings(**values | self._given(task, int(seed), stage))
 
     def cells(self) -> list[str]:
         """Folders of all cells, relative to the profile's run folder."""

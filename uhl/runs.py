@@ -2,8 +2,8 @@
 
 A *cell* is one notebook run for one task, seed and, where it has one, target. Its folder holds the executed notebook,
 its files and `manifest.json` (parameters, seed, versions, model revisions, result rows, artefacts with bytes and
-sha256). The manifest is written last, so a cell without one is not done. `results.csv` is the rows of all manifests
-of a profile, in a fixed order; it is made again whenever a manifest is written.
+sha256). The manifest is written last, so a cell without one is not done. `results.csv`, for people, is the rows of all
+manifests of a profile, in a fixed order; it is made again whenever a manifest is written, and never read.
 """
 
 from __future__ import annotations
@@ -339,45 +339,39 @@ def update_results(profile: str) -> Path:
     """Make ``results.csv`` of a profile from its :func:`manifests`, under a lock, and return its path."""
     folder = root() / profile
     with locked(folder / ".results.lock"):
-        rows = [row for entry in manifests(profile).values() for row in entry["rows"]]
-        frame = pd.DataFrame(rows, columns=list(COLUMNS))
-        return write_csv(folder / "results.csv", frame)
+        return write_csv(folder / "results.csv", _rows(profile))
+
+
+def _rows(profile: str) -> pd.DataFrame:
+    rows = [row for entry in manifests(profile).values() for row in entry["rows"]]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
 def load_results(profile: str) -> pd.DataFrame:
-    """The results table of a profile, checked: all columns, one profile, no repeated cell, and numbers that are numbers
+    """The rows of a profile's :func:`manifests`, checked: one profile, no repeated cell, and numbers that are numbers
     and, but in :data:`MAY_LACK`, there.
     """
-    path = root() / profile / "results.csv"
-    if not path.is_file():
-        raise UHLError(f"{path} does not exist; run the profile first: make run PROFILE={profile}")
-    words = ("profile", "source", "target", "task", "arm", "phase", "split", "metric")
-    empty = {name: [""] for name in COLUMNS if name not in words}  # a name may look like a number, or like nothing
-    try:
-        frame = pd.read_csv(path, dtype=dict.fromkeys(words, str), keep_default_na=False, na_values=empty)
-    except (ValueError, OSError) as error:  # pandas' own are of the former
-        raise UHLError(f"{path} is no table ({error}); delete it, and run the profile again") from error
-    missing = [c for c in COLUMNS if c not in frame.columns]
-    if missing:
-        raise UHLError(f"{path} misses columns {', '.join(missing)}; delete it and run the profile again")
+    place, frame = root() / profile, _rows(profile)
+    if not manifests(profile):
+        raise UHLError(f"{place} has no finished cells; run the profile first: make run PROFILE={profile}")
     keys = ["target", "task", "arm", "phase", "seed", "split"]
-    for name in empty:
-        column = pd.to_numeric(frame[name], errors="coerce")
-        if (wrong := ~np.isfinite(column) & (frame[name].notna() | (name not in MAY_LACK))).any():
+    words = {"profile", "source", "metric", *keys} - {"seed"}
+    for name in (column for column in COLUMNS if column not in words):
+        numbers = pd.to_numeric(frame[name], errors="coerce")
+        if (wrong := ~np.isfinite(numbers) & (frame[name].notna() | (name not in MAY_LACK))).any():
             row = frame[wrong].iloc[0]
             said = "nothing" if pd.isna(row[name]) else repr(row[name])
             raise UHLError(
-                f"{path} has {said} for {name} of {', '.join(str(row[key]) for key in keys)}, and {int(wrong.sum())} "
+                f"{place}: {said} for {name} of {', '.join(str(row[key]) for key in keys)}, and {int(wrong.sum())} "
                 "such rows in all; delete the folders of these cells and run them again"
             )
-    if others := sorted(set(frame["profile"]) - {profile}):
-        raise UHLError(
-            f"{path} holds rows of profile {', '.join(others)}; move the cells that wrote them to a folder of that name"
-        )
+        frame[name] = numbers
+    if others := sorted(set(frame["profile"].map(str)) - {profile}):
+        raise UHLError(f"{place} holds rows of profile {', '.join(others)}; move their cells to a folder of that name")
     if len(repeated := frame[frame.duplicated(keys)]):
         rows = "; ".join(", ".join(map(str, row)) for row in repeated[keys].drop_duplicates().head(3).values)
         raise UHLError(
-            f"{path} holds {len(repeated)} repeated rows, such as {rows}: two cells measured the same; delete one of "
+            f"{place} holds {len(repeated)} repeated rows, such as {rows}: two cells measured the same; delete one of "
             "their folders"
         )
     return frame

@@ -46,13 +46,14 @@ from uhl.baselines import RATES, Start
 from uhl.config import _Strict
 from uhl.errors import DivergenceError, UHLError, one_of
 from uhl.files import read_yaml, sha256, write_text
-from uhl.grid import PARAMS
+from uhl.grid import PARAMS, Grid
 from uhl.outcome import Outcome
 from uhl.runs import Settings
 from uhl.train import Watch
 
-TUNE = "tune-anchor"
-METHODS = ("uhl-canonical", "uhl-dimension", TUNE, *RATES)
+TUNE, CANONICAL = "tune-anchor", "uhl-canonical"
+METHODS = (CANONICAL, "uhl-dimension", TUNE, *RATES)
+OWN = {m: {rate} for m, rate in RATES.items()} | {"uhl-dimension": {"dimension_rate"}, TUNE: {"tune_rate", "lambda_q"}}
 BEAT = 60  # seconds between a worker's signs of life; a trial without them is run again by another
 
 
@@ -205,6 +206,30 @@ def methods_of(spaces: Mapping[str, Space], host: str, named: Sequence[str] = ()
     return {one_of(method, tuple(known), f"method to search on the {host}"): spaces[method] for method in chosen}
 
 
+def check(settings: Settings, method: str, space: Space) -> None:
+    """Raise :class:`UHLError` where a space has settings that have no part in the method's trials, or that say what
+    these are scored on.
+    """
+    may = _bearing(settings, method) - stages.DATA
+    if stray := sorted(set(space) - may):
+        raise UHLError(
+            f"{method} on the {_host(settings)} is not searched over {stray[0]!r}, which has no part in its training; "
+            f"it may be over {', '.join(sorted(may))}"
+        )
+
+
+def settings_of(
+    profile: str, method: str, task: str, seed: int = 0, host: str = "source", target: str | None = None
+) -> Settings:
+    """What a batch runs a method with on the `source` or a ``target`` of the profile, by default its first."""
+    grid = Grid.read(profile)
+    theirs = runs.slug(target or grid.hosts[0])
+    stage = f"tune-{theirs}" if method == TUNE else method.replace("uhl", "pretrain")
+    if method in RATES:
+        stage = f"baselines-{theirs if host == 'target' else runs.slug(grid.source)}"
+    return grid.settings(f"{task}-s{seed}/{stage}").model_copy(update={"hosts": (host,)})
+
+
 def _adapter(settings: Settings, method: str) -> str | None:
     """Hash of the file that `tune-anchor` tunes, and the rules of its port; None for other methods."""
     if method != TUNE:
@@ -313,7 +338,8 @@ def search(
     if trials is not None and trials < 1:
         raise UHLError(f"{trials} trials wanted; give 1 or more")
     host = _host(settings)
-    made = study(settings, one_of(method, methods_on(host), f"method to search on the {host}"), space, url)
+    check(settings, one_of(method, methods_on(host), f"method to search on the {host}"), space)
+    made = study(settings, method, space, url)
     whole = grid(space)
     wanted = trials or 12 if whole is None else min(trials or len(whole), len(whole))
     begun: dict[str, Start] = {}
@@ -402,30 +428,44 @@ def table(studies: Sequence[optuna.Study]) -> pd.DataFrame:
 
 
 def best(studies: Sequence[optuna.Study]) -> dict[str, Any]:
-    """Values of each study's best trial. What both projectors share is as it is best for `uhl-canonical`."""
+    """Values of each study's best trial. Of several methods, those that are not a method's :data:`OWN`, such as the
+    batch, are as they are best for `uhl-canonical`.
+    """
     values: dict[str, Any] = {}
-    for one in sorted(studies, key=lambda s: s.user_attrs["method"] != "uhl-dimension"):
+    for one in sorted(studies, key=lambda s: s.user_attrs["method"] == CANONICAL):
         if any(t.state == TrialState.COMPLETE for t in one.trials):
-            values |= one.best_params
+            shared = len(studies) == 1 or one.user_attrs["method"] == CANONICAL
+            values |= {name: value for name, value in one.best_params.items() if shared or name in _own(one)}
     return values
 
 
-def save(settings: Settings, studies: Sequence[optuna.Study]) -> None:
-    """Write the best values into a profile's parameter files.
+def _own(study: optuna.Study) -> set[str]:
+    """Settings that a study's method has alone."""
+    return OWN.get(study.user_attrs["method"], set())
+
+
+def save(settings: Settings, studies: Sequence[optuna.Study]) -> list[str]:
+    """Write the best values into a profile's parameter files, and return the names of those that were left out: what
+    methods share is `uhl-canonical`'s to choose, of which all go to `settings.yaml`.
 
     Those of baselines go to the files that a batch reads for them alone, `retrained.yaml` on a target and on the source
     `source.yaml`, where there is one: a changed `settings.yaml` makes every cell run again.
     """
-    folder, files = PARAMS / settings.profile, dict[Path, list[optuna.Study]]()
+    folder, files, left = PARAMS / settings.profile, dict[Path, dict[str, Any]](), dict[str, None]()
     for one in studies:
         name = "settings.yaml"
         if one.user_attrs["method"] in RATES and _host(settings) == "target":
             name = "retrained.yaml"
         elif one.user_attrs["method"] in RATES and (folder / "source.yaml").is_file():
             name = "source.yaml"
-        files.setdefault(folder / name, []).append(one)
-    for file, some in files.items():
-        write_settings(file, best(some))
+        for setting, value in best([one]).items():
+            if one.user_attrs["method"] == CANONICAL or setting in _own(one):
+                files.setdefault(folder / name, {})[setting] = value
+            else:
+                left[setting] = None
+    for file, values in files.items():
+        write_settings(file, values)
+    return [setting for setting in left if not any(setting in values for values in files.values())]
 
 
 def write_settings(path: Path, values: Mapping[str, Any]) -> None:

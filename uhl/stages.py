@@ -298,15 +298,18 @@ def pretrain(
 
 
 def _teacher(settings: Settings, method: str, task: Task, asked: Probe) -> Teacher:
-    """What the source says when it was trained by ``method``, as a baseline is."""
+    """What the source says when it was trained by ``method``, as a baseline is. The trials of a search, whose profiles
+    are folders of one, have a teacher in common where they train it alike.
+    """
     encoder, sizes = load_encoder(settings.source), settings.adapter_config("dimension")
     config = settings.train_config(rate=getattr(settings, RATES.get(method, "rate")))
-    folder, about = runs.cell_dir(settings, f"teacher-{method}"), f"codes from {digest(task, asked.first().texts)}"
+    shared = settings.model_copy(update={"profile": settings.profile.partition("/")[0]})
+    folder, about = runs.cell_dir(shared, f"teacher-{method}"), f"codes from {digest(task, asked.first().texts)}"
 
     def begin() -> Start:
         return baseline_start(settings, "source")
 
-    return teach(method, encoder, task, begin, config, folder, asked, sizes, about)
+    return teach(method, encoder, task, begin, config, folder, asked, sizes, about, settings.splits)
 
 
 def adopt(settings: Settings, projector: str) -> tuple[UHLAdapter, Outcome]:

@@ -36,14 +36,13 @@ from uhl.tasks import IGNORE, Task, digest, plain_text
 from uhl.train import predict
 
 SPLITS = ("train", "unlabelled")  # that it teaches on
-SCORED = ("dev", "test")
 
 
 @dataclass(frozen=True)
 class Teacher:
     """What a teacher says: logits of the units of the training split, of the unlabelled one (none where there is none)
-    and of the anchors' probe, (units, labels) each; its decisions on dev and test, one behind the other, and their
-    scores; and the seconds that it took to train.
+    and of the anchors' probe, (units, labels) each; its decisions on each split that is scored, one behind the other,
+    and their scores; and the seconds that it took to train.
     """
 
     method: str
@@ -94,10 +93,11 @@ def teach(
     asked: Probe,
     sizes: Sizes,
     about: str,
+    splits: Sequence[str],
 ) -> Teacher:
-    """Train one of the baselines on the source, ``encoder``, which is changed, and ask it about the task's texts and
-    those of ``asked``. ``begin`` makes the start of all baselines, ``sizes`` are a sparse method's, ``about`` is
-    :func:`uhl.train.train`'s.
+    """Train one of the baselines on the source, ``encoder``, which is changed, ask it about the task's texts and those
+    of ``asked``, and score it on ``splits``. ``begin`` makes the start of all baselines, ``sizes`` are a sparse
+    method's, ``about`` is :func:`uhl.train.train`'s.
 
     What it says is kept in ``folder`` and read from there where all is the same, also by a process that waited for
     another to make it; its weights are not kept.
@@ -107,13 +107,13 @@ def teach(
     known += [config.model_dump(exclude={"teacher_weight"}), sizes.model_dump(), digest(task)]
     mark = hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
     with runs.locked(folder / ".lock"):
-        if (kept := _kept(folder / "says.npz", method, mark)) is not None:
+        if (kept := _kept(folder / "says.npz", method, mark, splits)) is not None:
             return kept
         begun = time.time()
         made = run_baseline(method, encoder, task, begin(), config, folder / "trainer", sizes=sizes, about=about)
         seconds = time.time() - begun
         train, unlabelled = (_says(made, encoder, _probe(part, task, config.max_length)) for part in texts)
-        scored = {s: predict(made.classifier, encoder, task, s, max_length=config.max_length) for s in SCORED}
+        scored = {s: predict(made.classifier, encoder, task, s, max_length=config.max_length) for s in splits}
         decided = {s: flat(p.labels)[0].tolist() for s, p in scored.items()}
         scores = {split: p.score for split, p in scored.items()}
         found = Teacher(method, train, unlabelled, _says(made, encoder, asked), decided, scores, seconds)
@@ -140,15 +140,18 @@ def _says(made: Baseline, encoder: Encoder, probe: Probe) -> Float[Tensor, "U la
         return part.classify(codes.to(part.head.device)).cpu()
 
 
-def _kept(file: Path, method: str, mark: str) -> Teacher | None:
-    """What was kept of a teacher that is the same; None where nothing is, or of another."""
+def _kept(file: Path, method: str, mark: str, splits: Sequence[str]) -> Teacher | None:
+    """What was kept of a teacher that is the same, with its decisions on ``splits``; None where nothing is, or of
+    another, or not on these.
+    """
     try:
         with np.load(file) as stored:
             about = json.loads(str(stored["about"]))
             if about["mark"] != mark:
                 return None
             train, unlabelled, anchors = (torch.from_numpy(stored[name]) for name in (*SPLITS, "anchors"))
-            decided = {split: stored[split].tolist() for split in SCORED}
-        return Teacher(method, train, unlabelled, anchors, decided, about["scores"], about["seconds"])
+            decided = {split: stored[split].tolist() for split in splits}
+            scores = {split: float(about["scores"][split]) for split in splits}
+        return Teacher(method, train, unlabelled, anchors, decided, scores, about["seconds"])
     except BROKEN:
         return None
