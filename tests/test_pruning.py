@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from uhl import archives, compression, results, runs, stages, viz
+from uhl import archives, compression, porting, results, runs, stages, viz
 from uhl.errors import UHLError
 from uhl.host import find_slots
 from uhl.models import load_encoder, revision
@@ -217,6 +217,14 @@ def test_an_adapter_on_copies_of_its_source(make_encoder, task, monkeypatch, tmp
     with pytest.raises(UHLError, match="measured otherwise than the others"):
         results.compressed("t")
     compression.measure(settings)
+    before = [(file, file.read_text()) for file in runs.cell_dir(settings, "compress").glob("*/outcome.json")]
+    for change in ({"rules": porting.RULES - 1}, {"protocol": runs.PROTOCOL - 1}):
+        for file, text in before:
+            file.write_text(json.dumps((entry := json.loads(text)) | {"about": entry["about"] | change}))
+        with pytest.raises(UHLError, match="by an earlier release, which ported otherwise; delete the folders"):
+            results.compressed("t")
+    for file, text in before:
+        file.write_text(text)
     archive = archives.pack("t", tmp_path / "t.zip")
     monkeypatch.setenv("UHL_RUNS", str(tmp_path / "elsewhere"))
     assert [f.name for f in archives.restore(archive)][:-1] == ["big", "big@layers=2", "big@width=16"]

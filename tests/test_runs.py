@@ -2,6 +2,7 @@ import io
 import json
 import os
 import shutil
+import time
 import zipfile
 
 import numpy as np
@@ -539,6 +540,9 @@ def test_equal_decisions_on_few_examples_decide_no_claim(n, verdict):
     tables = {("movies", "x", "zero-shot", "anchor"): same, ("movies", "s", "source", "uhl-canonical"): same}
     (found,) = (c for c in claims._zero_shot(tables) if c.arm == "anchor")
     assert claims._judged(found, None, None)[-2] == verdict
+    of_reviews = claims._judged(found, np.arange(n) // 2, None)  # half as many that are independent
+    assert of_reviews[-2] == "not decidable"
+    assert of_reviews[-1] == f"no difference on {n} examples of {n // 2} groups, too few to exclude one"
 
 
 def test_one_seed_decides_nothing_alone():
@@ -658,9 +662,10 @@ def one_finished_cell(settings, methods=("head",)):
         made |= NUMBERS
         rows.append(made)
     folder = runs.cell_dir(settings, f"baselines-{settings.target}")
-    runs.write_manifest(settings, folder.name, rows, labels=["n", "p"])
+    manifest = runs.write_manifest(settings, folder.name, rows, labels=["n", "p"])
     kept = {f"{method}/test/{k}": np.array(v) for method in methods for k, v in arrays.items()}
     np.savez(folder / "predictions.npz", **kept)
+    return manifest
 
 
 def test_each_profile_has_its_archive_beside_its_figures(tmp_path):
@@ -737,6 +742,14 @@ def test_a_table_with_missing_cells_says_so(tmp_path):
     assert "movies on minilm-l3: seeds 1, n = 2" in text
 
 
+def test_a_table_says_of_how_many_groups_its_examples_are():
+    folder = one_finished_cell(Settings(profile="offline")).parent
+    assert "seeds 1, n = 2)" in report.markdown("offline")
+    with np.load(folder / "predictions.npz") as stored:
+        np.savez(folder / "predictions.npz", **stored, **{"test/group": np.array([4, 4])})
+    assert "seeds 1, n = 2 of 1 groups)" in report.markdown("offline")
+
+
 def test_what_an_analysis_lacks_lies_beside_it(tmp_path):
     """And stands on its figures, which are looked at by themselves; so does where each cell ran."""
     one_finished_cell(grid.Grid.read("offline").settings("movies-s0/baselines-minilm-l3"))
@@ -749,6 +762,14 @@ def test_what_an_analysis_lacks_lies_beside_it(tmp_path):
     )
     (cell,) = pd.read_csv(folder / "cells.csv").to_dict("records")
     assert cell == {"cell": "movies-s0/baselines-minilm-l3", "hardware": runs.hardware(), "commit": runs.commit()}
+    report.update_readme("offline", tmp_path, partial=True)
+    assert (tmp_path / "figures" / "offline" / "tuned.png").is_file()
+    report.finish("offline", {}, {"summary": table})
+    assert not [*folder.glob("tuned.*")]  # of an analysis before
+    later = one_finished_cell(Settings(profile="offline", target="other"))
+    os.utime(later, (time.time() + 9,) * 2)
+    with pytest.raises(UHLError, match="figures from before .*baselines-other was run; make table PROFILE=offline"):
+        report.update_readme("offline", tmp_path, partial=True)
     archives.restore(PARAMS.parent / "figures" / "offline-full.zip")
     whole = viz.arm_scores(pd.DataFrame({"arm": [], "score": []}), "x")
     folder = report.finish("offline-full", {"tuned": (whole, table)}, {}).parent

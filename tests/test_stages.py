@@ -412,12 +412,15 @@ def test_a_file_beyond_the_limit_is_told(tiny_world, monkeypatch, caplog):
 
 @pytest.mark.parametrize("kind", ["pair", "token"])
 def test_an_archive_of_own_data_holds_none_of_it(own_files, tmp_path, monkeypatch, kind):
-    settings = own_files(kind).model_copy(update={"baselines": ("head",)})
+    settings, test = own_files(kind).model_copy(update={"baselines": ("head",)}), tmp_path / "mood.v2" / "test.jsonl"
+    if kind == "pair":  # two questions on each passage
+        test.write_text(test.read_text() + "\n" + test.read_text().replace("is it good", "is it so"))
     outcome = merge(stages.baselines(settings, "source").values())
     said = Prediction([0, 1], [1, 1], [], 50.0, 0.0)
     outcome.predictions |= {f"{evidence.TEACHER}/{split}": said for split in settings.splits}
     cell = outcome.finish("baselines-big").parent
     before, whole = results.summary("t"), dict(evidence.predictions(cell))
+    assert ("test/group" in whole) == (kind == "pair")
     archive = archives.pack("t", tmp_path / "t.zip")
     assert archives.pack("t", tmp_path / "again.zip").read_bytes() == archive.read_bytes()
     with zipfile.ZipFile(archive) as file, file.open("mood-s0/baselines-big/predictions.npz") as inner:
@@ -430,7 +433,6 @@ def test_an_archive_of_own_data_holds_none_of_it(own_files, tmp_path, monkeypatc
             bad.writestr("mood-s0/baselines-big/manifest.json", file.read("mood-s0/baselines-big/manifest.json"))
             arrays = {key: held[key] if key in held.files else [0] for key in broken}
             bad.writestr("mood-s0/baselines-big/predictions.npz", npz(arrays))
-    test = tmp_path / "mood.v2" / "test.jsonl"
     rows, elsewhere = test.read_text(), tmp_path / "elsewhere"
     monkeypatch.setenv("UHL_RUNS", str(elsewhere))
     with zipfile.ZipFile(archive) as file, zipfile.ZipFile(tmp_path / "bad.zip", "w") as bad:
@@ -1212,7 +1214,8 @@ def test_a_task_with_other_labels_has_the_lent_dictionary_and_a_head_of_its_own(
     assert "| small | tuned | anchor |" in table
     assert "not defined" in table.split("| small | zero-shot, tuned | lineage |")[1]
     (entry,) = (e for c, e in runs.manifests("t").items() if c.name == "tune-small")
-    runs.write_manifest(borrower, "tune-small", entry["rows"][:-1], undefined=["lineage"])
+    known = {"undefined": ["lineage"], "rules": entry["rules"]}
+    runs.write_manifest(borrower, "tune-small", entry["rows"][:-1], **known)
     assert audit.missing("t") == ["joy-s0/tune-small: untrained on test"]
 
 
@@ -1270,8 +1273,6 @@ def test_too_many_anchors(tiny_world, task):
 
 
 def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
-    import json
-
     _, outcome = stages.pretrain(tiny_world, "canonical")
     outcome.finish("pretrain-canonical")
     path = runs.cell_dir(tiny_world, "pretrain-canonical") / "manifest.json"
@@ -1279,8 +1280,7 @@ def test_scores_that_do_not_match_their_predictions_are_refused(tiny_world):
     for row in entry["rows"]:
         row["score"] += 1.0
     path.write_text(json.dumps(entry))
-    runs.update_results("t")
-    with pytest.raises(UHLError, match=r"results\.csv says"):
+    with pytest.raises(UHLError, match="manifests say .*, their predictions .*; delete the folders of these cells"):
         results.summary("t")
 
 
@@ -1329,9 +1329,12 @@ def test_ports_of_another_adapter_by_other_rules_or_with_fewer_arms_are_missed(t
         second.write_text(json.dumps(json.loads(kept) | {"rules": rules}))
         assert [line.split("/")[0] for line in audit.missing("t") if said in line] == [asked] * (asked is not None)
     entry = json.loads(first.read_text())
-    for told in ({"rules": porting.RULES}, {}):  # older than the other to the same host; an earlier release's
-        first.write_text(json.dumps({k: v for k, v in entry.items() if k != "rules"} | told))
-        assert [line.split("/")[0] for line in audit.missing("t") if said in line] == ["mood-s0"]
+    first.write_text(json.dumps(entry | {"rules": porting.RULES}))  # older than the other to the same host
+    assert [line.split("/")[0] for line in audit.missing("t") if said in line] == ["mood-s0"]
+    for path, asked in ((first, []), (second, ["mood-s1"])):  # a release told none; the first has no anchored port
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "rules"}))
+        assert [line.split("/")[0] for line in audit.missing("t") if said in line] == asked
+    second.write_text(kept)
     words = [row | {"metric": "f1"} for row in entry["rows"]]  # a token task's, by its own rules
     first.write_text(json.dumps(entry | {"rules": porting.RULES, "rows": words}))
     assert not [line for line in audit.missing("t") if said in line]

@@ -75,6 +75,24 @@ def test_questions_on_one_passage_stand_in_one_split_where_there_are_several(tmp
         assert {split: len(part) for split, part in task.data.items()}["test"] == 9
 
 
+def test_pairs_that_share_a_part_are_a_group(tmp_path):
+    """Questions on one passage, hypotheses on one premise; neither a part that many have nor one that none shares."""
+    rows = [{"text": f"question {i}", "text_pair": f"Passage  {i // 3}", "label": i % 2} for i in range(90)]
+    rows[1]["text_pair"] = "passage 0"
+    turned = [row | {"text": row["text_pair"], "text_pair": row["text"]} for row in rows]
+    aspects = [row | {"text_pair": f"aspect {i % 9}"} for i, row in enumerate(rows)]
+    alone = [row | {"text_pair": f"passage {i}"} for i, row in enumerate(rows)]
+    both = [row | {"text": f"aspect {i % 9}"} for i, row in enumerate(rows)]
+    for given, grouped in ((rows, True), (turned, True), (aspects, False), (alone, False), (both, True)):
+        for split in ("train", "dev", "test"):
+            (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, given)))
+        task = load_task(TaskSpec(str(tmp_path), "pair", labels=("0", "1")))
+        assert "group" not in task.data["train"].column_names
+        for split in ("dev", "test"):
+            found = tasks.groups(task, split)
+            assert (None if found is None else found.tolist()) == ([i // 3 for i in range(90)] if grouped else None)
+
+
 def test_boolq_layout(tmp_path, tokenizer):
     rows = [{"question": f"is it {i}", "passage": "the film was fine", "answer": bool(i % 2)} for i in range(20)]
     write_jsonl(tmp_path / "train.jsonl", rows)

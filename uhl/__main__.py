@@ -204,6 +204,7 @@ def search(options: argparse.Namespace) -> None:
         from uhl import search as searching
     except ModuleNotFoundError as error:
         raise UHLError(f"uhl search needs Optuna ({error}); pip install -e '.[notebooks]' in the repository") from error
+    Grid.read(options.profile)
     _described(options.profile, options.task)
     place = {"task": options.task, "seed": options.seed, "host": options.host, "target": options.target}
     changes = {} if options.epochs is None else {"epochs": options.epochs, "steps": None}

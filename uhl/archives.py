@@ -26,7 +26,7 @@ from uhl.errors import UHLError
 from uhl.files import check_sha256, npz, sha256, write_atomic
 from uhl.runs import Settings, filled, manifest, manifests, root, update_results
 from uhl.stages import load_data
-from uhl.tasks import OFFLINE, Task, gold_labels
+from uhl.tasks import OFFLINE, Task, gold_labels, groups
 
 ADAPTER = "adapter.safetensors"
 MARKS = ("*-s*/*/manifest.json", "*-s*/compress/*/outcome.json")  # written last, when what lies beside them is whole
@@ -93,6 +93,8 @@ def _whole(data: bytes, task: Task, cell: PurePosixPath) -> bytes:
             if len(stored[f"{arm}/{split}/labels"]) != len(gold):
                 raise ValueError(f"{len(gold)} labels of {arm} expected")
             stored |= {f"{arm}/{split}/gold": gold, f"{arm}/{split}/length": length}
+            if (group := groups(task, split)) is not None:
+                stored[f"{split}/group"] = group
     except UHLError:
         raise
     except evidence.BROKEN as error:

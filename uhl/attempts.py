@@ -33,7 +33,7 @@ from uhl.files import sha256
 from uhl.fits import Way, upper_levels
 from uhl.host import find_slots
 from uhl.models import Encoder
-from uhl.porting import Shared, at_work, port, source_basis
+from uhl.porting import Shared, at_work, port, port_rules, source_basis
 from uhl.runs import Settings
 from uhl.stages import (
     adapter_for,
@@ -224,9 +224,8 @@ def measure(
 
     with TemporaryDirectory() as folder:
         own = sha256(store.save(adapter, Path(folder) / "adapter.safetensors"))
-    about = hashlib.sha256(
-        json.dumps([settings.model_dump(exclude={"attempts"}, exclude_defaults=True), own], default=str).encode()
-    )
+    known = [settings.model_dump(exclude={"attempts"}, exclude_defaults=True), own, port_rules(adapter, target)]
+    about = hashlib.sha256(json.dumps([*known, runs.PROTOCOL], default=str).encode())
     keys = [{"group": a.group, "attempt": a.name, "about": about.hexdigest()} for a in tried]
     return runs.resumed(one, keys, file)[["group", "attempt", *COLUMNS]].assign(n=len(task.data["dev"]))
 

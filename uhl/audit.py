@@ -8,7 +8,7 @@ from typing import Any
 
 from uhl import runs
 from uhl.grid import Grid
-from uhl.porting import LARGER_RULES, RULES
+from uhl.porting import FIXED, LARGER_RULES, RULES
 from uhl.runs import Settings, filled, manifests
 from uhl.stages import bearing, tuned_arms
 
@@ -109,12 +109,13 @@ def _outdated(finished: Finished) -> set[Path]:
     """Cells that were ported by rules that no host has now, or by older ones than another cell to the same host, of a
     task that is scored alike: words are not ported to a larger host as sentences are.
 
-    Cells of earlier releases do not tell theirs; those of a cell with no anchored port are None.
+    Those of a cell with no anchored port are None; one that has one and tells none is of a release before there were.
     """
     by_host: dict[tuple[str, ...], dict[Path, int]] = {}
     for cell, entry in finished.items():
         kind, _, host = cell.name.partition("-")
-        if kind in {"port", "tune"} and (rules := entry.get("rules", RULES)):
+        anchored = any(row["arm"] not in {*FIXED, "no-adapter"} for row in entry["rows"])
+        if kind in {"port", "tune"} and (rules := entry.get("rules", 1 if anchored else None)):
             metrics = sorted({str(row["metric"]) for row in entry["rows"]})
             by_host.setdefault((host, *metrics), {})[cell] = rules
     return {

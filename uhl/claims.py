@@ -36,7 +36,7 @@ WITHOUT = ("zero-atoms", "random-p")
 JUDGED = (*PORTED, *WITHOUT)
 RIVAL, SAME_BUDGET = "sat-lora", "lora-1mb"
 NOT_RUN, NOT_DEFINED = "not run", "not defined"
-ALIKE = 300.0  # examples x points: with n equal decisions a share of up to 3 / n may differ (the rule of three)
+ALIKE = 300.0  # n x points: where n independent examples are alike, a share of up to 3 / n may differ (rule of three)
 COLUMNS = ["claim", "arm", "target", "task", "effect", "low", "high", "bound", "p", "seeds", "n", "verdict", "reason"]
 
 
@@ -105,8 +105,10 @@ def _judged(compared: Compared, group: np.ndarray | None, known: stats.Prior | N
     found = stats.verdict(made, bound)
     told = {"held": "all of the interval is above", "refuted": "none of the interval is above"}
     reason = f"{told.get(found, 'the interval holds')} {bound:+.1f}"
-    if np.array_equal(one, other) and one.shape[1] * abs(bound) < ALIKE:
-        found, reason, p = "not decidable", f"no difference on {one.shape[1]} examples, too few to exclude one", None
+    alone = one.shape[1] if group is None else len(np.unique(group))  # examples, or groups of them, such as reviews
+    if np.array_equal(one, other) and alone * abs(bound) < ALIKE:
+        on = f"{alone} examples" if alone == one.shape[1] else f"{one.shape[1]} examples of {alone} groups"
+        found, reason, p = "not decidable", f"no difference on {on}, too few to exclude one", None
     if len(one) == 1 and known is None:
         found, reason, p = "not decidable", "one seed does not show how much seeds vary", None
     about = [bound, p, len(one), one.shape[1]]

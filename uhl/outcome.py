@@ -86,9 +86,8 @@ class Outcome:
         return stats.counts(found.labels, found.gold, self.task.labels if self.task.kind == "token" else None)[None]
 
     def groups(self, split: str = "test") -> np.ndarray | None:
-        """The review of each example, where the task's examples come in groups."""
-        rows = self.task.data[split]
-        return np.array(rows["group"], dtype=np.int32) if "group" in rows.column_names else None
+        """The group of each example, where the task's examples come in groups: of one review, on one passage."""
+        return tasks.groups(self.task, split)
 
     @property
     def split(self) -> str:
@@ -187,7 +186,7 @@ class Outcome:
     def _save_predictions(self, path: Path) -> Path:
         """Predictions and gold labels, compressed, so that scores can be recomputed without a model.
 
-        Where the task's sentences come in groups (of one review), each example's group is stored too.
+        Where the task's examples come in groups (of one review), each example's group is stored too.
         """
         arrays = {f"{split}/group": g for split in ("dev", "test") if (g := self.groups(split)) is not None}
         for name, found in self.predictions.items():

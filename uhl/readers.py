@@ -68,7 +68,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".conll", ".txt")
 
 def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], DatasetDict]:
     """Labels in order, and train, dev and test with our column names and labels as numbers; ``unlabelled``, where it is
-    given, less the texts that those hold.
+    given, less the texts that those hold. Dev and test of pairs have a column ``group`` where several share a part.
 
     ``instead`` are names that the error offers when a hub cannot be reached. Raises :class:`UHLError` for files that
     cannot be read, a missing column, an unusable cell, an unknown label and an empty split.
@@ -80,7 +80,8 @@ def read(spec: TaskSpec, instead: Sequence[str] = ()) -> tuple[tuple[str, ...], 
         del found[split]
     tables = _checked(spec, found)
     labels, convert = _label_map(spec, found["train"])
-    data = {split: Dataset.from_dict(convert(split, table)) for split, table in tables.items()}
+    scored = {split: _grouped(table) if split in {"dev", "test"} else table for split, table in tables.items()}
+    data = {split: Dataset.from_dict(convert(split, table)) for split, table in scored.items()}
     if free is not None:
         data["unlabelled"] = Dataset.from_dict(_free(spec, free, tables).to_dict("list"))
     return labels, DatasetDict(data)
@@ -329,6 +330,16 @@ def _whole_groups(rows: pd.DataFrame, most: int) -> np.ndarray:
         if left <= most / 2 and sizes.max() <= most:
             break
     return np.isin(groups, chosen or [0])
+
+
+def _grouped(rows: pd.DataFrame) -> pd.DataFrame:
+    """Pairs with the ``group`` of each, such as all questions on one passage, which are not independent: those with the
+    same first or second part, whichever makes fewer groups. As they are where none repeats, or where it is no text of
+    its own: one that more than a tenth of all pairs have, such as an aspect to be judged.
+    """
+    parts = [pd.factorize(rows[key].map(folded_text))[0] for key in ("text", "text_pair") if "text_pair" in rows]
+    groups = [part for part in parts if 1 < part.max() + 1 < len(rows) and np.bincount(part).max() <= len(rows) / 10]
+    return rows.assign(group=min(groups, key=max)) if groups else rows
 
 
 def _label_map(spec: TaskSpec, train: pd.DataFrame) -> tuple[tuple[str, ...], Any]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
@@ -18,12 +19,13 @@ from uhl.budget import LIMIT_BYTES, LIMIT_FLOPS_PCT
 from uhl.config import ARMS, CONTROLS, UHLConfig
 from uhl.errors import UHLError
 from uhl.files import sha256, write_atomic, write_csv, write_text
-from uhl.results import cell_of, summary
+from uhl.results import cell_of, groups_of, summary
 from uhl.runs import manifests
 from uhl.viz import NAMES, in_order
 
 README = Path("README.md")  # the first page
 FIRST = "offline-full"  # whose figures lie in figures/ itself, others' in a folder of their name there
+PUBLISHED = (".png", ".csv")  # of an analysis
 ALONE = "¹"  # beside a score of one seed
 MARKS = ("<!-- results: made by make table -->", "<!-- end of results -->")  # around those of FIRST, on two pages
 SHORT = {  # the arms of each phase that the first page shows
@@ -36,9 +38,12 @@ SHORT = {  # the arms of each phase that the first page shows
 
 def finish(profile: str, figures: dict[str, tuple[Figure, pd.DataFrame]], tables: dict[str, pd.DataFrame]) -> Path:
     """Write the analysis's figures, tables and manifest; beside them missing.csv, what the profile lacks, which figures
-    bear on them too, and cells.csv, where and from which commit each cell ran.
+    bear on them too, and cells.csv, where and from which commit each cell ran. Those of an earlier analysis are
+    removed.
     """
     folder, left = runs.root() / profile / "analysis", missing(profile)
+    for file in [file for kind in PUBLISHED for file in folder.glob(f"*{kind}")]:
+        file.unlink()
     for name, (fig, data) in figures.items():
         if left:
             viz.stamp(fig, f"Not complete: {len(left)} cells or rows of {profile} are missing or old")
@@ -130,7 +135,7 @@ def _caption(profile: str, table: pd.DataFrame, short: bool) -> str:
     steps = sorted({p["tune_steps"] for p in on_targets})
     tuned = f", then {_list(f'{n:,}' for n in steps)} steps on a target" if steps else ""
     groups = [
-        f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}"
+        f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}{_in_groups(profile, str(task), rows['n'].iloc[0])}"
         for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
     ]
     if halved := {p["target"] for p in on_targets if p.get("bf16")}:
@@ -153,6 +158,13 @@ def _caption(profile: str, table: pd.DataFrame, short: bool) -> str:
         f"hold 8 and 4 bits, the others' 16 (their heads 8). FLOPs: added per token, in percent of the host's linear "
         f"layers (both: the larger task's). †: beyond 1 MB or 10 %.{single} {ran}\n"
     )
+
+
+def _in_groups(profile: str, task: str, n: int) -> str:
+    """Of how many groups, such as reviews, a task's test examples are, in words; empty where they stand alone."""
+    group = groups_of(profile, task)
+    count = n if group is None else len(np.unique(group))
+    return f" of {count:,} groups" if count < n else ""
 
 
 def _not_run(table: pd.DataFrame, undefined: Sequence[tuple[str, str, str, str]]) -> str:
@@ -223,9 +235,14 @@ def update_readme(profile: str, place: Path, verdicts: str = "", short: str = ""
     verdicts, into the first page. Manifests and predictions go into one archive. Where :func:`adapters_of` is there,
     adapters go into it.
 
-    Raises :class:`UHLError` when cells are missing, unless ``partial``: then the caption says how many.
+    Raises :class:`UHLError` where a cell is newer than its figures, and when cells are missing, unless ``partial``:
+    then the caption says how many.
     """
-    left = missing(profile)
+    left, analysis = missing(profile), runs.root() / profile / "analysis"
+    drawn = analysis / "manifest.json"
+    newest = max(manifests(profile), key=lambda cell: (cell / "manifest.json").stat().st_mtime, default=None)
+    if drawn.is_file() and newest and drawn.stat().st_mtime < (newest / "manifest.json").stat().st_mtime:
+        raise UHLError(f"{analysis} has figures from before {newest} was run; make table PROFILE={profile}")
     if left and not partial:
         raise UHLError(
             f"profile {profile} is not complete, {len(left)} cells or rows are missing or old, first {left[0]}"
@@ -239,9 +256,8 @@ def update_readme(profile: str, place: Path, verdicts: str = "", short: str = ""
         texts = {page: f"# Results of the profile `{profile}`\n\nMade by `make table`.\n\n{results}"}
     for path, text in texts.items():
         write_text(place / path, text)
-    for file in sorted((runs.root() / profile / "analysis").glob("*.*")):
-        if file.suffix in {".png", ".csv"}:
-            _copy(file, into / file.name)
+    for file in sorted(file for kind in PUBLISHED for file in analysis.glob(f"*{kind}")):
+        _copy(file, into / file.name)
     _copy(runs.root() / profile / "results.csv", into / "results.csv")
     archives.pack(profile, place / "figures" / f"{profile}.zip")
     if (folder := place / adapters_of(profile)).is_dir():

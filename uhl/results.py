@@ -21,7 +21,7 @@ from uhl.config import ARMS, METHODS
 from uhl.errors import UHLError
 from uhl.files import sha256
 from uhl.grid import Grid
-from uhl.porting import DOUBTFUL
+from uhl.porting import DOUBTFUL, RULES
 from uhl.runs import manifests
 from uhl.viz import ORDER
 
@@ -102,7 +102,8 @@ def summary(profile: str, split: str = "test") -> pd.DataFrame:
         task, target, phase, arm = map(str, key)
         made = stats.interval(stack(tables[task, target, phase, arm]), groups_of(profile, task, split), known.get(task))
         if abs(made.value - group["score"].mean()) > 0.05:
-            raise UHLError(f"{key}: its manifests say {group['score'].mean():.2f}, its predictions {made.value:.2f}")
+            said = f"manifests say {group['score'].mean():.2f}, their predictions {made.value:.2f}"
+            raise UHLError(f"{', '.join(map(str, key))}: {said}; delete the folders of these cells and run them again")
         mean = group[list(runs.COLUMNS[runs.COLUMNS.index("adapter_bytes") :])].mean()
         for cost in ("adapter_bytes", "extra_flops_pct"):  # a seed's port may use no atoms
             mean[cost] = group[cost].max()
@@ -222,8 +223,8 @@ def compressed(profile: str) -> pd.DataFrame:
     """What notebook 10 measured on pruned copies of the source, over the seeds of each task; the columns are those of
     :func:`uhl.compression.table`.
 
-    Raises :class:`UHLError` where there is nothing, or where a copy was not measured as the source was: with fewer
-    seeds, other examples, or an adapter that was trained again since.
+    Raises :class:`UHLError` where there is nothing, or where a copy was not measured as the source was, or not as it is
+    now: with fewer seeds, other examples, an adapter that was trained again since, or by other rules.
     """
     tables: dict[tuple[str, str, str], dict[int, np.ndarray]] = {}
     ports: dict[tuple[str, str, str], list[dict[str, object]]] = {}
@@ -238,6 +239,8 @@ def compressed(profile: str) -> pd.DataFrame:
         setups.setdefault(place, set()).add(json.dumps(setup, sort_keys=True))
         if len(setups[place]) > 1 or (file.is_file() and sha256(file) != setup["adapter"]):
             raise UHLError(f"{path.parent} was measured otherwise than the others, or with another adapter; {remedy}")
+        if (setup.get("rules"), setup.get("protocol")) != (RULES, runs.PROTOCOL):
+            raise UHLError(f"{path.parent} was measured by an earlier release, which ported otherwise; {remedy}")
         for row in entry["rows"]:
             key, details = (row["task"], row["target"], row["arm"]), entry["details"]
             counted = evidence.counts(path.parent, row["arm"], row["split"], row["metric"])

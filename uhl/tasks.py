@@ -183,6 +183,12 @@ def digest(task: Task, texts: Sequence[str] = ()) -> str:
     return hashlib.sha256(json.dumps([task.labels, splits, list(texts)], default=str).encode()).hexdigest()
 
 
+def groups(task: Task, split: str) -> np.ndarray | None:
+    """The group of each example of a split, such as the review that it is of; None where examples stand alone."""
+    rows = task.data[split]
+    return np.array(rows["group"], dtype=np.int32) if "group" in rows.column_names else None
+
+
 def plain_text(task: Task, split: str) -> list[str]:
     """A split's texts without their labels: words joined by blanks, a pair's two parts by a tab; no other tabs."""
     rows = task.data[split]
