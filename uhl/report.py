@@ -135,8 +135,8 @@ def _caption(profile: str, table: pd.DataFrame, short: bool) -> str:
     steps = sorted({p["tune_steps"] for p in on_targets})
     tuned = f", then {_list(f'{n:,}' for n in steps)} steps on a target" if steps else ""
     groups = [
-        f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {n:,}{_in_groups(profile, str(task), rows['n'].iloc[0])}"
-        for (task, seeds, n), rows in table.groupby(["task", "seeds", "n"], sort=False)
+        f"{task} on {_list(rows['target'])}: seeds {seeds}, n = {_examples(profile, str(task), rows['n'])}"
+        for (task, seeds, _), rows in table.groupby(["task", "seeds", "n"], sort=False)
     ]
     if halved := {p["target"] for p in on_targets if p.get("bf16")}:
         tuned += f" ({_list(sorted(halved))}: under bfloat16 autocast)"
@@ -160,11 +160,13 @@ def _caption(profile: str, table: pd.DataFrame, short: bool) -> str:
     )
 
 
-def _in_groups(profile: str, task: str, n: int) -> str:
-    """Of how many groups, such as reviews, a task's test examples are, in words; empty where they stand alone."""
-    group = groups_of(profile, task)
+def _examples(profile: str, task: str, known: pd.Series) -> str:
+    """How many test examples a task has, all of ``known``, and of how many groups they are, such as reviews, where they
+    do not stand alone.
+    """
+    n, group = int(known.iloc[0]), groups_of(profile, task)
     count = n if group is None else len(np.unique(group))
-    return f" of {count:,} groups" if count < n else ""
+    return f"{n:,} of {count:,} groups" if count < n else f"{n:,}"
 
 
 def _not_run(table: pd.DataFrame, undefined: Sequence[tuple[str, str, str, str]]) -> str:
