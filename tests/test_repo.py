@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -192,6 +193,28 @@ def test_the_committed_evidence_is_whole_and_gives_the_committed_scores(tmp_path
     made, kept = runs.load_results(profile), pd.read_csv(ROOT / report.figures_of(profile) / "results.csv")
     assert made["score"].tolist() == pytest.approx(kept["score"].tolist(), rel=1e-5)
     assert (made["arm"] == kept["arm"]).all()
+
+
+@pytest.mark.slow
+def test_notebook_06_makes_the_committed_tables_from_the_archive_in_a_minute(tmp_path, monkeypatch):
+    """Without a model, and the same numbers; seconds are those of the processor, as other tests run beside it."""
+    from uhl import archives
+
+    monkeypatch.setenv("UHL_RUNS", str(tmp_path))
+    archives.restore(ROOT / "figures" / "offline-full.zip")
+    made, before = tmp_path / "offline-full" / "analysis", resource.getrusage(resource.RUSAGE_CHILDREN)
+    call = [Path(sys.executable).parent / "papermill", "notebooks/06_analysis.ipynb", tmp_path / "06.ipynb"]
+    call += ["--cwd", "notebooks", "--no-progress-bar", "-p", "profile", "offline-full"]
+    environment = {**os.environ, "UHL_BATCH": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 60
+    tables = sorted(file.name for file in made.glob("*.csv"))
+    assert {"summary.csv", "paired.csv", "claims.csv", "leaderboard.csv", "gap_recovered.csv"} <= set(tables)
+    for name in tables:
+        found, kept = (pd.read_csv(folder / name) for folder in (made, ROOT / "figures"))
+        pd.testing.assert_frame_equal(found, kept, rtol=1e-5)
 
 
 def test_the_adapters_that_lie_here_are_those_of_their_runs_and_are_put_back(tmp_path, monkeypatch):

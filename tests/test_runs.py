@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -613,6 +614,10 @@ def test_claims_tell_what_is_left_of_them_when_all_are_corrected():
     assert ran.loc["c", "verdict"].tolist() == ["refuted"] * 2
     assert (ran["p holm"] >= ran["p"]).all()
     assert ran["p holm"].sort_values().iloc[0] == pytest.approx(6 * ran["p"].min())
+    page = Path("figures/offline/README.md")
+    nowhere = ", ".join(arm for arm in claims.JUDGED if arm not in {"anchor", "zero-atoms"})
+    assert claims.markdown(judged, "offline", page).endswith(f"\n\nRun nowhere, and not judged: {nowhere} (claim 1).")
+    assert "nowhere" not in claims.markdown(judged, "offline", page, ("anchor",))
 
 
 def test_what_says_nothing_of_other_cells_lends_them_no_variance():

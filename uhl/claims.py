@@ -238,19 +238,21 @@ def markdown(judged: pd.DataFrame, profile: str, page: Path, arms: Collection[st
     The verdicts are counts over the tasks and targets where the arm ran, of the claims about budgets over arms, and
     beside them how many are left when all claims about scores are corrected for how many there are; the effects are
     their range. Where verdicts differ their targets stand beside them: the first claim is of a larger host,
-    the third of a narrower one. Cells where an arm did not run are named; one that ran nowhere has no row.
+    the third of a narrower one. Cells where an arm did not run are named, and below the full table arms that ran
+    nowhere.
     """
     nowhere = judged.groupby("claim")["effect"].transform("count") == 0
     judged = judged.assign(arm=judged["arm"].mask(nowhere, "every arm"))
     anywhere = judged.groupby(["claim", "arm"])["effect"].transform("count") > 0
+    absent = judged[~nowhere & ~anywhere & (judged["verdict"] == NOT_RUN)]
     judged = judged[nowhere | anywhere]
     if arms:  # and what is said of all of them
         judged = judged[judged["arm"].isin([*arms, "every arm"]) | judged["claim"].str.startswith("4")]
     file = (figures_of(profile) / "claims.csv").relative_to(page.parent).as_posix()
     said = f"The claims of the hypothesis, over tasks and targets (intervals: [{file}]({file})):"
     lines = [said, "", "| claim | arm | effect | verdict | after Holm's correction |", "|---|---|---|---|---|"]
-    arms = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
-    for (claim, arm), found in judged.groupby(["claim", arms], sort=False):
+    named = judged["arm"].mask(judged["claim"].str.startswith("4"), "each arm's worst")
+    for (claim, arm), found in judged.groupby(["claim", named], sort=False):
         rows = found[~found["verdict"].isin([NOT_RUN, NOT_DEFINED])]
         told = rows["verdict"].value_counts()
         counts = ", ".join(f"{verdict} in {count}{_where(rows, str(verdict))}" for verdict, count in told.items())
@@ -264,4 +266,14 @@ def markdown(judged: pd.DataFrame, profile: str, page: Path, arms: Collection[st
         form = "{:,.0f}" if known.abs().max() > 1000 else "{:.1f}" if unit != " points" else "{:+.1f}"
         ends = " to ".join(dict.fromkeys(form.format(end) for end in (known.min(), known.max())))
         lines.append(f"| {claim} | {arm} | {ends + unit if len(known) else NOT_RUN} | {counts} | {_left(rows)} |")
+    if len(absent) and not arms:
+        lines += ["", f"Run nowhere, and not judged: {_absent(absent)}."]
     return "\n".join(lines)
+
+
+def _absent(rows: pd.DataFrame) -> str:
+    """Arms and the numbers of the claims that they are not judged in, in words."""
+    claims: dict[str, list[str]] = {}
+    for arm, group in rows.groupby("arm", sort=False):
+        claims.setdefault(", ".join(group["claim"].str[0].unique()), []).append(str(arm))
+    return "; ".join(f"{', '.join(arms)} (claim{'s' * (',' in numbers)} {numbers})" for numbers, arms in claims.items())
