@@ -1536,11 +1536,27 @@ def test_half_of_the_labels_and_the_texts_of_either_half(tiny_world, task, monke
     data = table.loc["head trained on the training texts and labels"]
     assert data["texts"] == len(task.data["train"])
     assert data["bytes"] == budget.labelled_bytes(task.data["train"]["text"], 2)
-    half_of, its, _ = attempts.trained_otherwise(settings, labels=half)
+    half_of, its, _ = attempts.trained_otherwise(settings, changed={"train_size": half})
     monkeypatch.setattr(attempts, "MOST", 3)
     assert len(anew(half_of, its, hosts[0], False).texts) <= len(its.anchors.texts) + 3
     with pytest.raises(UHLError, match="whole training split"):
         attempts.with_training_texts(settings, adapter, hosts[0], True)
+
+
+def test_adapters_that_use_other_numbers_of_atoms(tiny_world, task):
+    """Each trained once for all arms, at one charge for as many atoms as a token may use."""
+    adapter, _ = stages.pretrain(tiny_world, "canonical")
+    hosts = [stages.freeze(stages.load_encoder(name)) for name in ("big", "small")]
+    listed = [a for a in attempts.attempts(adapter.anchors, ["sparsity"]) if a.atoms in {1, 4}]
+    assert len(listed) == 8
+    table = attempts.measure(tiny_world, adapter, *hosts, task, listed).set_index("attempt")
+    for atoms, name in ((1, "1 atom"), (4, "4 atoms")):
+        (entry,) = runs.manifests(f"t-{atoms}-atoms").values()
+        assert entry["parameters"]["top_k"] == atoms
+        assert entry["parameters"]["lambda_f"] == pytest.approx(tiny_world.lambda_f * tiny_world.top_k / atoms)
+        assert table.loc[f"source, {name} a token", "dev"] == entry["rows"][0]["score"]
+        own = stages.adapter_for(tiny_world.model_copy(update={"profile": f"t-{atoms}-atoms"}), "anchor")[0]
+        assert own.config.top_k == atoms
 
 
 @pytest.mark.parametrize("labels", [False, True])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,6 +64,7 @@ GROUPS = (
         "turns",
         "taught",
         "data",
+        "sparsity",
     ),
     *("texts", "dims", "bits", "choice"),
 )
@@ -81,9 +82,10 @@ class Attempt:
     trained on the source under maps that are so much off (:class:`uhl.augment.Perturbed`); ``turns`` one that was
     trained on a host of :data:`SECOND` as well (:class:`uhl.augment.ByTurns`); ``half`` one that was trained on half of
     the training texts, with its own anchors (file), or with its logits for that half (seen) or for the other half
-    (unseen) beside them. ``taught`` ports nothing: a baseline is trained on the target with the source's decisions on
-    the anchors in place of labels, or (``labels``) on the training texts and their labels, whose bytes are then those
-    of the attempt.
+    (unseen) beside them; ``atoms`` one that lets a token use so many at a time, of which all cost as much together at
+    the most as those of the settings. ``taught`` ports nothing: a baseline is trained on the target with the source's
+    decisions on the anchors in place of labels, or (``labels``) on the training texts and their labels, whose bytes are
+    then those of the attempt.
     """
 
     group: str
@@ -99,6 +101,7 @@ class Attempt:
     noise: float = 0.0
     turns: bool = False
     half: Literal["file", "seen", "unseen"] | None = None
+    atoms: int | None = None
     taught: Method | None = None
     labels: bool = False
 
@@ -174,6 +177,9 @@ def _all(anchors: Anchors) -> Iterator[Attempt]:
         yield Attempt("data", "half of the labels: with logits of its own texts", "zero-atoms", half="seen")
     if anchors.kind != "token":
         yield Attempt("data", "head trained on the training texts and labels", taught="head", labels=True)
+    for atoms in (1, 2, 4, 8, 16, 32):
+        for arm in (ON_SOURCE, "zero-atoms", "anchor", "random-p"):
+            yield Attempt("sparsity", f"{arm}, {atoms} atom{'s' * (atoms > 1)} a token", arm, atoms=atoms)
     counts = [n for n in (64, 128, 256, 512) if n <= anchors.coded]
     for count in counts:
         yield Attempt("texts", f"{count} coded texts alone", coded=count, texts=count, cuts=False)
@@ -243,10 +249,12 @@ def _measure(
         size = budget.labelled_bytes(texts, len(task.labels)) if a.labels else budget.anchor_bytes(whole)
         return size, len(texts), *4 * (none,), same, found.score
     of, own = settings, deepcopy(adapter)  # a port may change what it ports
-    if a.noise or a.turns or a.half:
+    if a.noise or a.turns or a.half or a.atoms:
         second = next(name for name in SECOND if name not in {source.name, target.name}) if a.turns else None
-        labels = len(task.data["train"]) // 2 if a.half else None
-        of, own, on_source = trained_otherwise(settings, a.noise, second, labels)
+        changes: dict[str, object] = {"train_size": len(task.data["train"]) // 2} if a.half else {}
+        if a.atoms:
+            changes |= {"top_k": a.atoms, "lambda_f": settings.lambda_f * settings.top_k / a.atoms}
+        of, own, on_source = trained_otherwise(settings, a.noise, second, changes)
         if a.arm == ON_SOURCE:
             return budget.anchor_bytes(whole), len(whole.texts), *5 * (none,), on_source
     assert own.anchors is not None
@@ -270,20 +278,22 @@ def _measure(
 
 
 def trained_otherwise(
-    settings: Settings, noise: float = 0.0, second: str | None = None, labels: int | None = None
+    settings: Settings, noise: float = 0.0, second: str | None = None, changed: Mapping[str, object] | None = None
 ) -> tuple[Settings, UHLAdapter, float]:
     """The canonical adapter that :func:`uhl.stages.pretrain` trains with such a ``noise``, by turns with a ``second``
-    host, or on so many ``labels``; the settings of its run, and its dev score on the source. One that was trained is
-    read from its file.
+    host, or with ``changed`` settings; the settings of its run, and its dev score on the source. One that was trained
+    is read from its file.
     """
     if settings.borrowed:
         raise UHLError(f"nothing is trained on {settings.task_name}, which has the adapter of {settings.source_task}")
-    how = f"by-turns-{runs.slug(second)}" if second else f"{labels}-labels" if labels else f"perturbed-{noise:g}"
-    changes: dict[str, object] = {"train_size": labels} if labels else {}
+    changes = dict(changed or {})
+    how = {"train_size": "labels", "top_k": "atoms"}
+    names = [f"by-turns-{runs.slug(second)}"] if second else [f"perturbed-{noise:g}"] if noise else []
+    names += [f"{value}-{how[name]}" for name, value in changes.items() if name in how]
     base = runs.cell_dir(settings, "pretrain-canonical") / "manifest.json"
     if base.is_file():  # the target may train otherwise than the source does
         changes["bf16"] = runs.filled(runs.manifest(base)["parameters"])["bf16"]
-    own = settings.model_copy(update=changes | {"profile": f"{settings.profile}-{how}", "splits": ("dev",)})
+    own = settings.model_copy(update=changes | {"profile": "-".join([settings.profile, *names]), "splits": ("dev",)})
     cell = runs.cell_dir(own, "pretrain-canonical")
     asked = decisive(own, "pretrain-canonical")
     with runs.locked(cell / ".lock"):
