@@ -306,6 +306,7 @@ def test_every_rate_in_use_is_the_best_of_as_many_trials():
         file = "settings" if name in used["settings"] else "retrained" if target else "source"
         tried = trials.assign(value=trials["settings"].str.removeprefix(f"{name} ").astype(float))
         assert sorted(tried["value"]) == values
+        assert used[file][name] in values[1:-1]  # a poorer one on either side
         for some in (values[:4], values):
             best = tried[tried["value"].isin(some) & (tried["state"] == "complete")]
             assert used[file][name] in best.loc[best["score"] == best["score"].max(), "value"].tolist()
