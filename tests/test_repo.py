@@ -312,6 +312,19 @@ def test_every_rate_in_use_is_the_best_of_as_many_trials():
             assert used[file][name] in best.loc[best["score"] == best["score"].max(), "value"].tolist()
 
 
+def test_the_rate_of_sixteen_atoms_is_the_best_of_as_many_trials():
+    folder = ROOT / "params" / "offline-sixteen"
+    ((method, ranges),) = yaml.safe_load((folder / "search.yaml").read_text()).items()
+    found = pd.read_csv(ROOT / "figures" / "offline-sixteen" / "search.csv")
+    assert (set(found["method"]), set(found["split"]), set(found["state"])) == ({method}, {"dev"}, {"complete"})
+    tried = found["settings"].str.removeprefix("rate ").astype(float)
+    assert sorted(tried) == ranges["rate"]
+    assert len(tried) == 4
+    used = yaml.safe_load((folder / "settings.yaml").read_text())
+    assert used["rate"] == tried[found["score"].idxmax()]
+    assert set(found["steps"]) == {used["steps"]}
+
+
 def make(folder, *arguments, **variables):
     """Whether make did it, and what it said, in this environment as it is installed; not as a part of another make."""
     installed = Path(sys.executable).parent.parent
